@@ -1,0 +1,59 @@
+"""FedAlign-MoE as mathematics: what is measured, what is penalised, how clients are weighted.
+
+The method is federated aggregation alignment for mixture-of-experts (arXiv 2603.21276). Pure
+functions on tensors, one MoE layer at a time; this package imports torch and nothing of ours, so it
+can be read beside the paper. Letters: N clients, E experts, T tokens, k experts a token, d hidden
+size, P parameters of one expert.
+
+Marks, as in docs/methods.md: [paper] is stated by the paper or by a note on it, [ours] is our
+reconstruction.
+
+Two kinds of function. Those of every training step (`routing_statistics`, `marginal_penalty`,
+`conditional_penalty`) check nothing and stay on the device and in the precision of the logits, but
+at least float32. Those of once a round check shapes (ValueError), detach, and compute and return in
+float64, unless they say otherwise.
+"""
+
+from sluiceway.fedalign.routing import (
+    REFERENCE_FLOOR,
+    adaptive_strength,
+    combine_gate,
+    conditional_penalty,
+    consistency_weights,
+    global_routing,
+    marginal_penalty,
+    mean_routing,
+    overlap,
+    routing_statistics,
+)
+from sluiceway.fedalign.semantics import (
+    DirectionGram,
+    centred_regions,
+    direction_consensus,
+    expert_weights,
+    region_similarity,
+    region_weights,
+    selection_threshold,
+    semantic_weights,
+)
+
+__all__ = [
+    "REFERENCE_FLOOR",
+    "DirectionGram",
+    "adaptive_strength",
+    "centred_regions",
+    "combine_gate",
+    "conditional_penalty",
+    "consistency_weights",
+    "direction_consensus",
+    "expert_weights",
+    "global_routing",
+    "marginal_penalty",
+    "mean_routing",
+    "overlap",
+    "region_similarity",
+    "region_weights",
+    "routing_statistics",
+    "selection_threshold",
+    "semantic_weights",
+]

@@ -1,0 +1,32 @@
+"""Mixture-of-experts models: where routers and experts live, what routing does, dense to MoE."""
+
+from sluiceway.moe.anatomy import Anatomy, Block, NoExpertsError, Piece, anatomy, find_anatomy
+from sluiceway.moe.families import FAMILIES, Family
+from sluiceway.moe.layout import BlockRow, Layout, TensorRow, layout
+from sluiceway.moe.observe import BlockRouting, BlockStep, Observer
+from sluiceway.moe.received import received_logits
+from sluiceway.moe.upcycle import upcycle
+from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
+
+__all__ = [
+    "FAMILIES",
+    "Anatomy",
+    "Block",
+    "BlockRouting",
+    "BlockRow",
+    "BlockStep",
+    "Family",
+    "Layout",
+    "NoExpertsError",
+    "Observer",
+    "Piece",
+    "TensorRow",
+    "UpcycledExperts",
+    "UpcycledMoE",
+    "UpcycledRouter",
+    "anatomy",
+    "find_anatomy",
+    "layout",
+    "received_logits",
+    "upcycle",
+]

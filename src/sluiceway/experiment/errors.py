@@ -1,0 +1,30 @@
+"""Bad input, said in one line."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that says what would be."""
+
+
+def first_fault(error: ValidationError, where: str, allowed: dict[str, list[str]]) -> str:
+    """The first fault of a pydantic error as one line.
+
+    Args:
+        where: name of the table the error is about, "" for the whole recipe.
+        allowed: the keys of each table by its name, for unknown keys.
+    """
+    fault = error.errors(include_url=False)[0]
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join([*([where] if where else []), *location])
+    table = ".".join(key.split(".")[:-1])
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = ", ".join(allowed.get(table, []))
+        return f"unknown key {key}; allowed{f' in [{table}]' if table else ''}: {known}"
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    message = message.removeprefix("value error, ").replace("input should", "must")
+    return f"{key} = {fault['input']!r}: {message}"

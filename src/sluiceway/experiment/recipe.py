@@ -1,0 +1,226 @@
+"""Recipes: TOML files with the tables [run], [data], [model], [method], [train], [compare]."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from sluiceway.data import TEXT_NAMES
+from sluiceway.experiment.errors import InputError, first_fault
+from sluiceway.federated.client import Training
+from sluiceway.strategies import STRATEGIES, Strategy
+
+TABLE = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(BaseModel):
+    """What is run, for how long, and where.
+
+    kind: "federated". rounds: >= 1. seed: >= 0. participation: share of clients a round, (0, 1].
+    device: "auto", "cpu", "cuda", ... engine: "local". workers: processes, 0 for one a core (one
+    on a GPU). threads: torch threads a worker. feature_memory_mb: of frozen layers' outputs that
+    may be held in memory, the rest goes to a file.
+    """
+
+    model_config = TABLE
+    kind: Literal["federated"] = "federated"
+    rounds: int = Field(default=10, ge=1)
+    seed: int = Field(default=0, ge=0)
+    participation: float = Field(default=1.0, gt=0, le=1)
+    device: str = "auto"
+    engine: Literal["local"] = "local"
+    workers: int = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+    feature_memory_mb: int = Field(default=2048, ge=0)
+
+
+class Data(BaseModel):
+    """Which data, and who holds what.
+
+    name: a known data set, or path: a file of one's own (parquet, csv, jsonl) with text_column
+    and label_column, and test_path or a held-out test_fraction. limit, test_limit: caps on the
+    examples, stratified, 0 for none. clients: >= 1. partition: "iid", "dirichlet" (alpha > 0),
+    "pathological" (classes_per_client) or "natural" (group: a column; with alpha also a Dirichlet
+    over its values). seed: of the caps and the hold-out.
+    """
+
+    model_config = TABLE
+    name: str | None = None
+    path: str | None = None
+    test_path: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    limit: int = Field(default=0, ge=0)
+    test_limit: int = Field(default=0, ge=0)
+    clients: int = Field(default=10, ge=1)
+    partition: Literal["iid", "dirichlet", "pathological", "natural"] = "dirichlet"
+    alpha: float | None = Field(default=None, gt=0)
+    classes_per_client: int = Field(default=2, ge=1)
+    group: str | None = None
+    max_tokens: int = Field(default=64, ge=3)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def one_source(self) -> Data:
+        if (self.name is None) == (self.path is None):
+            raise ValueError(
+                f"give either data.name (one of {', '.join(TEXT_NAMES)}) or data.path (a file)"
+            )
+        if self.partition == "dirichlet" and self.alpha is None:
+            raise ValueError("data.partition = 'dirichlet' needs data.alpha, a number above 0")
+        return self
+
+
+class Model(BaseModel):
+    """Which model, and what of it is trained.
+
+    name: "minilm", a folder, or a name on the Hugging Face hub. experts: number of experts that
+    each chosen dense feed-forward layer is copied into, 0 to take the model as it is. top_k:
+    experts a token. layers: how many of the last layers become mixtures. noise: of the copies,
+    relative to their weights' deviation. train: "moe" the mixture blocks and the head, "experts",
+    "layers" everything from the first mixture upward, "all".
+    """
+
+    model_config = TABLE
+    name: str = "minilm"
+    experts: int = Field(default=8, ge=0)
+    top_k: int = Field(default=2, ge=1)
+    layers: int = Field(default=1, ge=1)
+    noise: float = Field(default=0.01, ge=0)
+    scale: bool = False
+    train: Literal["moe", "experts", "layers", "all"] = "moe"
+
+
+class Compare(BaseModel):
+    """What `sluiceway compare` varies when it is not told: key = list of values; and the seeds."""
+
+    model_config = TABLE
+    vary: dict[str, list[Any]] = Field(default_factory=dict)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+
+
+class Recipe(BaseModel):
+    """A whole run. `method` has `name` and the parameters of that strategy."""
+
+    model_config = TABLE
+    description: str = ""
+    run: Run = Field(default_factory=Run)
+    data: Data
+    model: Model = Field(default_factory=Model)
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "fedavg"})
+    train: dict[str, Any] = Field(default_factory=dict)
+    compare: Compare = Field(default_factory=Compare)
+
+    def strategy(self) -> Strategy:
+        """The strategy that [method] names. Raises InputError."""
+        name = self.method.get("name")
+        if name not in STRATEGIES:
+            raise InputError(f"method.name = {name!r}; allowed: {', '.join(STRATEGIES)}")
+        parameters = {key: value for key, value in self.method.items() if key != "name"}
+        built: Strategy = checked("method", STRATEGIES[name], parameters, ["name"])
+        return built
+
+    def training(self) -> Training:
+        """What [train] says. Raises InputError."""
+        built: Training = checked("train", Training, self.train, [])
+        return built
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value that the run uses, defaults included, ready to be written as TOML."""
+        tables = self.model_dump(exclude_none=True)
+        tables["method"] = {"name": self.method["name"], **self.strategy().parameters()}
+        tables["train"] = {f.name: getattr(self.training(), f.name) for f in fields(Training)}
+        return tables
+
+
+def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
+    """An object of a checked dataclass; its faults as one line that names the table."""
+    assert is_pydantic_dataclass(cls)
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise InputError(first_fault(error, table, {table: [*more, *keys_of(cls)]})) from None
+
+
+def keys_of(cls: type[Any]) -> list[str]:
+    """The parameters of a checked dataclass, by the names that a recipe uses."""
+    described = cls.__pydantic_fields__
+    return [str(info.validation_alias or name) for name, info in described.items()]
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a TOML file, apply `key=value` overrides, check it.
+
+    Raises:
+        InputError: no such recipe, not TOML, an unknown key, a value out of range.
+    """
+    tables = read_tables(recipe)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        set_key(tables, key.strip(), parsed(value.strip()), override)
+    return recipe_from(tables)
+
+
+def recipe_from(tables: Mapping[str, Any]) -> Recipe:
+    """Check the tables of a recipe. Raises InputError."""
+    try:
+        recipe = Recipe(**tables)
+    except ValidationError as error:
+        raise InputError(first_fault(error, "", known_keys())) from None
+    recipe.strategy()
+    recipe.training()
+    return recipe
+
+
+def known_keys() -> dict[str, list[str]]:
+    """Keys by table; "" has the tables themselves."""
+    nested = {"run": Run, "data": Data, "model": Model, "compare": Compare}
+    return {"": list(Recipe.model_fields)} | {t: list(c.model_fields) for t, c in nested.items()}
+
+
+def read_tables(recipe: str | Path) -> dict[str, Any]:
+    """The raw tables of a recipe by name or path. Raises InputError."""
+    shipped = shipped_recipes()
+    path = shipped.get(str(recipe)) or Path(recipe)
+    if not path.is_file():
+        raise InputError(
+            f"no recipe {str(recipe)!r}: not a file, and the shipped ones are {', '.join(shipped)}"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with Sluiceway, by name."""
+    folder = Path(str(resources.files("sluiceway") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def set_key(tables: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set `table.key` (or deeper) in place."""
+    *path, last = key.split(".")
+    if not last or not path or "=" not in said:
+        raise InputError(f"cannot set {said!r}; write table.key=value, such as data.alpha=0.1")
+    for part in path:
+        tables = tables.setdefault(part, {})
+        if not isinstance(tables, dict):
+            raise InputError(f"cannot set {key}: {part} is not a table")
+    tables[last] = value
+
+
+def parsed(value: str) -> Any:
+    """A value as TOML reads it; what TOML does not read is a string."""
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value

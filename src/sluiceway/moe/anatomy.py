@@ -1,0 +1,243 @@
+"""Where routers and experts live in a model.
+
+``anatomy(model)`` walks the modules once, recognises blocks by the table in ``families.py``, and
+names every tensor that belongs to a gate or to one expert. Names are those of
+``model.named_parameters()``: ``save_pretrained`` renames and un-fuses, so saved names never match.
+
+Experts are held in one of two ways, and both end as *pieces*:
+
+- fused: one parameter for all experts, leading axis E. Expert e's piece is the slice ``[e]``.
+- one module per expert (``nn.ModuleList`` or ``nn.ModuleDict``): the pieces are whole parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from sluiceway.moe.families import FAMILIES, Family, family_of
+
+
+class NoExpertsError(ValueError):
+    """The model has no mixture-of-experts block of a known family."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor that may cross the wire: a whole parameter, or one expert's slice of a fused one.
+
+    Attributes:
+        key: ``"<param>"`` for a whole parameter, ``"<param>[e]"`` for a slice. Unique in a model.
+        param: the parameter's name in ``model.named_parameters()``.
+        index: the position on the leading axis, or None for the whole parameter.
+    """
+
+    key: str
+    param: str
+    index: int | None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The piece inside ``tensors[param]``: a view, never a copy.
+
+        Raises:
+            KeyError: ``tensors`` lacks the parameter.
+        """
+        tensor = tensors[self.param]
+        return tensor if self.index is None else tensor[self.index]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One mixture-of-experts block.
+
+    Attributes:
+        position: 0, 1, ... in order of appearance in the model.
+        name: module name of the block, the parent of router and experts ("" if it is the model).
+        family: name of the family, a key of ``families.FAMILIES``.
+        router: module name of the router, the module whose forward gives the logits.
+        experts: module name of the experts container.
+        gate: names of the router parameters with leading axis E.
+        num_experts: E.
+        top_k: k, experts chosen per token.
+        hidden: d, width of the hidden states that enter the router.
+        pieces: [E] tuples, the pieces that belong to each expert.
+    """
+
+    position: int
+    name: str
+    family: str
+    router: str
+    experts: str
+    gate: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    hidden: int
+    pieces: tuple[tuple[Piece, ...], ...]
+
+    def expert(self, e: int) -> tuple[Piece, ...]:
+        """The pieces of expert ``e``, 0 <= e < E; IndexError otherwise."""
+        if not 0 <= e < self.num_experts:
+            raise IndexError(f"expert {e} of block {self.name}: it has {self.num_experts} experts")
+        return self.pieces[e]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All mixture-of-experts blocks of one model, in order of appearance."""
+
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def gate_params(self) -> frozenset[str]:
+        """Names of all router parameters with leading axis E."""
+        return frozenset(name for block in self.blocks for name in block.gate)
+
+    @cached_property
+    def expert_params(self) -> frozenset[str]:
+        """Names of all parameters that hold experts, fused or not."""
+        return frozenset(piece.param for block in self.blocks for e in block.pieces for piece in e)
+
+    @cached_property
+    def _owners(self) -> dict[str, tuple[int, int]]:
+        return {
+            piece.key: (block.position, e)
+            for block in self.blocks
+            for e, pieces in enumerate(block.pieces)
+            for piece in pieces
+        }
+
+    @cached_property
+    def _fused(self) -> dict[str, tuple[Piece, ...]]:
+        fused: dict[str, list[Piece]] = {}
+        for block in self.blocks:
+            for pieces in block.pieces:
+                for piece in pieces:
+                    if piece.index is not None:
+                        fused.setdefault(piece.param, []).append(piece)
+        return {param: tuple(pieces) for param, pieces in fused.items()}
+
+    def expert(self, block: int, e: int) -> tuple[Piece, ...]:
+        """The pieces of expert ``e`` of block number ``block``; IndexError out of range."""
+        return self.blocks[block].expert(e)
+
+    def pieces(self, params: Iterable[str]) -> tuple[Piece, ...]:
+        """The given parameters as pieces, in the given order.
+
+        A fused expert parameter becomes its E slices, in order of e; every other name becomes one
+        whole piece.
+        """
+        found: list[Piece] = []
+        for param in params:
+            found.extend(self._fused.get(param) or (Piece(param, param, None),))
+        return tuple(found)
+
+    def owner(self, key: str) -> tuple[int, int] | None:
+        """(block, expert) that the piece ``key`` belongs to, or None for any other tensor."""
+        return self._owners.get(key)
+
+    def gate_block(self, param: str) -> int | None:
+        """Position of the block whose router holds the parameter, or None for any other."""
+        return next((block.position for block in self.blocks if param in block.gate), None)
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Find the mixture-of-experts blocks of ``model``, which may be wrapped or on the meta device.
+
+    Raises:
+        NoExpertsError: the model has no block of a known family.
+        ValueError: a block of a known family has shapes that contradict its number of experts.
+    """
+    found = find_anatomy(model)
+    if found is None:
+        known = ", ".join(FAMILIES)
+        raise NoExpertsError(
+            f"model {type(model).__name__} has no mixture-of-experts block; known families: {known}"
+        )
+    return found
+
+
+def find_anatomy(model: nn.Module) -> Anatomy | None:
+    """Like ``anatomy``, but None for a model without a known mixture-of-experts block."""
+    params = dict(model.named_parameters())
+    blocks: list[Block] = []
+    for name, module in model.named_modules():
+        family = family_of(module)
+        if family is not None:
+            blocks.append(_block(len(blocks), name, module, family, params))
+    return Anatomy(tuple(blocks)) if blocks else None
+
+
+def _block(
+    position: int, name: str, module: nn.Module, family: Family, params: Mapping[str, Tensor]
+) -> Block:
+    router, experts = module.get_submodule(family.router), module.get_submodule(family.experts)
+    router_name, experts_name = _join(name, family.router), _join(name, family.experts)
+    num_experts = int(getattr(router, family.num_experts))
+    top_k = family.top_k if isinstance(family.top_k, int) else int(getattr(router, family.top_k))
+    gate = tuple(
+        param for param in _under(params, router_name) if _leads(params[param], num_experts)
+    )
+    hidden = next((params[param].shape[1] for param in gate if params[param].ndim == 2), None)
+    if hidden is None:
+        raise ValueError(f"router {router_name}: no [{num_experts}, hidden] parameter")
+    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+        pieces = _module_pieces(experts_name, experts, params)
+    else:
+        pieces = _fused_pieces(experts_name, num_experts, params)
+    if len(pieces) != num_experts or not all(pieces):
+        raise ValueError(f"{experts_name}: parameters do not make {num_experts} experts")
+    return Block(
+        position=position,
+        name=name,
+        family=family.name,
+        router=router_name,
+        experts=experts_name,
+        gate=gate,
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden=hidden,
+        pieces=pieces,
+    )
+
+
+def _module_pieces(
+    name: str, experts: nn.ModuleList | nn.ModuleDict, params: Mapping[str, Tensor]
+) -> tuple[tuple[Piece, ...], ...]:
+    children = sorted((child for child, _ in experts.named_children()), key=_number)
+    return tuple(
+        tuple(Piece(param, param, None) for param in _under(params, _join(name, child)))
+        for child in children
+    )
+
+
+def _fused_pieces(
+    name: str, num_experts: int, params: Mapping[str, Tensor]
+) -> tuple[tuple[Piece, ...], ...]:
+    fused = [param for param in _under(params, name) if _leads(params[param], num_experts)]
+    return tuple(
+        tuple(Piece(f"{param}[{e}]", param, e) for param in fused) for e in range(num_experts)
+    )
+
+
+def _number(child: str) -> int:
+    """The expert's number in a child's name ("expert_10" -> 10): routers select by number."""
+    digits = re.search(r"\d+$", child)
+    if digits is None:
+        raise ValueError(f"expert module {child!r} has no number at the end of its name")
+    return int(digits.group())
+
+
+def _leads(tensor: Tensor, num_experts: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == num_experts
+
+
+def _under(params: Mapping[str, Tensor], module: str) -> list[str]:
+    return [param for param in params if param.startswith(f"{module}.")]
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child

@@ -1,0 +1,61 @@
+"""What a router would say with the parameter values that were received this round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sluiceway.moe.anatomy import Block
+from sluiceway.moe.families import FAMILIES, read_logits
+
+
+class _Bare(nn.Module):
+    """Calls a router's forward itself, past its hooks."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.router.forward(hidden)
+
+
+def received_logits(
+    block: Block,
+    router_module: nn.Module,
+    received_params: Mapping[str, Tensor],
+    hidden: Tensor,
+) -> Tensor:
+    """What the router would say with other parameter values; no observer sees it.
+
+    Args:
+        block: the block that the router belongs to.
+        router_module: its router, ``model.get_submodule(block.router)``. Runs in evaluation mode
+            here, so without jitter, and is left as it was.
+        received_params: the other values, by the names in ``block.gate``; other names are ignored.
+        hidden: [T, d] or [B, S, d], hidden states that enter the router.
+
+    Returns:
+        Raw logits [T, E]; their graph leads to ``hidden`` only.
+
+    Raises:
+        ValueError: a gate parameter is missing or has another shape.
+    """
+    values: dict[str, Tensor] = {}
+    for name in block.gate:
+        own = router_module.get_parameter(name.removeprefix(f"{block.router}."))
+        value = received_params.get(name)
+        if value is None or value.shape != own.shape:
+            got = "nothing" if value is None else f"shape {list(value.shape)}"
+            raise ValueError(f"received {name}: expected shape {list(own.shape)}, got {got}")
+        values[name.replace(block.router, "router", 1)] = value.detach().to(own)
+    training = router_module.training
+    router_module.eval()
+    try:
+        output = torch.func.functional_call(_Bare(router_module), values, (hidden,))
+    finally:
+        router_module.train(training)
+    return read_logits(FAMILIES[block.family], output)

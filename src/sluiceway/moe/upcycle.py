@@ -1,0 +1,208 @@
+"""Dense -> mixture of experts: each chosen feed-forward layer is copied into E experts.
+
+A dense family is one function that recognises a layer and hands back its linear maps (``_Dense``);
+to support another one, write that function and add it to ``_FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sluiceway.moe.anatomy import find_anatomy
+from sluiceway.moe.upcycled import Activation, UpcycledExperts, UpcycledMoE, UpcycledRouter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A dense feed-forward layer, and how to put a block in its place."""
+
+    up: nn.Linear
+    down: nn.Linear
+    gate: nn.Linear | None
+    activation: Activation
+    replace: Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    experts: int
+    top_k: int
+    noise: float
+    router_std: float
+    scale: bool
+
+
+def upcycle(
+    model: Model,
+    layers: Sequence[int] | int,
+    experts: int,
+    top_k: int = 2,
+    noise: float = 0.0,
+    router_std: float = 0.02,
+    seed: int = 0,
+    scale: bool = False,
+) -> Model:
+    """Turn feed-forward layers of a dense transformer into mixture-of-experts blocks, in place.
+
+    Known dense families: BERT-style (``intermediate`` + ``output``; dropout, residual and
+    LayerNorm of ``output`` stay) and Llama-style (``mlp`` with gate, up and down). With
+    ``noise=0`` and ``scale=False`` the model computes what the dense one did, up to rounding.
+    The same arguments give the same model, bit for bit.
+
+    Args:
+        model: the dense model; layers are counted in order of appearance, from 0.
+        layers: an int n: the last n layers, n >= 1; else their numbers, negative ones from the end.
+        experts: E >= 1, experts per layer.
+        top_k: k in [1, E], experts per token.
+        noise: >= 0, relative: every weight matrix of every expert gets noise * std(matrix) * a
+            normal draw. A little (0.01) or top_k >= 2 with different experts is what gives the
+            router a task gradient: identical experts make every choice equal.
+        router_std: >= 0, standard deviation of the new router's weights.
+        seed: of the routers' and the noise's generator.
+        scale: multiply the output by the chosen probabilities, not renormalised (Switch-style).
+            Needed for top_k=1; the output is then smaller than the dense model's.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: an argument out of range, layers out of range or repeated, a model whose
+            feed-forward layers are not recognised, or one that has experts already. The model is
+            then unchanged.
+    """
+    settings = _Settings(experts, top_k, noise, router_std, scale)
+    _check(settings)
+    if find_anatomy(model) is not None:
+        raise ValueError(f"model {type(model).__name__} has mixture-of-experts blocks already")
+    found = [dense for module in model.modules() if (dense := _recognise(module)) is not None]
+    if not found:
+        raise ValueError(
+            f"model {type(model).__name__}: no feed-forward layer recognised; "
+            "known are BERT-style (intermediate + output) and Llama-style (gate, up, down)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for position in _positions(layers, len(found)):
+        dense = found[position]
+        dense.replace(_block(dense, settings, generator).train(dense.up.training))
+    return model
+
+
+def _check(settings: _Settings) -> None:
+    if settings.experts < 1:
+        raise ValueError(f"experts={settings.experts}: must be at least 1")
+    if not 1 <= settings.top_k <= settings.experts:
+        raise ValueError(
+            f"top_k={settings.top_k}: must be in [1, {settings.experts}], experts at most"
+        )
+    if settings.top_k == 1 and not settings.scale:
+        raise ValueError(
+            "top_k=1 with renormalised weights gives the router no gradient: "
+            "set scale=True or top_k >= 2"
+        )
+    for name in ("noise", "router_std"):
+        if not 0 <= getattr(settings, name) < float("inf"):
+            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 0, and finite")
+
+
+def _positions(layers: Sequence[int] | int, count: int) -> list[int]:
+    if isinstance(layers, int):
+        if not 1 <= layers <= count:
+            raise ValueError(f"layers={layers}: the model has {count} feed-forward layers")
+        return list(range(count - layers, count))
+    wrong = [layer for layer in layers if not -count <= layer < count]
+    if wrong or not layers:
+        raise ValueError(
+            f"layers={list(layers)}: name at least one of the {count} layers, 0 to {count - 1}"
+        )
+    positions = sorted({layer % count for layer in layers})
+    if len(positions) != len(layers):
+        raise ValueError(f"layers={list(layers)}: a layer is named twice")
+    return positions
+
+
+def _block(dense: _Dense, settings: _Settings, generator: Generator) -> UpcycledMoE:
+    weight = dense.up.weight
+    # The router is drawn before the noise, so that it is the same with and without noise.
+    router = settings.router_std * torch.randn(
+        settings.experts, weight.shape[1], generator=generator
+    )
+
+    def noisy(linear: nn.Linear) -> Tensor:
+        return _copies(linear.weight.detach(), settings, generator)
+
+    def bias(linear: nn.Linear) -> Tensor | None:
+        return None if linear.bias is None else _repeat(linear.bias.detach(), settings.experts)
+
+    moe = UpcycledMoE(
+        UpcycledRouter(router.to(weight), settings.top_k, settings.scale),
+        UpcycledExperts(
+            gate=None if dense.gate is None else noisy(dense.gate),
+            up=noisy(dense.up),
+            up_bias=bias(dense.up),
+            down=noisy(dense.down),
+            down_bias=bias(dense.down),
+            activation=dense.activation,
+        ),
+    )
+    return moe.requires_grad_(weight.requires_grad)
+
+
+def _copies(weight: Tensor, settings: _Settings, generator: Generator) -> Tensor:
+    copies = _repeat(weight, settings.experts)
+    if settings.noise > 0:
+        draw = torch.randn(copies.shape, generator=generator).to(weight.device)
+        copies += (settings.noise * weight.float().std() * draw).to(weight.dtype)
+    return copies
+
+
+def _repeat(tensor: Tensor, experts: int) -> Tensor:
+    return tensor.unsqueeze(0).repeat(experts, *[1] * tensor.ndim)
+
+
+def _bert(layer: nn.Module) -> _Dense | None:
+    intermediate, output = layer._modules.get("intermediate"), layer._modules.get("output")
+    up, down = getattr(intermediate, "dense", None), getattr(output, "dense", None)
+    activation = getattr(intermediate, "intermediate_act_fn", None)
+    if activation is None or not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
+        return None
+
+    def replace(block: nn.Module) -> None:
+        layer.intermediate = block
+        # Dropout, residual and LayerNorm stay where they are; only the linear map goes.
+        assert output is not None
+        output.dense = nn.Identity().train(output.training)
+
+    return _Dense(up, down, None, activation, replace)
+
+
+def _llama(layer: nn.Module) -> _Dense | None:
+    mlp = layer._modules.get("mlp")
+    gate, up, down = (getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down"))
+    activation = getattr(mlp, "act_fn", None)
+    if (
+        activation is None
+        or not isinstance(gate, nn.Linear)
+        or not isinstance(up, nn.Linear)
+        or not isinstance(down, nn.Linear)
+        or gate.bias is not None
+    ):
+        return None
+
+    def replace(block: nn.Module) -> None:
+        layer.mlp = block
+
+    return _Dense(up, down, gate, activation, replace)
+
+
+_FAMILIES: tuple[Callable[[nn.Module], _Dense | None], ...] = (_bert, _llama)
+
+
+def _recognise(layer: nn.Module) -> _Dense | None:
+    return next((dense for family in _FAMILIES if (dense := family(layer)) is not None), None)

@@ -1,0 +1,248 @@
+"""What a strategy is: how a server combines updates, and what it asks of a client.
+
+A strategy lives on both sides of the wire. Its server half holds the global tensors and folds
+updates into them; its client half may add a term to the loss, correct gradients and send
+something extra back. So a new method is one file. It decides nothing about transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, TypeAdapter
+from torch import Tensor, nn
+
+from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, Observer, Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: How every strategy's parameters are checked: unknown names and values out of range are errors.
+PARAMETERS = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server sends to every client of a round.
+
+    Attributes:
+        round: number of the round, from 1.
+        tensors: the shared parameters and buffers, by their name in the model.
+        extra: what the strategy sends beside them (control variates, global routing, ...).
+    """
+
+    round: int
+    tensors: Mapping[str, Tensor]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back.
+
+    Attributes:
+        client: number of the client, from 0.
+        round: the round it answers.
+        examples: how many training examples the client holds, > 0.
+        tensors: the trained values (not differences) by `Piece.key`; experts that saw no token
+            are absent. May be a lazy mapping over a file.
+        routing: what the client measured per MoE block; empty for a dense model.
+        extra: what the strategy's client half sends beside them.
+        metrics: numbers for people to read (loss, seconds, ...).
+        nbytes: length of the packed message, in bytes.
+    """
+
+    client: int
+    round: int
+    examples: int
+    tensors: Mapping[str, Tensor]
+    routing: Sequence[BlockRouting] = ()
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+@dataclass
+class Client:
+    """One client in one round, as its strategy's client half sees it.
+
+    Attributes:
+        model: the model being trained, in place.
+        params: the trained parameters by name.
+        received: the values they had when the round began, by name (same shapes).
+        broadcast: the server's message.
+        anatomy: where routers and experts are; no blocks for a dense model.
+        observer: routing of the training forwards; `observer.last` is the newest step.
+        state: tensors that stay with this client from round to round and never cross.
+        steps: optimiser steps taken in this round.
+        scratch: room for the strategy within this round.
+    """
+
+    model: nn.Module
+    params: dict[str, nn.Parameter]
+    received: Mapping[str, Tensor]
+    broadcast: Broadcast
+    anatomy: Anatomy
+    observer: Observer | None
+    state: dict[str, Tensor]
+    steps: int = 0
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+
+class Strategy:
+    """Base of all strategies. `FedAvg` is the one to start from when writing another."""
+
+    name: ClassVar[str]
+    #: Needs a mixture-of-experts model.
+    needs_experts: ClassVar[bool] = False
+
+    tensors: dict[str, Tensor]
+    anatomy: Anatomy
+    clients: int
+
+    # -- the server's half ---------------------------------------------------------------------
+
+    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
+        """Take the initial values of all that is trained.
+
+        Args:
+            tensors: trained parameters and exchanged buffers by name.
+            anatomy: where routers and experts live; no blocks for a dense model.
+            clients: how many clients there are in all, sampled or not.
+
+        Raises:
+            NoExpertsError: the strategy needs experts and the model has none.
+        """
+        if self.needs_experts and not anatomy.blocks:
+            raise NoExpertsError(
+                f"method {self.name} needs a mixture-of-experts model, and this one is dense; "
+                "give a MoE model, or upcycle a dense one (model.experts = 8)"
+            )
+        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.anatomy = anatomy
+        self.clients = clients
+        self.pieces: tuple[Piece, ...] = anatomy.pieces(self.tensors)
+        self.shared_pieces = tuple(p for p in self.pieces if not self.private(p.param))
+
+    def broadcast(self, number: int) -> Broadcast:
+        """The message that opens round `number` (from 1)."""
+        shared = {name: t for name, t in self.tensors.items() if not self.private(name)}
+        return Broadcast(number, shared, self.server_extra())
+
+    def server_extra(self) -> Mapping[str, Tensor]:
+        """What the broadcast carries beside the model; nothing unless a strategy says so."""
+        return {}
+
+    def aggregate(self, updates: Iterable[Update]) -> None:
+        """Fold one round's updates into `self.tensors`. Streams: each update is read once."""
+        raise NotImplementedError
+
+    def streams(self) -> bool:
+        """True if `aggregate` is done with an update before it asks for the next."""
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next round depends on, as named tensors."""
+        return {f"tensors/{name}": tensor for name, tensor in self.tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave; call after `setup`."""
+        self.tensors = unprefixed(state, "tensors/")
+
+    def report(self) -> dict[str, float]:
+        """Numbers about the last aggregation for metrics.jsonl."""
+        return {}
+
+    # -- what is trained and what crosses ------------------------------------------------------
+
+    def trains(self, param: str, anatomy: Anatomy) -> bool:
+        """Whether the named parameter is trained at all."""
+        return True
+
+    def private(self, param: str) -> bool:
+        """Whether the named parameter stays with its client and never crosses."""
+        return False
+
+    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
+        """Whether a client with this routing sends the piece: all but experts without a token."""
+        owner = self.anatomy.owner(piece.key)
+        return owner is None or float(routing[owner[0]].load[owner[1]]) > 0
+
+    def wants_regions(self) -> bool:
+        """Whether updates must carry the experts' region means ([E, d] per block)."""
+        return False
+
+    # -- the client's half ---------------------------------------------------------------------
+
+    def start(self, client: Client) -> None:
+        """Called once the received values are in the model, before the first step."""
+
+    def penalty(self, client: Client) -> Tensor | None:
+        """A term that is added to the task loss of this step (scalar with graph), or None."""
+        return None
+
+    def correct(self, client: Client) -> None:
+        """Called after backward, before clipping and the optimiser's step."""
+
+    def finish(self, client: Client) -> Mapping[str, Tensor]:
+        """What the update carries beside the model, at the end of local training."""
+        return {}
+
+    def parameters(self) -> dict[str, Any]:
+        """The strategy's own parameters by the name that a recipe uses."""
+        dumped: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, by_alias=True)
+        return dumped
+
+
+def unprefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of `state` below `prefix`, cloned, without it."""
+    return {
+        key.removeprefix(prefix): value.clone()
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+
+
+class RunningMean:
+    """A weighted mean of updates, taken one at a time.
+
+    After adding x_1..x_n with weights v_1..v_n it holds sum_i v_i x_i / sum_i v_i, in float32 or
+    wider whatever the updates' type. A piece that was given no weight keeps its old value, and
+    the first value added is held exactly: one client alone gets its own tensors back. Memory:
+    one copy of the model, however many updates.
+    """
+
+    def __init__(self, old: Mapping[str, Tensor]) -> None:
+        self.old = old
+        self.mean = {
+            name: t.to(torch.promote_types(t.dtype, torch.float32), copy=True)
+            for name, t in old.items()
+        }
+        self.total: dict[str, float | Tensor] = {}
+
+    def add(self, piece: Piece, value: Tensor | None, weight: float | Tensor) -> None:
+        """Count one client's value of one piece.
+
+        Args:
+            piece: which tensor.
+            value: same shape as the piece; None means unchanged (the old value counts).
+            weight: >= 0, a number or one for each row of the leading axis ([E] for a gate).
+        """
+        mean = piece.of(self.mean)
+        value = (piece.of(self.old) if value is None else value).to(mean)
+        before = self.total.get(piece.key, 0.0)
+        total = self.total[piece.key] = before + weight
+        # lerp is exact at both ends, which a plain `mean + share * (value - mean)` is not
+        if isinstance(total, float):
+            if weight > 0:
+                mean.lerp_(value, weight / total)
+            return
+        share = torch.where(total > 0, weight / total.clamp_min(1e-300), 0.0)
+        mean.lerp_(value, share.to(mean).reshape(-1, *[1] * (mean.ndim - 1)))
+
+    def result(self) -> dict[str, Tensor]:
+        """The mean of every tensor, in the tensors' own types."""
+        return {name: mean.to(self.old[name].dtype) for name, mean in self.mean.items()}

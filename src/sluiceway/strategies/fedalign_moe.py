@@ -1,0 +1,204 @@
+"""FedAlign-MoE: aligning gates and experts across non-IID clients (arXiv 2603.21276).
+
+The mathematics is in `sluiceway.fedalign`; docs/methods.md says what is the paper's and what is
+our reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from sluiceway import fedalign
+from sluiceway.moe import Anatomy, Block, BlockStep, Piece, received_logits
+from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
+from sluiceway.strategies.fedavg import FedAvg
+
+#: Columns of an update that are compared at a time: 50 clients then take 50 MB.
+COLUMNS = 1 << 18
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class FedAlignMoE(FedAvg):
+    """Consistency-weighted gates, a routing regulariser, and semantic averaging of experts.
+
+    The five steps of the paper's ablation are four switches: all off is parameter averaging
+    (FedAvg, bit for bit), then `align`, `consistency`, `adaptive` and `semantic` are added in turn.
+
+    align: clients pull their routing toward the reference, weighted by `lambda`.
+    consistency: client weights w_i(e) by routing overlap times margin; without it they are
+        uniform where `align` is on and by examples where it is off.
+    adaptive: the pull is strong for globally consistent experts and weak for the others.
+    semantic: experts are averaged over clients whose updates and regions agree.
+    lambda: weight of the regulariser in the client's loss, >= 0 (`lambda_` in Python).
+    reference: what routing is pulled to: "marginal" is the global routing distribution [paper],
+        "conditional" the received gate's choice for the same token [ours].
+    gate: how routers are combined: "consistency" rows by w_i(e) [ours], "average" by examples,
+        "frozen" never trained, "local" kept by each client.
+    beta: selection threshold tau = mean - beta * std of the pairwise values, >= 0 [ours].
+    """
+
+    name: ClassVar[str] = "fedalign-moe"
+    needs_experts: ClassVar[bool] = True
+    align: bool = True
+    consistency: bool = True
+    adaptive: bool = True
+    semantic: bool = True
+    lambda_: float = Field(
+        default=0.1, ge=0, validation_alias="lambda", serialization_alias="lambda"
+    )
+    reference: Literal["marginal", "conditional"] = "conditional"
+    gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
+    beta: float = Field(default=1.0, ge=0)
+
+    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
+        super().setup(tensors, anatomy, clients)
+        self.routing: list[Tensor] = []
+        self.kept_share = 1.0
+
+    def trains(self, param: str, anatomy: Anatomy) -> bool:
+        return not (self.gate == "frozen" and param in anatomy.gate_params)
+
+    def private(self, param: str) -> bool:
+        return self.gate == "local" and param in self.anatomy.gate_params
+
+    def wants_regions(self) -> bool:
+        return self.semantic
+
+    # -- the server's half ---------------------------------------------------------------------
+
+    def server_extra(self) -> Mapping[str, Tensor]:
+        return {f"routing/{block}": r_g.float() for block, r_g in enumerate(self.routing)}
+
+    def streams(self) -> bool:
+        return not self.semantic  # directions are compared before anything is added up
+
+    def aggregate(self, updates: Iterable[Update]) -> None:
+        if not (self.align or self.consistency or self.semantic):
+            super().aggregate(updates)
+            return
+        held = list(updates)  # weights need every client's report before any tensor is added up
+        if not held:
+            return
+        self.rows = {update.client: row for row, update in enumerate(held)}
+        self.gate_weights = [self.client_weights(held, b) for b in range(len(self.anatomy.blocks))]
+        self.routing = [
+            fedalign.global_routing(w, stacked(held, b, "routing"))
+            for b, w in enumerate(self.gate_weights)
+        ]
+        if self.semantic:
+            self.expert_weights = [self.semantic_weights(held, b) for b in self.anatomy.blocks]
+        super().aggregate(held)
+
+    def client_weights(self, held: Sequence[Update], block: int) -> Tensor:
+        """w_i(e), [N, E] with columns that sum to one: whose routing counts for which expert."""
+        r = stacked(held, block, "routing")
+        examples = torch.tensor([u.examples for u in held], dtype=r.dtype)
+        if self.consistency:
+            r_g = self.routing[block] if self.routing else fedalign.mean_routing(r, examples)
+            return fedalign.consistency_weights(r, r_g, stacked(held, block, "margin"))
+        uniform = torch.ones_like(examples) if self.align else examples
+        return (uniform / uniform.sum()).unsqueeze(1).expand_as(r)
+
+    def semantic_weights(self, held: Sequence[Update], block: Block) -> Tensor:
+        """Weight of each client for each expert, [N, E]; an unused expert's column is zero."""
+        directions = [self.directions(held, block.expert(e)) for e in range(block.num_experts)]
+        return fedalign.semantic_weights(
+            stacked(held, block.position, "region"),
+            stacked(held, block.position, "load"),
+            torch.stack(directions),
+            self.beta,
+        )
+
+    def directions(self, held: Sequence[Update], pieces: Sequence[Piece]) -> Tensor:
+        """D(e), [N, N]: cosines between the clients' updates of one expert.
+
+        Reads each update once, `COLUMNS` values of every client at a time, so that memory does
+        not grow with the size of the model.
+        """
+        gram = fedalign.DirectionGram(len(held))
+        for piece in pieces:
+            if piece.param not in self.tensors:
+                continue
+            old = piece.of(self.tensors).reshape(-1)
+            new = [u.tensors.get(piece.key) for u in held]
+            for start in range(0, old.numel(), COLUMNS):
+                part = slice(start, start + COLUMNS)
+                base = old[part].float()
+                gram.add(
+                    torch.stack(
+                        [
+                            torch.zeros_like(base) if v is None else v.reshape(-1)[part] - base
+                            for v in new
+                        ]
+                    )
+                )
+        return gram.cosine()
+
+    def weight(self, update: Update, piece: Piece) -> float | Tensor:
+        owner = self.anatomy.owner(piece.key)
+        if owner is not None and self.semantic:
+            block, expert = owner
+            return float(self.expert_weights[block][self.rows[update.client], expert])
+        block_of_gate = self.anatomy.gate_block(piece.param)
+        aligned = self.gate == "consistency" and (self.align or self.consistency)
+        if block_of_gate is not None and aligned:
+            return self.gate_weights[block_of_gate][self.rows[update.client]]
+        return float(update.examples)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | dict(self.server_extra())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        routing = unprefixed(state, "routing/")
+        self.routing = [routing[str(block)] for block in range(len(routing))]
+
+    # -- the client's half ---------------------------------------------------------------------
+
+    def penalty(self, client: Client) -> Tensor | None:
+        if not self.align or self.lambda_ == 0 or client.observer is None:
+            return None
+        terms = [
+            term
+            for block, step in zip(client.anatomy.blocks, client.observer.last, strict=True)
+            if step is not None and step.logits.requires_grad
+            if (term := self.block_penalty(client, block, step)) is not None
+        ]
+        return self.lambda_ * torch.stack(terms).mean() if terms else None
+
+    def block_penalty(self, client: Client, block: Block, step: BlockStep) -> Tensor | None:
+        """L_reg of one MoE block in this step, scalar; None while there is nothing to align to."""
+        r_g = client.broadcast.extra.get(f"routing/{block.position}")
+        alpha = None
+        if r_g is not None:
+            r_g = r_g.to(step.logits.device)
+            if self.adaptive:
+                alpha = fedalign.adaptive_strength(self.own_routing(client, block, step), r_g)
+        if self.reference == "marginal":
+            if r_g is None:  # the first round has no global routing yet
+                return None
+            return fedalign.marginal_penalty(step.logits, step.selected, r_g, alpha, step.mask)
+        gate = {name: client.received[name] for name in block.gate if name in client.received}
+        router = client.model.get_submodule(block.router)
+        with torch.no_grad():
+            received = received_logits(block, router, gate, step.hidden)
+        return fedalign.conditional_penalty(step.logits, received, alpha, step.mask)
+
+    def own_routing(self, client: Client, block: Block, step: BlockStep) -> Tensor:
+        """r_i so far in this round, this step included, [E]."""
+        p = step.logits.detach().float().softmax(-1)
+        total = p.sum(0) if step.mask is None else step.mask.to(p.dtype) @ p
+        sums: dict[int, Tensor] = client.scratch.setdefault("routing", {})
+        sums[block.position] = sums.get(block.position, 0) + total
+        return sums[block.position] / sums[block.position].sum().clamp_min(1e-12)
+
+
+def stacked(held: Sequence[Update], block: int, field: str) -> Tensor:
+    """One field of every client's report on a block, [N, E] or [N, E, d], float64."""
+    return torch.stack([getattr(u.routing[block], field) for u in held]).to(torch.float64)

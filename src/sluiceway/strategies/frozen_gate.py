@@ -1,0 +1,22 @@
+"""FedAvg with the gates left as they are: no client trains a router."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from sluiceway.moe import Anatomy
+from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.fedavg import FedAvg
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class FrozenGate(FedAvg):
+    """FedAvg over all but the routers, which keep their first values and never cross."""
+
+    name: ClassVar[str] = "frozen-gate"
+    needs_experts: ClassVar[bool] = True
+
+    def trains(self, param: str, anatomy: Anatomy) -> bool:
+        return param not in anatomy.gate_params

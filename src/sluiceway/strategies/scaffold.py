@@ -1,0 +1,86 @@
+"""SCAFFOLD: control variates against client drift (Karimireddy et al., arXiv 1910.06378)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from sluiceway.moe import Anatomy, BlockRouting, Piece
+from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
+from sluiceway.strategies.fedavg import FedAvg
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Scaffold(FedAvg):
+    """Each client descends along g - c_i + c; the server averages models and controls.
+
+    The client's new control is the mean of its raw gradients over the round. Under SGD this is
+    the paper's option II, c_i - c + (x - y_i) / (K lr); it stays defined under other
+    optimisers [ours]. The server's control: c + 1/N sum_i (c_i_new - c_i), N clients in all.
+    Unused experts cross as well, for their control variates move them.
+    """
+
+    name: ClassVar[str] = "scaffold"
+
+    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
+        super().setup(tensors, anatomy, clients)
+        self.control = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
+
+    def server_extra(self) -> Mapping[str, Tensor]:
+        return {f"control/{name}": tensor for name, tensor in self.control.items()}
+
+    def aggregate(self, updates: Iterable[Update]) -> None:
+        change = {name: torch.zeros_like(t) for name, t in self.control.items()}
+
+        def fold_controls() -> Iterable[Update]:
+            for update in updates:
+                for name, total in change.items():
+                    if (sent := update.extra.get(f"control/{name}")) is not None:
+                        total.add_(sent)
+                yield update
+
+        super().aggregate(fold_controls())
+        for name, total in change.items():
+            self.control[name].add_(total, alpha=1 / self.clients)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | dict(self.server_extra())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.control = unprefixed(state, "control/")
+
+    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
+        return True
+
+    # -- the client's half ---------------------------------------------------------------------
+
+    def start(self, client: Client) -> None:
+        own = {name: client.state.get(f"control/{name}") for name in client.params}
+        server = {name: client.broadcast.extra[f"control/{name}"] for name in client.params}
+        client.scratch["shift"] = {
+            name: (server[name] if c is None else server[name] - c).to(client.params[name])
+            for name, c in own.items()
+        }
+        client.scratch["sum"] = {name: torch.zeros_like(p) for name, p in client.params.items()}
+
+    def correct(self, client: Client) -> None:
+        for name, param in client.params.items():
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            client.scratch["sum"][name].add_(param.grad)
+            param.grad.add_(client.scratch["shift"][name])
+
+    def finish(self, client: Client) -> Mapping[str, Tensor]:
+        sent: dict[str, Tensor] = {}
+        for name, total in client.scratch["sum"].items():
+            key = f"control/{name}"
+            new = (total / max(client.steps, 1)).detach().cpu()
+            old = client.state.get(key)
+            sent[key] = new if old is None else new - old
+            client.state[key] = new
+        return sent

