@@ -1,0 +1,58 @@
+"""ACP-SL as mathematics: how channels of smashed data are scored, and which of them are sent.
+
+The method is adaptive channel pruning in split learning (arXiv 2603.09792): LCIS, label-aware
+channel importance scoring, rates channels; ACP, adaptive channel pruning, drops the less important
+ones [paper, abstract only: no formula, number or setting is public to us]. Pure functions on
+tensors, and one small state machine; this package imports torch and nothing of ours, so it can be
+read beside the paper. Letters: B examples, C channels, H x W positions, g cells after pooling,
+K classes, N clients.
+
+Marks, as in docs/methods.md: [paper] is stated by the paper or by a note on it, [ours] is our
+reconstruction.
+
+Read in the order of a round: `pooled` and `ClassStatistics` (statistics), `fisher` and its like
+(scoring; what rivals do is in rivals), `fraction` and its like (pruning), `ChannelChooser`
+(chooser). Shapes are checked everywhere (ValueError); scores are detached, float64 and finite.
+"""
+
+from sluiceway.channels.chooser import ChannelChooser, Rule
+from sluiceway.channels.pruning import (
+    budget,
+    cumulative,
+    fraction,
+    hysteresis,
+    rechoose,
+    schedule,
+    share_count,
+    threshold,
+    top,
+)
+from sluiceway.channels.rivals import entropy, l1, random_scores, std, taylor
+from sluiceway.channels.scoring import FISHER_FLOOR, between, fisher, merge_scores, similarity
+from sluiceway.channels.statistics import ClassStatistics, pooled
+
+__all__ = [
+    "FISHER_FLOOR",
+    "ChannelChooser",
+    "ClassStatistics",
+    "Rule",
+    "between",
+    "budget",
+    "cumulative",
+    "entropy",
+    "fisher",
+    "fraction",
+    "hysteresis",
+    "l1",
+    "merge_scores",
+    "pooled",
+    "random_scores",
+    "rechoose",
+    "schedule",
+    "share_count",
+    "similarity",
+    "std",
+    "taylor",
+    "threshold",
+    "top",
+]
