@@ -28,8 +28,9 @@ def play(chooser: ChannelChooser, scores: Tensor) -> list[Tensor]:
     return [chooser.choose(n, row) for n, row in enumerate(scores, 1)]
 
 
-def test_warm_up_then_schedule() -> None:
-    masks = play(chooser(warmup=2, ramp_rounds=3), draws(0, 8))
+@pytest.mark.parametrize("every", [1, 2, 50])
+def test_warm_up_then_schedule(every: int) -> None:
+    masks = play(chooser(warmup=2, ramp_rounds=3, every=every), draws(0, 8))
     shares = [schedule(n, 2, 0.25, 3) for n in range(1, 9)]
     assert [int(mask.sum()) for mask in masks] == [int(8 * share) for share in shares]
     assert int(masks[-1].sum()) == 2

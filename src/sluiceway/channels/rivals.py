@@ -89,7 +89,8 @@ def entropy(A: Tensor, bins: int = 64) -> Tensor:
         return torch.zeros(values.shape[0], dtype=torch.float64, device=A.device)
     low = values.amin(1, keepdim=True)
     span = values.amax(1, keepdim=True) - low
-    # An infinite span (of the largest floats) gives NaN, and so does a constant channel's 0.
+    # An infinite span (of the largest floats) gives NaN, and so does a constant channel's 0; what
+    # integer NaN becomes differs between devices.
     position = torch.nan_to_num((values - low) / span, nan=0.0, posinf=0.0)
     index = (position * bins).long().clamp(0, bins - 1)
     index += bins * torch.arange(len(values), device=A.device).unsqueeze(1)
@@ -118,9 +119,7 @@ def taylor(A: Tensor, grad: Tensor) -> Tensor:
     """
     if A.shape != grad.shape:
         raise ValueError(f"grad: expected shape {list(A.shape)}, got {list(grad.shape)}")
-    product = _values(A) * _values(grad)
-    product = torch.nan_to_num(product, nan=0.0, posinf=0.0, neginf=0.0)
-    return _mean(_by_example(product).abs())
+    return _mean(_by_example(_values(A) * _values(grad)).abs())
 
 
 def _values(A: Tensor) -> Tensor:
@@ -137,5 +136,5 @@ def _by_example(values: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Mean over examples of [B, C], in float64; 0 of an empty batch, where torch gives NaN."""
+    """Mean over examples of [B, C], in float64, made finite: 0 of an empty batch."""
     return torch.nan_to_num(values.double().mean(0), nan=0.0)

@@ -97,8 +97,7 @@ def similarity(stats: ClassStatistics) -> Tensor:
     same_pairs = _same_pairs(stats)
     other_pairs = (count.sum().square() - count.square().sum()) / 2
     lengths = units.square().sum(-1)
-    have_pairs = (same_pairs > 0).unsqueeze(1)
-    same = ((lengths - stats.unit_squares) / 2).masked_fill(~have_pairs, 0.0).sum(0)
+    same = ((lengths - stats.unit_squares) / 2).sum(0)
     other = (units.sum(0).square().sum(-1) - lengths.sum(0)) / 2
     known = (same_pairs.sum() > 0) & ((count > 0).sum() > 1)
     least = _tiny(count)
