@@ -144,6 +144,12 @@ def varied_tables(
     return tables
 
 
+def value(summary: Mapping[str, Any], measure: str) -> float:
+    """A measure of one run; NaN where it was not taken."""
+    found = summary[measure]
+    return float("nan") if found is None else float(found)
+
+
 def variant_name(values: Mapping[str, Any]) -> str:
     """A variant by its values: "fedavg" for one method, "data.alpha=0.1" for other keys."""
     parts = [str(v) if key == "method.name" else f"{key}={v}" for key, v in values.items()]
@@ -163,7 +169,7 @@ def tabulate(
             "name": name,
             "values": dict(values),
             "measures": {
-                m: vars(Interval.of([float(s[m]) for s in runs.values()])) for m in MEASURES
+                m: vars(Interval.of([value(s, m) for s in runs.values()])) for m in MEASURES
             },
             "runs": {str(seed): summary for seed, summary in runs.items()},
         }
@@ -171,7 +177,7 @@ def tabulate(
             first = runs
         else:
             entry["against_first"] = {
-                m: vars(Interval.of([float(runs[s][m]) - float(first[s][m]) for s in runs]))
+                m: vars(Interval.of([value(runs[s], m) - value(first[s], m) for s in runs]))
                 for m in MEASURES
             }
         variants.append(entry)

@@ -266,6 +266,7 @@ def summarise(
         "accuracy_by_client": result.records[-1].accuracy_by_client,
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
+        "bytes_by_round": [record.bytes_up + record.bytes_down for record in result.records],
         "seconds": seconds,
         "clients": recipe.data.clients,
         "empty_clients": result.empty,
