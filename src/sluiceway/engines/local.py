@@ -50,9 +50,7 @@ class LocalEngine:
             gives the same results, whatever the number of workers.
     """
 
-    def __init__(
-        self, worker: Worker, *, workers: int = 1, threads: int | None = None
-    ) -> None:
+    def __init__(self, worker: Worker, *, workers: int = 1, threads: int | None = None) -> None:
         self.worker = worker
         self.workers = workers
         self.threads = threads
@@ -178,6 +176,7 @@ def federate(
     workers: int = 1,
     threads: int | None = None,
     features: FeatureCache | None = None,
+    on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[Record], None] = lambda record: None,
     on_update: Callable[[int, int], None] = lambda done, of: None,
     checkpoint: Checkpoint | None = None,
@@ -199,6 +198,7 @@ def federate(
         threads: torch threads for each worker.
         features: keeps what frozen layers make of each example; None for a cache of this run's
             own, of up to 2 GB in memory.
+        on_start: called once all is checked and prepared, before the first round.
         on_round, on_update: called with each round's record, and with (updates done, of).
         checkpoint: where to save after every round and to continue from.
 
@@ -235,6 +235,7 @@ def federate(
         loop = Loop(strategy, engine, plan, counts, on_round=on_round, on_update=on_update)
         if checkpoint:
             checkpoint.attach(loop, engine.states)
+        on_start()
         result = loop.run()
         worker.load(strategy.tensors)
     for name, param in model.named_parameters():

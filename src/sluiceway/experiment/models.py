@@ -49,6 +49,7 @@ class Pretrained:
     backbone: nn.Module
     tokenizer: Any
     source: str
+    hidden: int
 
 
 def load_pretrained(name: str) -> Pretrained:
@@ -72,7 +73,7 @@ def load_pretrained(name: str) -> Pretrained:
         raise InputError(f"model.name = {name!r}: no model could be loaded ({why})") from None
     if backbone.config.is_encoder_decoder:
         backbone = backbone.get_encoder()
-    return Pretrained(backbone, tokenizer, source)
+    return Pretrained(backbone, tokenizer, source, backbone.config.hidden_size)
 
 
 def model_place(name: str) -> tuple[str, str]:
@@ -109,9 +110,10 @@ def classifier(loaded: Pretrained, model: Model, classes: int, seed: int) -> Tex
             raise InputError(f"[model]: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = TextClassifier(backbone, backbone.config.hidden_size, classes)
+        built = TextClassifier(backbone, loaded.hidden, classes)
+    trained = trained_names(built, model)
     for name, param in built.named_parameters():
-        param.requires_grad_(name in trained_names(built, model))
+        param.requires_grad_(name in trained)
     return built
 
 

@@ -182,8 +182,15 @@ def recipe_from(tables: Mapping[str, Any]) -> Recipe:
 
 def known_keys() -> dict[str, list[str]]:
     """Keys by table; "" has the tables themselves."""
-    nested = {"run": Run, "data": Data, "model": Model, "compare": Compare}
-    return {"": list(Recipe.model_fields)} | {t: list(c.model_fields) for t, c in nested.items()}
+    nested: dict[str, type[BaseModel]] = {
+        "run": Run,
+        "data": Data,
+        "model": Model,
+        "compare": Compare,
+    }
+    return {"": list(Recipe.model_fields)} | {
+        table: list(cls.model_fields) for table, cls in nested.items()
+    }
 
 
 def read_tables(recipe: str | Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Progress:
     """What a run tells while it goes on; the command line replaces these with a progress bar."""
 
     say: Say = lambda line: None
+    begin: Callable[[int], None] = lambda rounds: None
     on_round: Callable[[Record], None] = lambda record: None
     on_update: Callable[[int, int], None] = lambda done, of: None
 
@@ -63,7 +64,10 @@ class Session:
         self, wanted: Data, texts: TextData, loaded: Pretrained
     ) -> tuple[TextDataset, TextDataset]:
         """Train and test texts as tokens of that model."""
-        key = (wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None}), loaded.source)
+        key = (
+            wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None}),
+            loaded.source,
+        )
         if key not in self.tokens:
             self.tokens[key] = (
                 TextDataset(
@@ -129,8 +133,7 @@ def run(
     session = session or Session()
     progress = progress or Progress()
     began = time.perf_counter()
-    if out is not None:
-        open_folder(out, recipe, resume)
+    folder = Folder(out, recipe, resume) if out else None
     device = chosen_device(recipe.run.device)
     texts = session.data(recipe.data, progress.say)
     parts = partition(
@@ -151,7 +154,17 @@ def run(
         f"model: {recipe.model.name} from {loaded.source}, on {device}, "
         f"{workers} worker{'s' if workers > 1 else ''}"
     )
-    metrics = Metrics(out, progress.on_round)
+
+    def on_start() -> None:
+        progress.begin(recipe.run.rounds)
+        if folder:
+            folder.open()
+
+    def on_round(record: Record) -> None:
+        if folder:
+            folder.add(record)
+        progress.on_round(record)
+
     result = federate(
         model,
         [train.subset(part) for part in parts],
@@ -165,14 +178,14 @@ def run(
         workers=workers,
         threads=recipe.run.threads if device == "cpu" else None,
         features=session.feature_cache(recipe.run.feature_memory_mb),
-        on_round=metrics.add,
+        on_start=on_start,
+        on_round=on_round,
         on_update=progress.on_update,
         checkpoint=Checkpoint(out / "checkpoints", resume) if out else None,
     )
     summary = summarise(recipe, result, texts, device, time.perf_counter() - began)
-    if out is not None:
-        metrics.rewrite(result)
-        write_json(out / "summary.json", summary)
+    if folder:
+        folder.finish(result, summary)
     return result, summary
 
 
@@ -184,20 +197,48 @@ def worker_count(recipe: Recipe, device: str) -> int:
     return min(recipe.run.workers or cores or 1, recipe.data.clients)
 
 
-def open_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run folder, or check that it holds the same recipe when resuming.
+@dataclass
+class Folder:
+    """A run folder: recipe.toml, metrics.jsonl, summary.json.
+
+    Nothing is written before `open`, so that a run that is refused leaves nothing behind.
 
     Raises:
         InputError: the folder holds a run and `resume` was not asked, or another recipe's run.
     """
-    written = out / "recipe.toml"
-    text = tomli_w.dumps(recipe.resolved())
-    if written.exists() and not resume:
-        raise InputError(f"{out} already holds a run; give --resume, --force or another --out")
-    if written.exists() and written.read_text(encoding="utf-8") != text:
-        raise InputError(f"{out} holds a run of another recipe; see {written}")
-    out.mkdir(parents=True, exist_ok=True)
-    written.write_text(text, encoding="utf-8")
+
+    out: Path
+    recipe: Recipe
+    resume: bool
+
+    def __post_init__(self) -> None:
+        self.text = tomli_w.dumps(self.recipe.resolved())
+        written = self.out / "recipe.toml"
+        if written.exists() and not self.resume:
+            raise InputError(
+                f"{self.out} already holds a run; give --resume, --force or another --out"
+            )
+        if written.exists() and written.read_text(encoding="utf-8") != self.text:
+            raise InputError(f"{self.out} holds a run of another recipe; see {written}")
+
+    def open(self) -> None:
+        """Make the folder, with the resolved recipe in it."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "recipe.toml").write_text(self.text, encoding="utf-8")
+
+    def add(self, record: Record) -> None:
+        """Append a round to metrics.jsonl."""
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.as_dict()) + "\n")
+
+    def finish(self, result: Result, summary: dict[str, Any]) -> None:
+        """Write the summary, and metrics.jsonl anew.
+
+        A round that was stopped between its line and its checkpoint left a line too many.
+        """
+        lines = [json.dumps(record.as_dict()) + "\n" for record in result.records]
+        (self.out / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_json(self.out / "summary.json", summary)
 
 
 def clear_folder(out: Path) -> None:
@@ -205,26 +246,6 @@ def clear_folder(out: Path) -> None:
     for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-@dataclass
-class Metrics:
-    """Appends a line a round to metrics.jsonl, then passes the record on."""
-
-    out: Path | None
-    then: Callable[[Record], None]
-
-    def add(self, record: Record) -> None:
-        if self.out is not None:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record.as_dict()) + "\n")
-        self.then(record)
-
-    def rewrite(self, result: Result) -> None:
-        """The whole file from the result: an interrupted round may have left a line too many."""
-        assert self.out is not None
-        lines = [json.dumps(record.as_dict()) + "\n" for record in result.records]
-        (self.out / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def summarise(
@@ -245,6 +266,7 @@ def summarise(
         "accuracy_by_client": result.records[-1].accuracy_by_client,
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
+        "bytes_by_round": [record.bytes_up + record.bytes_down for record in result.records],
         "seconds": seconds,
         "clients": recipe.data.clients,
         "empty_clients": result.empty,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-
 #: Keyword under which a model is handed the output of its frozen layers (see features.py).
 FEATURES = "sluiceway_features"
 

@@ -24,6 +24,9 @@ from sluiceway.moe import Anatomy, Observer, find_anatomy
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
 from sluiceway.strategies.base import PARAMETERS
 
+#: Test examples that a client's own model is judged by, about.
+PERSONAL = 500
+
 #: From (logits [B, C], labels [B]) to a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,9 +84,8 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         if any(module is m for top in still for m in top.modules()):
             continue
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name in kept and buffer.is_floating_point():
-                tensors[name] = buffer
+        own = module.named_buffers(prefix, recurse=False)
+        tensors |= {n: b for n, b in own if n in kept and b.is_floating_point()}
     return tensors
 
 
@@ -246,10 +248,15 @@ class Worker:
         return evaluate(self.model, self.test, indices, self.loss, self.device)
 
     def personal_accuracy(self, examples: Examples) -> float:
-        """Accuracy of the model as it stands, classes weighted as the client holds them."""
+        """Accuracy of the model as it stands, classes weighted as the client holds them.
+
+        Of each class it holds, the first test examples are taken, `PERSONAL` in all at most.
+        """
         counts = torch.bincount(labels_of(examples))
-        own = torch.isin(labels_of(self.test), counts.nonzero().flatten())
-        indices = own.nonzero().flatten().tolist()
+        held = counts.nonzero().flatten()
+        labels = labels_of(self.test)
+        each = -(-PERSONAL // len(held))
+        indices = torch.cat([(labels == y).nonzero().flatten()[:each] for y in held]).tolist()
         found = evaluate(self.model, self.test, indices, self.loss, self.device)
         return found.weighted_accuracy(counts)
 

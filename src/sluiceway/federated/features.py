@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Trunk:
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 digest.update(name.encode())
-                digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -264,9 +264,7 @@ class FeatureCache:
         self.stores: dict[tuple[str, int], FeatureStore] = {}
         self._kept: list[Examples] = []  # keeps ids from being used again
 
-    def wrap(
-        self, trunk: Trunk, sets: Sequence[Examples], device: torch.device
-    ) -> list[Examples]:
+    def wrap(self, trunk: Trunk, sets: Sequence[Examples], device: torch.device) -> list[Examples]:
         """The data sets with their features; sets that are parts of one are computed together."""
         parts = [base_of(examples) for examples in sets]
         bases = {id(base): base for base, _ in parts}
@@ -290,9 +288,7 @@ class FeatureCache:
 def base_of(examples: Examples) -> tuple[Examples, Tensor]:
     """The data set that this one is a part of, and the rows it takes; itself if it is whole."""
     if isinstance(examples, Subset):
-        base, rows = base_of(examples.dataset)
+        base, rows = base_of(cast(Examples, examples.dataset))
         return base, rows[torch.as_tensor(examples.indices, dtype=torch.int64)]
-    base = getattr(examples, "base", None)
-    if base is not None:
-        return base, torch.as_tensor(examples.indices, dtype=torch.int64)  # type: ignore[attr-defined]
-    return examples, torch.arange(len(examples))
+    whole: Examples = getattr(examples, "base", examples)
+    return whole, torch.as_tensor(getattr(examples, "indices", range(len(examples))))

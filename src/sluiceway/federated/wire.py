@@ -33,9 +33,8 @@ class StoredTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path, prefix: str) -> None:
         self._file = safe_open(str(path), framework="pt")
         self._prefix = prefix
-        self._names = {
-            key.removeprefix(prefix): key for key in self._file.keys() if key.startswith(prefix)
-        }
+        keys: list[str] = list(self._file.keys())
+        self._names = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(self._names[name])

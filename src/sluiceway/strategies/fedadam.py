@@ -17,7 +17,7 @@ from sluiceway.strategies.fedavg import FedAvg
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class FedAdam(FedAvg):
-    """d = mean - old; m = b1 m + (1 - b1) d; v = b2 v + (1 - b2) d^2; new = old + lr m / (sqrt v + tau).
+    """d = mean - old; m = b1 m + (1 - b1) d; v = b2 v + (1 - b2) d^2; step = lr m / (sqrt v + tau).
 
     As in the paper's algorithm 2 there is no bias correction.
 

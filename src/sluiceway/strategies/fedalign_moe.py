@@ -6,6 +6,7 @@ our reconstruction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -18,9 +19,6 @@ from sluiceway import fedalign
 from sluiceway.moe import Anatomy, Block, BlockStep, Piece, received_logits
 from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
-
-#: Columns of an update that are compared at a time: 50 clients then take 50 MB.
-COLUMNS = 1 << 18
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -41,6 +39,8 @@ class FedAlignMoE(FedAvg):
     gate: how routers are combined: "consistency" rows by w_i(e) [ours], "average" by examples,
         "frozen" never trained, "local" kept by each client.
     beta: selection threshold tau = mean - beta * std of the pairwise values, >= 0 [ours].
+    sample: values of each expert on which update directions are compared, 0 for all; a cosine
+        then has a standard error of about 1 / sqrt(sample) [ours].
     """
 
     name: ClassVar[str] = "fedalign-moe"
@@ -55,6 +55,7 @@ class FedAlignMoE(FedAvg):
     reference: Literal["marginal", "conditional"] = "conditional"
     gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
     beta: float = Field(default=1.0, ge=0)
+    sample: int = Field(default=32768, ge=0)
 
     def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
         super().setup(tensors, anatomy, clients)
@@ -118,27 +119,32 @@ class FedAlignMoE(FedAvg):
     def directions(self, held: Sequence[Update], pieces: Sequence[Piece]) -> Tensor:
         """D(e), [N, N]: cosines between the clients' updates of one expert.
 
-        Reads each update once, `COLUMNS` values of every client at a time, so that memory does
-        not grow with the size of the model.
+        Taken over evenly spread values of the expert, `sample` of them: all N updates are read
+        twice, the first time in part, and memory is N * sample numbers whatever the model's size.
         """
         gram = fedalign.DirectionGram(len(held))
+        pieces = [piece for piece in pieces if piece.param in self.tensors]
+        size = sum(piece.of(self.tensors).numel() for piece in pieces)
         for piece in pieces:
-            if piece.param not in self.tensors:
-                continue
-            old = piece.of(self.tensors).reshape(-1)
-            new = [u.tensors.get(piece.key) for u in held]
-            for start in range(0, old.numel(), COLUMNS):
-                part = slice(start, start + COLUMNS)
-                base = old[part].float()
-                gram.add(
-                    torch.stack(
-                        [
-                            torch.zeros_like(base) if v is None else v.reshape(-1)[part] - base
-                            for v in new
-                        ]
-                    )
-                )
+            old = piece.of(self.tensors)
+            part = slice(None, None, self.stride(size, old.shape))
+            base = old.reshape(-1)[part].float()
+            rows = base.new_zeros(len(held), len(base))
+            for row, update in zip(rows, held, strict=True):
+                if (new := update.tensors.get(piece.key)) is not None:
+                    torch.sub(new.reshape(-1)[part], base, out=row)
+            gram.add(rows)
         return gram.cosine()
+
+    def stride(self, size: int, shape: Sequence[int]) -> int:
+        """Distance of the values compared, out of an expert of `size` values.
+
+        It shares no factor with a row's length, so that every column is met.
+        """
+        stride = max(1, size // self.sample) if self.sample else 1
+        while math.gcd(stride, shape[-1] if shape else 1) > 1:
+            stride += 1
+        return stride
 
     def weight(self, update: Update, piece: Piece) -> float | Tensor:
         owner = self.anatomy.owner(piece.key)

@@ -22,11 +22,13 @@ class FedAvg(Strategy):
     name: ClassVar[str] = "fedavg"
 
     def aggregate(self, updates: Iterable[Update]) -> None:
-        mean = RunningMean(self.tensors)
+        mean, seen = RunningMean(self.tensors), False
         for update in updates:
+            seen = True
             for piece in self.shared_pieces:
                 mean.add(piece, update.tensors.get(piece.key), self.weight(update, piece))
-        self.tensors = self.step(mean.result())
+        if seen:
+            self.tensors = self.step(mean.result())
 
     def weight(self, update: Update, piece: Piece) -> float | Tensor:
         """How much this client's value of this piece counts, >= 0; need not be normalised."""

@@ -1,0 +1,205 @@
+"""The command: run, compare, report, inspect, recipes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sluiceway import __version__
+
+if TYPE_CHECKING:
+    from sluiceway.experiment.recipe import Recipe
+
+#: Exit codes beside 0: bad input, and stopped by Ctrl-C.
+BAD_INPUT, STOPPED = 2, 130
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(arguments)
+    from sluiceway.data import DataError
+    from sluiceway.experiment.errors import InputError
+    from sluiceway.federated.checkpoints import CheckpointError
+    from sluiceway.moe import NoExpertsError
+
+    action: Callable[[argparse.Namespace], None] = args.action
+    try:
+        action(args)
+    except (InputError, DataError, NoExpertsError, CheckpointError) as error:
+        print(f"sluiceway: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("sluiceway: stopped; --resume continues a run with --out", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    top = OneLineParser(
+        prog="sluiceway", description="Train on data that must not leave its owners."
+    )
+    top.add_argument("--version", action="version", version=f"sluiceway {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
+
+    def add(name: str, action: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+        command.set_defaults(action=action)
+        return command
+
+    run = add("run", run_command)
+    run.add_argument("recipe", help="a shipped recipe's name, or a TOML file")
+    add_settings(run)
+    run.add_argument("--resume", action="store_true", help="continue the run that is in --out")
+    run.add_argument("--force", action="store_true", help="replace the run that is in --out")
+
+    compare = add("compare", compare_command)
+    compare.add_argument("recipe", help="a shipped recipe's name, or a TOML file")
+    compare.add_argument("--vary", action="append", default=[], metavar="KEY=A,B,C")
+    compare.add_argument("--seeds", metavar="0,1,2", help="seeds to run each variant with")
+    add_settings(compare)
+
+    report = add("report", report_command)
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+
+    inspect = add("inspect", inspect_command)
+    inspect.add_argument("model", help='"minilm", a folder, or a name on the Hugging Face hub')
+    inspect.add_argument("--experts", type=int, default=0, help="upcycle first, into this many")
+    inspect.add_argument("--top-k", type=int, default=2)
+    inspect.add_argument("--layers", type=int, default=1, help="last layers to upcycle")
+
+    add("recipes", recipes_command)
+    return top
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """What run and compare share."""
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
+    command.add_argument("--device", metavar="auto|cpu|cuda")
+    command.add_argument("--engine", metavar="local")
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """--set, --device and --engine as `key=value`."""
+    settings: list[str] = list(args.settings)
+    settings += [f"run.device={args.device}"] if args.device else []
+    settings += [f"run.engine={args.engine}"] if args.engine else []
+    return settings
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Train one recipe and leave a run folder."""
+    from sluiceway.experiment.progress import shown
+    from sluiceway.experiment.recipe import load_recipe
+    from sluiceway.experiment.report import write_report
+    from sluiceway.experiment.run import clear_folder, run
+
+    recipe = load_recipe(args.recipe, overrides(args))
+    out = args.out or new_folder(args.recipe, recipe)
+    if args.force:
+        clear_folder(out)
+    with shown() as progress:
+        _, summary = run(recipe, out, resume=args.resume, progress=progress)
+    write_report([out])
+    personal = summary["mean_personal_accuracy"]
+    print(
+        f"{summary['method']}: accuracy {summary['accuracy']:.4f} "
+        f"(best {summary['best_accuracy']:.4f}, personal {personal:.4f}) "
+        f"after {summary['rounds']} rounds, {summary['bytes_up'] / 1e6:.1f} MB up, "
+        f"{summary['bytes_down'] / 1e6:.1f} MB down, {summary['seconds']:.0f} s"
+    )
+    print(f"run folder: {out} (summary.json, report.html)")
+
+
+def compare_command(args: argparse.Namespace) -> None:
+    """Run variants of a recipe over seeds and put them in one table."""
+    from sluiceway.experiment.compare import compare, markdown, parse_vary
+    from sluiceway.experiment.progress import shown
+    from sluiceway.experiment.recipe import load_recipe
+    from sluiceway.experiment.report import write_report
+
+    out = args.out or new_folder(args.recipe, load_recipe(args.recipe, overrides(args)))
+    with shown() as progress:
+        table = compare(
+            args.recipe,
+            overrides(args),
+            parse_vary(args.vary) or None,
+            parse_seeds(args.seeds),
+            out,
+            progress=progress,
+        )
+    write_report([out])
+    print(markdown(table))
+    print(f"comparison folder: {out} (compare.json, compare.md, report.html)")
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`0,1,2` as numbers. Raises InputError."""
+    from sluiceway.experiment.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {text}: give different whole numbers from 0, such as 0,1,2")
+    return seeds
+
+
+def new_folder(name: str, recipe: Recipe) -> Path:
+    """A folder below runs/ that does not exist yet."""
+    stem = f"{Path(name).stem}-{recipe.method['name']}-seed{recipe.run.seed}"
+    number = 1
+    while (path := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+def report_command(args: argparse.Namespace) -> None:
+    """Write report.html for runs or comparisons."""
+    from sluiceway.experiment.report import write_report
+
+    for path in write_report(args.folders):
+        print(path)
+
+
+def inspect_command(args: argparse.Namespace) -> None:
+    """Show where a model's routers and experts are, and what would cross the wire."""
+    from sluiceway.experiment.inspect import show_layout
+
+    show_layout(args.model, args.experts, args.top_k, args.layers)
+
+
+def recipes_command(args: argparse.Namespace) -> None:
+    """List the recipes that ship."""
+    from sluiceway.experiment.recipe import load_recipe, shipped_recipes
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for name in shipped_recipes():
+        table.add_row(name, escape(load_recipe(name).description))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

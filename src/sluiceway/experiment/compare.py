@@ -1,0 +1,225 @@
+"""The same recipe with some keys varied, over several seeds, in one table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.recipe import (
+    Recipe,
+    load_recipe,
+    parsed,
+    read_tables,
+    recipe_from,
+    set_key,
+)
+from sluiceway.experiment.run import Progress, Session, run, write_json
+
+#: What is compared, by its key in summary.json.
+MEASURES = (
+    "accuracy",
+    "best_accuracy",
+    "mean_personal_accuracy",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the half width of its 95 % confidence interval; NaN for one value."""
+
+    mean: float
+    half: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Interval:
+        """Of n values: mean +- t(0.975, n - 1) * s / sqrt(n)."""
+        numbers = np.asarray(values, dtype=np.float64)
+        if len(numbers) < 2:
+            return Interval(float(numbers.mean()), float("nan"))
+        spread = stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers)
+        return Interval(float(numbers.mean()), float(spread))
+
+
+def parse_vary(given: Sequence[str]) -> dict[str, list[Any]]:
+    """`key=a,b,c` arguments as lists of values. Raises InputError."""
+    vary: dict[str, list[Any]] = {}
+    for text in given:
+        key, sign, values = text.partition("=")
+        if not sign or "." not in key or not values:
+            raise InputError(f"cannot vary {text!r}; write table.key=a,b,c")
+        vary[key.strip()] = [parsed(value.strip()) for value in values.split(",")]
+    return vary
+
+
+def compare(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+    out: Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run every combination of the varied keys with every seed.
+
+    Finished runs in `out` are not run again, so an interrupted comparison goes on where it was.
+
+    Args:
+        recipe: shipped name or TOML file.
+        overrides: `key=value` for all runs.
+        vary: values by key; None takes the recipe's [compare].
+        seeds: None takes the recipe's [compare].
+        out: folder of the run folders and of compare.json; None writes nothing.
+        progress: what to tell meanwhile.
+
+    Returns:
+        The content of compare.json: `variants`, each with `name`, `values`, `runs` (summaries by
+        seed), `measures` ({name: {mean, half}}) and, but for the first, `against_first`.
+
+    Raises:
+        InputError and what `run` raises; every combination is checked before the first runs.
+    """
+    base = load_recipe(recipe, overrides)
+    vary = vary or base.compare.vary
+    seeds = list(seeds or base.compare.seeds)
+    if not vary:
+        raise InputError("nothing to compare: give --vary key=a,b,c, or [compare] in the recipe")
+    progress = progress or Progress()
+    session = Session()
+    combinations = [
+        dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())
+    ]
+    planned = [
+        (values, seed, recipe_from(varied_tables(recipe, overrides, values, seed)))
+        for values in combinations
+        for seed in seeds
+    ]
+    summaries: dict[str, dict[int, dict[str, Any]]] = {}
+    for values, seed, one in planned:
+        name = variant_name(values)
+        folder = out / name.replace("/", "_") / f"seed-{seed}" if out else None
+        progress.say(f"{name}, seed {seed}")
+        summary = finished(folder, one)
+        if summary is None:
+            _, summary = run(one, folder, resume=True, session=session, progress=progress)
+        summaries.setdefault(name, {})[seed] = summary
+    table = tabulate(combinations, summaries)
+    if out:
+        write_json(out / "compare.json", table)
+        (out / "compare.md").write_text(markdown(table), encoding="utf-8")
+    return table
+
+
+def finished(folder: Path | None, recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of this very recipe's finished run in the folder, if it is there."""
+    if folder is None or not (folder / "summary.json").is_file():
+        return None
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary if summary["recipe"] == json.loads(json.dumps(recipe.resolved())) else None
+
+
+def varied_tables(
+    recipe: str | Path, overrides: Sequence[str], values: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """The recipe's tables with overrides, one combination and one seed."""
+    tables = read_tables(recipe)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        set_key(tables, key.strip(), parsed(value.strip()), override)
+    for key, value in values.items():
+        set_key(tables, key, value, f"{key}={value}")
+    set_key(tables, "run.seed", seed, f"run.seed={seed}")
+    tables.pop("compare", None)
+    return tables
+
+
+def value(summary: Mapping[str, Any], measure: str) -> float:
+    """A measure of one run; NaN where it was not taken."""
+    found = summary[measure]
+    return float("nan") if found is None else float(found)
+
+
+def variant_name(values: Mapping[str, Any]) -> str:
+    """A variant by its values: "fedavg" for one method, "data.alpha=0.1" for other keys."""
+    parts = [str(v) if key == "method.name" else f"{key}={v}" for key, v in values.items()]
+    return ", ".join(parts)
+
+
+def tabulate(
+    combinations: Sequence[Mapping[str, Any]], summaries: Mapping[str, dict[int, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Means, intervals, and differences to the first variant, paired by seed."""
+    variants: list[dict[str, Any]] = []
+    first: dict[int, dict[str, Any]] | None = None
+    for values in combinations:
+        name = variant_name(values)
+        runs = summaries[name]
+        entry: dict[str, Any] = {
+            "name": name,
+            "values": dict(values),
+            "measures": {
+                m: vars(Interval.of([value(s, m) for s in runs.values()])) for m in MEASURES
+            },
+            "runs": {str(seed): summary for seed, summary in runs.items()},
+        }
+        if first is None:
+            first = runs
+        else:
+            entry["against_first"] = {
+                m: vars(Interval.of([value(runs[s], m) - value(first[s], m) for s in runs]))
+                for m in MEASURES
+            }
+        variants.append(entry)
+    return {"variants": variants}
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The comparison as a markdown table."""
+    variants = table["variants"]
+    seeds = len(variants[0]["runs"])
+    head = [
+        "",
+        "accuracy",
+        f"against {variants[0]['name']}",
+        "best",
+        "personal",
+        "MB up",
+        "MB down",
+        "s",
+    ]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for entry in variants:
+        m, gap = entry["measures"], entry.get("against_first")
+        rows.append(
+            [
+                entry["name"],
+                shown(m["accuracy"]),
+                shown(gap["accuracy"], sign=True) if gap else "",
+                shown(m["best_accuracy"]),
+                shown(m["mean_personal_accuracy"]),
+                f"{m['bytes_up']['mean'] / 1e6:.1f}",
+                f"{m['bytes_down']['mean'] / 1e6:.1f}",
+                f"{m['seconds']['mean']:.0f}",
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    note = f"{seeds} seeds, mean and 95 % interval, differences paired by seed."
+    return "\n".join([*lines, "", note if seeds > 1 else "One seed.", ""])
+
+
+def shown(interval: Mapping[str, float], *, sign: bool = False) -> str:
+    """An interval for a table cell."""
+    text = f"{interval['mean']:+.4f}" if sign else f"{interval['mean']:.4f}"
+    half = interval["half"]
+    return text if half != half else f"{text} ± {half:.4f}"

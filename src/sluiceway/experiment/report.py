@@ -1,0 +1,299 @@
+"""report.html of a run, of several runs side by side, or of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tomllib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import matplotlib
+import tomli_w
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from sluiceway.experiment.compare import tabulate, variant_name
+from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.plots import (
+    STYLE,
+    THEME,
+    byte_unit,
+    clients_figure,
+    comparison_figure,
+    holdings_figure,
+    loss_figure,
+    personal_figure,
+)
+
+#: Keys of a recipe that change no result or name no variant of a joint report.
+ASIDE = ("description", "compare", "run.seed", "run.workers", "run.feature_memory_mb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read. `summary` of an unfinished run has what its rounds tell."""
+
+    folder: Path
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]
+    finished: bool
+
+
+def write_report(folders: Sequence[Path]) -> list[Path]:
+    """Write a self-contained report.html for run folders and comparison folders.
+
+    One run folder has its report inside it. Several share one report, in their parent folder if
+    it is the same, else in the current folder. Every comparison folder has its own.
+
+    Args:
+        folders: each with summary.json, metrics.jsonl (an unfinished run) or compare.json.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: no folder, one that holds none of these, or a file that cannot be read.
+    """
+    if not folders:
+        raise InputError("no folder given to report on")
+    comparisons = [folder for folder in folders if (folder / "compare.json").is_file()]
+    runs = [read_run(folder) for folder in folders if folder not in comparisons]
+    written = [write_comparison(folder) for folder in comparisons]
+    if runs:
+        written.append(write_run(runs[0]) if len(runs) == 1 else write_joint(runs))
+    return written
+
+
+def read_run(folder: Path) -> Run:
+    """A finished or unfinished run. Raises InputError."""
+    lines = folder / "metrics.jsonl"
+    records = read_lines(lines) if lines.is_file() else []
+    if (folder / "summary.json").is_file():
+        summary = read_json(folder / "summary.json", "accuracy_by_round")
+    elif records:
+        summary = so_far(folder, records)
+    elif lines.is_file():
+        raise InputError(f"{lines} holds no finished round yet")
+    else:
+        looked_for = "summary.json, metrics.jsonl or compare.json"
+        raise InputError(f"{folder} is no run or comparison: it holds no {looked_for}")
+    if len(records) == len(summary["accuracy_by_round"]):
+        summary["bytes_by_round"] = [r["bytes_up"] + r["bytes_down"] for r in records]
+    return Run(folder, summary, records, (folder / "summary.json").is_file())
+
+
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """A JSON object that has the key. Raises InputError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict) or not content.get(key):
+        raise InputError(f"{path} cannot be read: it holds no {key}")
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rounds of metrics.jsonl. Raises InputError."""
+    records: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            # A resumed run may have written a round again; the later line counts.
+            records[record["round"]] = record
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):  # the last line may be cut off by an interruption
+                raise InputError(f"{path}, line {number}: not a round of a run") from None
+    return [records[number] for number in sorted(records)]
+
+
+def so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What summary.json would hold of an unfinished run, as far as its rounds tell."""
+    path = folder / "recipe.toml"
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    accuracy = [record["accuracy"] for record in records]
+    return {
+        "recipe": recipe,
+        "method": recipe.get("method", {}).get("name", "unknown method"),
+        "seed": recipe.get("run", {}).get("seed", 0),
+        "rounds": len(records),
+        "accuracy": accuracy[-1],
+        "best_accuracy": max(accuracy),
+        "accuracy_by_round": accuracy,
+        "accuracy_by_client": records[-1].get("accuracy_by_client"),
+        "clients": recipe.get("data", {}).get("clients"),
+        **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
+    }
+
+
+def write_run(run: Run) -> Path:
+    """The report of one run, in its folder."""
+    s = run.summary
+    variant = {"name": s["method"], "values": {"method.name": s["method"]}, "runs": {"": s}}
+    figures = {"progress": svg("progress", comparison_figure({"variants": [variant]}))}
+    if s.get("accuracy_by_client"):
+        personal = {int(client): v for client, v in s.get("personal_accuracy", {}).items()}
+        figures["clients"] = svg("clients", clients_figure(s["accuracy_by_client"], personal))
+    train, test = ([record.get(key) for record in run.records] for key in ("train_loss", "loss"))
+    if any(loss is not None for loss in [*train, *test]):
+        figures["loss"] = svg("loss", loss_figure(train, test))
+    return save(run.folder, s, figures, records=run.records, finished=run.finished)
+
+
+def write_comparison(folder: Path) -> Path:
+    """The report of a comparison, in its folder, with links to the runs' folders."""
+    table = read_json(folder / "compare.json", "variants")
+    for entry in table["variants"]:
+        for seed, summary in entry["runs"].items():
+            below = folder / entry["name"].replace("/", "_") / f"seed-{seed}"
+            if (below / "summary.json").is_file():
+                run = read_run(below)
+                summary |= {"bytes_by_round": run.summary.get("bytes_by_round"), "folder": below}
+    return save_table(folder, table, paired=True)
+
+
+def write_joint(runs: Sequence[Run]) -> Path:
+    """One report of several runs; those that differ in nothing but the seed are one variant."""
+    flat = [flattened(run.summary["recipe"]) for run in runs]
+    keys = [key for key in dict.fromkeys(k for one in flat for k in one) if differs(key, flat)]
+    variants: dict[str, dict[str, Any]] = {}
+    grouped: dict[str, dict[int, dict[str, Any]]] = {}
+    for run, one in zip(runs, flat, strict=True):
+        s = run.summary | {"folder": run.folder}
+        if s.get("mean_personal_accuracy") is None:
+            s["mean_personal_accuracy"] = math.nan
+        values = {k: one[k] for k in keys if k in one} or {"method.name": s["method"]}
+        name = variant_name(values)
+        if len(name) > 48 or s["seed"] in grouped.get(name, {}):
+            values = {"method.name": s["method"], "folder": str(run.folder)}
+            name = variant_name(values)
+        variants[name] = values
+        grouped.setdefault(name, {})[s["seed"]] = s
+    same_seeds = len({frozenset(by_seed) for by_seed in grouped.values()}) == 1
+    paired = same_seeds and not {"data.name", "data.path"} & {*keys}
+    batches = [list(variants)] if paired else [[name] for name in variants]
+    tables = [tabulate([variants[name] for name in batch], grouped) for batch in batches]
+    table = {"variants": [entry for table in tables for entry in table["variants"]]}
+    parents = {run.folder.resolve().parent for run in runs}
+    where = parents.pop() if len(parents) == 1 else Path()
+    return save_table(where, table, paired=paired, joint=True, title=f"{len(runs)} runs")
+
+
+def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a recipe by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        inner = isinstance(value, Mapping)
+        flat |= flattened(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key tells runs apart, and not only because their methods have other parameters."""
+    foreign = key.startswith("method.") and any(key not in one for one in flat)
+    apart = len({repr(one.get(key)) for one in flat}) > 1
+    return apart and not foreign and not key.startswith(ASIDE)
+
+
+def save_table(folder: Path, table: Mapping[str, Any], **more: Any) -> Path:
+    """Write the report of a table of variants."""
+    figures = {"progress": svg("progress", comparison_figure(table))}
+    found = [entry["measures"]["mean_personal_accuracy"]["mean"] for entry in table["variants"]]
+    if any(value is not None and value == value for value in found):
+        figures["personal"] = svg("personal", personal_figure(table))
+    first = next(iter(table["variants"][0]["runs"].values()))
+    return save(folder, first, figures, variants=table["variants"], **more)
+
+
+def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Markup], **more: Any) -> Path:
+    """Fill the template; `s` is the summary of the only or the first run."""
+    counts = s.get("label_counts")
+    if counts and counts[0]:
+        names = s.get("label_names") or [str(n) for n in range(len(counts[0]))]
+        figures["holdings"] = svg("holdings", holdings_figure(counts, names))
+    data = s["recipe"].get("data", {})
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "size": human_bytes,
+        "time": human_time,
+        "link": lambda below: quote(Path(os.path.relpath(below, folder)).as_posix()),
+    }
+    template = resources.files("sluiceway.experiment") / "report.html.j2"
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(
+        s=s,
+        data=data.get("name") or Path(data.get("path", "data")).name,
+        recipe=tomli_w.dumps(s["recipe"]),
+        theme=THEME,
+        figures=figures,
+        **more,
+    )
+    path = folder / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def svg(name: str, figure: Figure) -> Markup:
+    """A figure as inline SVG that takes the page's colours and font."""
+    buffer = StringIO()
+    salted: Any = STYLE | {"svg.hashsalt": name}  # ids apart from the other figures', and stable
+    with matplotlib.rc_context(salted), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the browser has the glyphs that matplotlib's font lacks
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r' (?:width|height)="[^"]*pt"', "", text, count=2)  # as wide as the page
+    for role, (light, _) in THEME.items():
+        text = text.replace(light, f"var(--{role})")
+    return Markup(text)
+
+
+def percent(value: float | None, half: float | None = None) -> str:
+    """A share, with the half width of its interval: "81.2% ± 1.4"; "-" for None and NaN."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.1%}{plus_minus(half)}"
+
+
+def points(gap: Mapping[str, float | None]) -> str:
+    """A difference of two shares in points: "+1.3 ± 0.9"; "-" for None and NaN."""
+    mean = gap["mean"]
+    if mean is None or math.isnan(mean):
+        return "-"
+    return f"{mean * 100:+.1f}{plus_minus(gap['half'])}"
+
+
+def plus_minus(half: float | None) -> str:
+    """The half width of an interval in points, if there is one."""
+    return "" if half is None or math.isnan(half) else f" ± {half * 100:.1f}"
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in a unit that suits them: "1.23 MB"."""
+    unit, size = byte_unit(count)
+    return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as people say them: "3.2 s", "4 min 10 s", "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, more = divmod(minutes, 60)
+    return f"{hours} h {more:02d} min" if hours else f"{minutes} min {rest:02d} s"

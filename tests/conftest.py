@@ -1,0 +1,53 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from tests.worlds import WORDS, TinyClassifier, TinyText, tiny_bert
+from transformers import BertTokenizerFast
+
+
+@pytest.fixture
+def moe_model() -> TinyClassifier:
+    return TinyClassifier()
+
+
+@pytest.fixture
+def text_clients() -> list[TinyText]:
+    """Unequal clients: one holds a single example, one none."""
+    return [TinyText(30, 1), TinyText(1, 2), TinyText(0, 3), TinyText(17, 4)]
+
+
+@pytest.fixture
+def text_test() -> TinyText:
+    return TinyText(60, 99)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny BERT with its tokenizer, for recipes whose model.name is a folder."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(vocab)).save_pretrained(folder)
+    tiny_bert().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def csv_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 short texts with one of three labels, which the first word tells."""
+    g = torch.Generator().manual_seed(5)
+    path = tmp_path_factory.mktemp("own") / "notes.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "site"])
+        for _ in range(150):
+            label = int(torch.randint(3, (), generator=g))
+            rest = [WORDS[int(i)] for i in torch.randint(3, 40, (5,), generator=g)]
+            writer.writerow([" ".join([WORDS[label], *rest]), f"topic{label}", f"site{label % 2}"])
+    return path

@@ -1,0 +1,86 @@
+"""Recipes: what ships is sound, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.recipe import load_recipe, parsed, recipe_from, shipped_recipes
+
+SHIPPED = {"quickstart", "agnews", "banking77", "clinc150-domains"}
+
+
+def test_the_shipped_recipes() -> None:
+    assert set(shipped_recipes()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_a_shipped_recipe_resolves_and_reads_back(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+    assert recipe.data.clients == 10
+    resolved = recipe.resolved()
+    again = recipe_from(tomllib.loads(tomli_w.dumps(resolved)))
+    assert again.resolved() == resolved
+    assert resolved["method"]["lambda"] == 0.1
+
+
+def test_overrides_reach_every_table() -> None:
+    recipe = load_recipe(
+        "agnews",
+        ["data.alpha=0.5", "method.name=fedprox", "method.mu=0.3", "train.lr=2e-4", "run.seed=7"],
+    )
+    assert recipe.data.alpha == 0.5
+    assert recipe.resolved()["method"] == {"name": "fedprox", "mu": 0.3}
+    assert recipe.training().lr == 2e-4
+    assert recipe.run.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("0.1", 0.1), ("1e-4", 1e-4), ("true", True), ("fedavg", "fedavg"), ("[1]", [1])],
+)
+def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
+    assert parsed(text) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.alhpa=1", r"unknown key data\.alhpa; allowed in \[data\]: name, path"),
+        ("data.alpha=0", r"data\.alpha = 0: must be greater than 0"),
+        ("data.alpha=-1", r"data\.alpha = -1: must be greater than 0"),
+        ("run.rounds=0", r"run\.rounds = 0: must be greater than or equal to 1"),
+        ("run.rounds=many", r"run\.rounds = 'many': must be a valid integer"),
+        ("run.kind=central", r"run\.kind = 'central': must be 'federated'"),
+        ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
+        ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
+        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, align"),
+        ("method.lambda=-1", r"method\.lambda = -1: must be greater than or equal to 0"),
+        ("method.gate=open", r"method\.gate = 'open': must be 'consistency', 'average'"),
+        ("train.lr=0", r"train\.lr = 0: must be greater than 0"),
+        ("train.rl=1", r"unknown key train\.rl; allowed in \[train\]: lr, batch_size"),
+        ("models.name=x", r"unknown key models; allowed: description, run, data"),
+        ("data.path=x.csv", r"give either data\.name \(one of 20newsgroups"),
+        ("alpha=1", r"cannot set 'alpha=1'; write table\.key=value"),
+        ("data.alpha", r"cannot set 'data\.alpha'; write table\.key=value"),
+        ("data.alpha.x=1", r"cannot set data\.alpha\.x: alpha is not a table"),
+    ],
+)
+def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(InputError, match=line) as caught:
+        load_recipe("agnews", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no recipe 'nosuch': not a file, and the shipped ones"):
+        load_recipe("nosuch")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\n")
+    with pytest.raises(InputError, match="is not TOML"):
+        load_recipe(broken)

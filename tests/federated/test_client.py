@@ -1,0 +1,115 @@
+"""What is trained and exchanged, and how a client trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.worlds import TinyClassifier, TinyText
+from torch import nn
+
+from sluiceway.engines.local import federate
+from sluiceway.federated.client import Training, Worker, exchanged, frozen_modules, mix, prepare
+from sluiceway.strategies import FedAvg, NonExpert
+
+
+def test_frozen_modules_run_in_evaluation_mode(moe_model: TinyClassifier) -> None:
+    for name, param in moe_model.named_parameters():
+        param.requires_grad_("layer.1.intermediate" in name or name.startswith("head"))
+    strategy = FedAvg()
+    prepare(moe_model, strategy, 1)
+    worker = Worker(moe_model, [TinyText(4, 1)], TinyText(4, 2), strategy, Training())
+    worker.training_mode()
+    assert moe_model.backbone.embeddings.dropout.training is False
+    assert moe_model.backbone.encoder.layer[0].training is False
+    assert moe_model.backbone.encoder.layer[1].attention.training is False
+    assert moe_model.backbone.encoder.layer[1].intermediate.training is True
+
+
+def test_batch_norm_statistics_cross_unless_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    model[1].requires_grad_(False)
+    assert frozen_modules(model) == [model[1]]
+    names = set(exchanged(model))
+    assert {"3.running_mean", "3.running_var"} <= names
+    assert not any(name.startswith("1.") or "num_batches" in name for name in names)
+
+
+def test_seeds_differ_and_are_fixed() -> None:
+    assert mix(0, 1, 2) == mix(0, 1, 2)
+    assert len({mix(a, b, c) for a in range(4) for b in range(4) for c in range(4)}) == 64
+
+
+def test_experts_without_a_token_are_left_out(moe_model: TinyClassifier) -> None:
+    strategy = FedAvg()
+    prepare(moe_model, strategy, 1)
+    (block,) = strategy.anatomy.blocks
+    with torch.no_grad():  # one expert that no token can reach
+        gate = moe_model.get_parameter(block.gate[0])
+        gate.zero_()
+        moe_model.backbone.encoder.layer[1].attention.output.LayerNorm.bias.fill_(1.0)
+        gate[:3] = 0.1
+        gate[3] = -100.0
+    tensors = {n: t.detach().clone() for n, t in exchanged(moe_model).items()}
+    strategy.setup(tensors, strategy.anatomy, 1)
+    worker = Worker(
+        moe_model, [TinyText(16, 1)], TinyText(4, 2), strategy, Training(lr=1e-5, weight_decay=0.1)
+    )
+    update = worker.train(0, strategy.broadcast(1), {}, personal=False)
+    assert float(update.routing[0].load[3]) == 0
+    sent = set(update.tensors)
+    used = [float(load) > 0 for load in update.routing[0].load]
+    assert any(used)
+    for e in range(4):
+        keys = {piece.key for piece in block.expert(e)}
+        assert (keys <= sent) == used[e]
+        assert bool(keys & sent) == used[e]
+
+
+def test_private_experts_stay_with_their_client(moe_model: TinyClassifier) -> None:
+    strategy = NonExpert()
+    prepare(moe_model, strategy, 2)
+    clients = [TinyText(16, 1), TinyText(16, 2)]
+    worker = Worker(moe_model, clients, TinyText(9, 3), strategy, Training(lr=0.01))
+    name = next(iter(sorted(strategy.anatomy.expert_params)))
+    states: list[dict[str, torch.Tensor]] = [{}, {}]
+    for i in (0, 1):
+        update = worker.train(i, strategy.broadcast(1), states[i], personal=False)
+        assert not any(key.startswith(name) for key in update.tensors)
+    first, second = (state[f"private/{name}"] for state in states)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, strategy.tensors[name])
+    before = first.clone()
+    worker.strategy = strategy
+    still = Training(lr=1e-30, optimizer="sgd", max_grad_norm=0.0)
+    worker.training = still
+    worker.train(0, strategy.broadcast(2), states[0], personal=False)
+    assert torch.equal(
+        states[0][f"private/{name}"], before
+    )  # it began from its own, not client 1's
+
+
+def test_local_training_is_the_plain_loop() -> None:
+    """One client, SGD, one epoch: the same as ten lines of PyTorch."""
+    data = TinyText(20, 1)
+    model, plain = TinyClassifier(), TinyClassifier()
+    training = Training(lr=0.05, optimizer="sgd", batch_size=8, max_grad_norm=0.0)
+    federate(model, [data], data, rounds=1, training=training, seed=3, device="cpu")
+    torch.manual_seed(mix(3, 1, 0))
+    plain.train()
+    for rows in torch.randperm(20).split(8):
+        plain.zero_grad()
+        loss = nn.functional.cross_entropy(
+            plain(data.ids[rows], data.mask[rows]), data.labels[rows]
+        )
+        loss.backward()
+        with torch.no_grad():
+            for param in plain.parameters():
+                param -= 0.05 * param.grad
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        federate(model, [], TinyText(1, 1), device="cpu")
