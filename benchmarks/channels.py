@@ -1,0 +1,145 @@
+"""What choosing and packing channels costs, on one core.
+
+    python benchmarks/channels.py
+
+Limits: scoring, packing and unpacking (both directions) take at most 10 % of the compute of client
+and server for the 4-conv network at batch 64 of 3x32x32; packing float32 to int8 of kept channels
+takes in at least 1 GB/s. Beside it a plain copy of the same tensor, in the same run.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sluiceway.channels import ClassStatistics, fisher, fraction, pooled
+from sluiceway.split import BatchId, Channels, Conv4, KeptChannels, Ticket, cut, pack_smashed
+
+BATCH, CLASSES, SHARE = 64, 10, 0.5
+ID = BatchId(0, 1, 0)
+
+
+def score(A: Tensor, labels: Tensor) -> Tensor:
+    """A keep mask from the labels, as a client makes it of one batch."""
+    return fraction(fisher(ClassStatistics.of(pooled(A), labels, CLASSES)), SHARE)
+
+
+class Step:
+    """One step of split training, with a clock for each part."""
+
+    def __init__(self, name: str, compressor: Channels) -> None:
+        torch.manual_seed(0)
+        model = Conv4(3, CLASSES)
+        self.front, self.back = cut(model, name)
+        self.optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+        self.images = torch.randn(BATCH, 3, 32, 32)
+        self.labels = torch.randint(CLASSES, (BATCH,))
+        self.compressor = compressor
+
+    def run(self) -> dict[str, float]:
+        """Seconds of each part."""
+        spent: dict[str, float] = {}
+        began = time.perf_counter()
+
+        def lap(part: str) -> None:
+            nonlocal began
+            now = time.perf_counter()
+            spent[part] = spent.get(part, 0.0) + now - began
+            began = now
+
+        self.optimiser.zero_grad()
+        A = self.front(self.images)
+        lap("compute")
+        mask = score(A, self.labels)
+        lap("score")
+        message, ticket = self.compressor.up(A, ID, self.labels, mask)
+        lap("pack")
+        smashed = self.compressor.open(message)
+        lap("unpack")
+        values = smashed.values.requires_grad_()
+        functional.cross_entropy(self.back(values), smashed.labels).backward()
+        lap("compute")
+        assert values.grad is not None
+        message = self.compressor.down(values.grad, smashed.ticket)
+        lap("pack")
+        gradient = self.compressor.open_gradient(message, ticket)
+        lap("unpack")
+        A.backward(gradient)
+        self.optimiser.step()
+        lap("compute")
+        return spent
+
+
+def measure_share(rounds: int) -> None:
+    """Each part of a step beside its compute, by cut and quantisation."""
+    print(f"Batch {BATCH} x 3x32x32, {SHARE:.0%} of the channels kept; milliseconds a step\n")
+    print("| cut | values | compute | score | pack | unpack | overhead | limit |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for name in ("conv1", "conv2", "conv3"):
+        for quantize in ("none", "int8", "int4"):
+            step = Step(name, Channels(quantize=quantize))
+            laps = [step.run() for _ in range(rounds + 2)][2:]
+            ms = {part: 1e3 * statistics.median(lap[part] for lap in laps) for part in laps[0]}
+            share = (ms["score"] + ms["pack"] + ms["unpack"]) / ms["compute"]
+            print(
+                f"| {name} | {quantize} | {ms['compute']:.1f} | {ms['score']:.2f} "
+                f"| {ms['pack']:.2f} | {ms['unpack']:.2f} | {share:.1%} | 10 % |",
+                flush=True,
+            )
+
+
+def seconds(call: Callable[[], object], rounds: int) -> float:
+    """Median time of a call."""
+    call()
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def pack(A: Tensor, mask: Tensor, codec: str) -> tuple[bytes, Ticket]:
+    return pack_smashed(A, KeptChannels(mask), ID, codec)
+
+
+def measure_speed(rounds: int) -> None:
+    """Input taken in per second, by shape, share kept and codec; the copy is of all of it."""
+    print("\nGB/s of float32 input on one core (limit 1 GB/s for int8)\n")
+    print("| smashed data | kept | copy | none | fp16 | int8 | int8-affine | int4-affine |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for shape in ((64, 32, 16, 16), (64, 32, 8, 8), (64, 64, 4, 4), (64, 64, 32, 32)):
+        A = torch.randn(shape).relu()
+        room = torch.empty_like(A)
+        for kept in (0.25, 0.5, 1.0):
+            mask = torch.arange(shape[1]) < kept * shape[1]
+            calls: list[Callable[[], object]] = [partial(room.copy_, A)]
+            for codec in ("none", "fp16", "int8", "int8-affine", "int4-affine"):
+                calls.append(partial(pack, A, mask, codec))
+            speeds = [f"{A.nbytes / 1e9 / seconds(call, rounds):.1f}" for call in calls]
+            size = "x".join(map(str, shape))
+            print(f"| {size} | {kept:.0%} | {' | '.join(speeds)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    measure_share(rounds)
+    measure_speed(rounds)
+
+
+if __name__ == "__main__":
+    main()

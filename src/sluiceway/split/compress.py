@@ -1,0 +1,228 @@
+"""Compression as a pipeline: choose what crosses, quantise it, pack it; and the gradient back.
+
+A compressor is both ends of it: the client calls `up` and `open_gradient`, the server `open` and
+`down`. What crosses is decided by one method, `places`; all else is common. Both sides remember a
+`Ticket` per batch, so that a gradient repeats no mask and cannot be taken for another batch's.
+
+Rounding is straight-through: the gradient of a rounded value is taken as that of the value itself.
+A value that did not cross is zero on the server, and its gradient zero on the client: that is the
+exact derivative of the network with the mask in it.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from sluiceway.split.feedback import ErrorFeedback
+from sluiceway.split.header import LIMIT, BatchId, Expected, message_bytes
+from sluiceway.split.packing import (
+    Smashed,
+    Ticket,
+    pack_gradient,
+    pack_smashed,
+    unpack_gradient,
+    unpack_smashed,
+)
+from sluiceway.split.places import KeptChannels, Places
+from sluiceway.strategies.base import PARAMETERS
+
+Quantize = Literal["none", "fp16", "int8", "int4"]
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Compressor:
+    """Base of all compressors: every channel crosses. With `quantize` "none" nothing is lost.
+
+    Args:
+        quantize: of smashed data: float32, half precision, 8 or 4 bits with a scale per channel
+            (of elements: per example).
+        quantize_gradient: of the gradient; None is as `quantize`.
+        affine: integers of smashed data count from a channel's smallest value: half the step
+            behind a ReLU, for four more bytes a channel. Gradients are always symmetric.
+        error_feedback: what rounding took from a client's gradient goes into its next one; see
+            `feedback`.
+        limit: in bytes, of a message and of the dense float32 tensor it opens to, at least 1.
+    """
+
+    name: ClassVar[str] = "sl"
+    #: Single elements cross, not channels.
+    elements: ClassVar[bool] = False
+
+    quantize: Quantize = "none"
+    quantize_gradient: Quantize | None = None
+    affine: bool = True
+    error_feedback: bool = False
+    limit: int = Field(default=LIMIT, ge=1)
+
+    def __post_init__(self) -> None:
+        self._feedback = ErrorFeedback()
+
+    @property
+    def codec(self) -> str:
+        """Codec of smashed data."""
+        integers = self.quantize in ("int8", "int4")
+        return f"{self.quantize}-affine" if self.affine and integers else self.quantize
+
+    @property
+    def gradient_codec(self) -> str:
+        """Codec of gradients."""
+        return self.quantize_gradient or self.quantize
+
+    def attach(
+        self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int
+    ) -> tuple[nn.Sequential, nn.Sequential]:
+        """The halves as this method trains them; most leave them as they are.
+
+        Args:
+            front, back: from `cut`.
+            channels: C of the smashed data.
+            dims: its number of dimensions, the batch included: 2 to 4.
+        """
+        return front, back
+
+    def kept(self, shape: tuple[int, ...]) -> int:
+        """Channels, or elements of an example, that cross of [B, C, ...] without a mask."""
+        return shape[1]
+
+    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
+        """What of A crosses. The one thing that a new method must say."""
+        if mask is not None:
+            raise ValueError(f"mask: {self.name} chooses no channels")
+        return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool))
+
+    def up(
+        self,
+        A: Tensor,
+        batch: BatchId,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        training: bool = True,
+    ) -> tuple[bytes, Ticket]:
+        """The client's message.
+
+        Args:
+            A: smashed data, [B, C], [B, C, L] or [B, C, H, W]; its graph is left alone.
+            batch: whose it is.
+            labels: [B], in [0, 65535]; None where they stay with the client.
+            mask: keep mask, [C] bool, for methods that choose channels.
+            training: False takes all chance out of the choice.
+
+        Returns:
+            The message, and the ticket for its gradient.
+
+        Raises:
+            ValueError: a shape does not fit, or a number is out of range.
+        """
+        places = self.places(A, batch, mask, training)
+        return pack_smashed(A, places, batch, self.codec, labels)
+
+    def open(
+        self,
+        message: bytes,
+        shape: tuple[int | None, ...] | None = None,
+        batch: BatchId | None = None,
+        labels: bool | None = None,
+        classes: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Smashed:
+        """The server's reading of it: dense values with zeros, labels, and the ticket.
+
+        `shape`, `batch`, `labels`, `classes` are what the server knows already, see `Expected`.
+
+        Raises:
+            WireError: it is no such message, of another method's form, or not the one expected.
+        """
+        expected = Expected(shape, batch, self.codec, self.elements, labels, classes)
+        return unpack_smashed(message, self.limit, expected, device)
+
+    def down(self, grad: Tensor, ticket: Ticket) -> bytes:
+        """The server's message: the gradient by what crossed, and by nothing else.
+
+        Args:
+            grad: of the loss by the values that `open` gave, their shape.
+            ticket: that `open` gave.
+
+        Raises:
+            ValueError: the shape does not fit, or a value to be quantised is not finite.
+        """
+        if not self.error_feedback:
+            return pack_gradient(grad, ticket, self.gradient_codec)
+        return self._feedback.send(
+            grad,
+            ticket,
+            lambda owed: pack_gradient(owed, ticket, self.gradient_codec),
+            lambda message: self.open_gradient(message, ticket),
+        )
+
+    def open_gradient(
+        self, message: bytes, ticket: Ticket, device: str | torch.device = "cpu"
+    ) -> Tensor:
+        """The client's reading of it, for `A.backward(gradient)`.
+
+        Args:
+            message: from `down`.
+            ticket: that `up` gave.
+            device: of the gradient.
+
+        Returns:
+            The shape of A, float32, zero where nothing crossed.
+
+        Raises:
+            WireError: it is no such message, or a gradient of another batch.
+        """
+        return unpack_gradient(message, ticket, self.limit, self.gradient_codec, device)
+
+    def bytes_up(
+        self, shape: tuple[int, ...], kept: int | None = None, label_bytes: int = 0
+    ) -> int:
+        """Length of the client's message for [B, C, ...]; `kept` channels if there is a mask."""
+        return message_bytes(
+            shape,
+            kept or self.kept(shape),
+            self.codec,
+            elements=self.elements,
+            label_bytes=label_bytes,
+        )
+
+    def bytes_down(self, shape: tuple[int, ...], kept: int | None = None) -> int:
+        """Length of the server's message for [B, C, ...]."""
+        return message_bytes(
+            shape,
+            kept or self.kept(shape),
+            self.gradient_codec,
+            elements=self.elements,
+            gradient=True,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next message depends on but the settings: residuals of error feedback."""
+        return self._feedback.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._feedback.load_state_dict(state)
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Quantized(Compressor):
+    """Every channel crosses, rounded to 8 or 4 bits."""
+
+    name: ClassVar[str] = "quantize"
+    quantize: Quantize = "int8"
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Channels(Compressor):
+    """The channels of a mask cross; without a mask all of them, as in a warm-up.
+
+    The mask is chosen elsewhere (`sluiceway.channels`), by ACP or a rival score.
+    """
+
+    name: ClassVar[str] = "channels"
+
+    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
+        return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool) if mask is None else mask)

@@ -1,0 +1,69 @@
+"""Error feedback for gradients: what rounding lost goes into the client's next gradient  [ours].
+
+Only rounding counts as error. A channel or element that did not cross was zero in the forward pass
+on the server, so that the network as deployed has no gradient there: nothing was lost. And only
+gradients are corrected, not smashed data: the front's update is a sum of gradients over steps, in
+which a late part still counts, while smashed data of one batch says nothing of the next batch's.
+
+Per client the residual r [C, ...] is a sum over examples, at every position of the cut::
+
+    sent_b  = rounded(g_b + r / n)      n = examples that carry the position in this batch
+    r      <- sum over them of (g_b + r / n - sent_b)
+
+A position that this batch does not carry keeps its r. So over any number of steps the sum of what
+the client received is the sum of the gradients less the last r.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from sluiceway.split.packing import Ticket
+
+
+class ErrorFeedback:
+    """The residuals of all clients, on the side that sends gradients.
+
+    A client's residual begins at zero, and is dropped when its smashed data changes shape.
+    """
+
+    def __init__(self) -> None:
+        self._residuals: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def send(
+        self,
+        grad: Tensor,
+        ticket: Ticket,
+        pack: Callable[[Tensor], bytes],
+        opened: Callable[[bytes], Tensor],
+    ) -> bytes:
+        """Pack a gradient with what the client is still owed, and note what rounding lost.
+
+        Args:
+            grad: the shape of the ticket, any floating type.
+            ticket: of the batch.
+            pack: makes the message of a dense gradient.
+            opened: the dense float32 gradient that the client will read from the message.
+        """
+        places, client = ticket.places, ticket.batch.client
+        grad = grad.detach().float()
+        residual = self._residuals.get(client, grad.new_zeros(())).to(grad.device)
+        if residual.shape != grad.shape[1:]:
+            residual = torch.zeros_like(grad[0])
+        carried = places.spread(torch.ones_like(places.take(grad)), ticket.shape)
+        examples = carried.sum(0)
+        owed = (grad + residual / examples.clamp(min=1)) * carried
+        message = pack(owed)
+        lost = (owed - opened(message).to(owed.device)).sum(0)
+        self._residuals[client] = torch.where(examples > 0, lost, residual)
+        return message
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The residuals by the client's number, [C, ...] each."""
+        return {str(client): r.cpu().clone() for client, r in self._residuals.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._residuals = {int(client): r.clone() for client, r in state.items()}

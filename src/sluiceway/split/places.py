@@ -1,0 +1,198 @@
+"""Which values of smashed data cross: whole channels, or single elements of every example.
+
+Both kinds take what is kept out of a dense tensor, put it back with zeros elsewhere, and write
+themselves into bytes. Bits and indices are little-endian, the first channel or element lowest.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sluiceway.split.errors import WireError
+
+#: How places are written: not at all (everything is kept, or the other side knows), a bit for every
+#: channel or element, or the sorted indices of each example.
+NOTHING, BITS, INDEX16, INDEX32 = range(4)
+
+_INDEX: Final = {INDEX16: "<u2", INDEX32: "<u4"}
+
+
+class Places(Protocol):
+    """What is kept of smashed data [B, C, ...]: the common face of both kinds."""
+
+    @property
+    def count(self) -> int:
+        """Kept channels, or kept elements of one example."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether data of this shape has these places."""
+
+    def take(self, A: Tensor) -> Tensor:
+        """The kept values, [N, G, S] float32, contiguous, detached; see `quantise`."""
+
+    def spread(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A dense tensor of `shape`: the values [N, G, S] in their places, zero elsewhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptChannels:
+    """Whole channels of a batch.
+
+    Attributes:
+        mask: [C] bool, on the CPU, at least one True.
+
+    Raises:
+        ValueError: the mask has another shape or type, or keeps nothing.
+    """
+
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.dim() != 1 or self.mask.dtype != torch.bool or not bool(self.mask.any()):
+            raise ValueError("mask: expected shape [C], bool, with at least one channel kept")
+        # A copy: places are remembered until the gradient returns, whatever becomes of the mask.
+        object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
+
+    @property
+    def count(self) -> int:
+        return int(self.mask.sum())
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(self.mask) == shape[1]
+
+    def take(self, A: Tensor) -> Tensor:
+        values = A.detach().flatten(2).float() if A.dim() > 2 else A.detach().float().unsqueeze(2)
+        if self.count == len(self.mask):
+            return values.contiguous()
+        return values.index_select(1, self._index(A.device))
+
+    def spread(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.count == len(self.mask):
+            return values.view(shape)
+        dense = values.new_zeros(shape[0], shape[1], prod(shape[2:]))
+        return dense.index_copy_(1, self._index(values.device), values).view(shape)
+
+    def _index(self, device: torch.device) -> Tensor:
+        return self.mask.nonzero().flatten().to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptElements:
+    """The same number of elements of every example, each example's own.
+
+    Attributes:
+        indices: into the flattened example, [B, k] int64, on the CPU, strictly increasing in each
+            row, k at least 1.
+
+    Raises:
+        ValueError: the indices have another shape or type, are negative or not increasing.
+    """
+
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        indices = self.indices
+        if indices.dim() != 2 or indices.dtype != torch.int64 or indices.numel() == 0:
+            raise ValueError("indices: expected shape [B, k], int64")
+        if int(indices.min()) < 0 or not bool((indices.diff(dim=1) > 0).all()):
+            raise ValueError("indices: expected each row strictly increasing from at least 0")
+        object.__setattr__(self, "indices", indices.detach().cpu().clone())
+
+    @property
+    def count(self) -> int:
+        return self.indices.shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(self.indices) == shape[0] and int(self.indices.max()) < prod(shape[1:])
+
+    def take(self, A: Tensor) -> Tensor:
+        flat = A.detach().flatten(1)
+        return flat.gather(1, self.indices.to(A.device)).float().unsqueeze(0)
+
+    def spread(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        dense = values.new_zeros(shape[0], prod(shape[1:]))
+        return dense.scatter_(1, self.indices.to(values.device), values[0]).view(shape)
+
+
+def writing(shape: tuple[int, ...], kept: int, elements: bool) -> int:
+    """How places are written most cheaply: NOTHING, BITS, INDEX16 or INDEX32.
+
+    Args:
+        shape: [B, C, ...].
+        kept: channels, or elements of one example.
+        elements: single elements rather than channels.
+    """
+    size = prod(shape[1:]) if elements else shape[1]
+    if kept == size:
+        return NOTHING
+    if not elements:
+        return BITS
+    index = INDEX16 if size <= 1 << 16 else INDEX32
+    return min(BITS, index, key=lambda code: places_bytes(shape, kept, elements, code))
+
+
+def places_bytes(shape: tuple[int, ...], kept: int, elements: bool, code: int) -> int:
+    """Bytes of the places, written as `code` says."""
+    if code == NOTHING:
+        return 0
+    rows, size = (shape[0], prod(shape[1:])) if elements else (1, shape[1])
+    per_row = {BITS: (size + 7) // 8, INDEX16: 2 * kept, INDEX32: 4 * kept}
+    return rows * per_row[code]
+
+
+def to_bytes(places: Places, shape: tuple[int, ...], code: int) -> bytes:
+    """The places of data of this shape, written as `code` says."""
+    if code == NOTHING:
+        return b""
+    if isinstance(places, KeptChannels):
+        return np.packbits(places.mask.numpy(), bitorder="little").tobytes()
+    assert isinstance(places, KeptElements)
+    if code != BITS:
+        return places.indices.numpy().astype(_INDEX[code]).tobytes()
+    member = torch.zeros(shape[0], prod(shape[1:]), dtype=torch.bool)
+    member.scatter_(1, places.indices, True)
+    return np.packbits(member.numpy(), axis=1, bitorder="little").tobytes()
+
+
+def channels_from(data: memoryview, channels: int, kept: int, code: int) -> KeptChannels:
+    """The channels that `to_bytes` wrote.
+
+    Raises:
+        WireError: not `kept` of `channels` channels.
+    """
+    if code == NOTHING:
+        return KeptChannels(torch.ones(channels, dtype=torch.bool))
+    return KeptChannels(torch.from_numpy(_bits(data, 1, channels, kept)[0].astype(bool)))
+
+
+def elements_from(data: memoryview, shape: tuple[int, ...], kept: int, code: int) -> KeptElements:
+    """The elements that `to_bytes` wrote.
+
+    Raises:
+        WireError: not `kept` elements of every example, or not in order.
+    """
+    rows, size = shape[0], prod(shape[1:])
+    if code == NOTHING:
+        return KeptElements(torch.arange(size).repeat(rows, 1))
+    if code == BITS:
+        found = np.nonzero(_bits(data, rows, size, kept))[1].reshape(rows, kept)
+    else:
+        found = np.frombuffer(data, dtype=_INDEX[code]).reshape(rows, kept).astype(np.int64)
+        if int(found[:, -1].max()) >= size or bool((np.diff(found, axis=1) <= 0).any()):
+            raise WireError(f"indices: expected each row strictly increasing and below {size}")
+    return KeptElements(torch.from_numpy(found))
+
+
+def _bits(data: memoryview, rows: int, size: int, kept: int) -> np.ndarray:
+    """Rows of `size` bits of which `kept` are set, as zeros and ones [rows, size]."""
+    packed = np.frombuffer(data, dtype=np.uint8).reshape(rows, -1)
+    bits = np.unpackbits(packed, axis=1, bitorder="little")
+    if bits[:, size:].any():
+        raise WireError("mask: expected zeros after the last bit")
+    if bool((bits.sum(axis=1, dtype=np.int64) != kept).any()):
+        raise WireError(f"mask: expected {kept} bits set in each row of {size}")
+    return bits[:, :size]

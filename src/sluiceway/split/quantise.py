@@ -1,0 +1,239 @@
+"""Kept values as numbers of few bits, with a scale per group  [ours].
+
+Values come as [N, G, S]: a group is a channel over all examples (N = B, G = kept channels,
+S = positions) or the kept elements of one example (N = 1, G = B, S = k). Every group has its own
+scale, since channels differ in size by orders of magnitude. With step the group's scale:
+
+- none: float32, bit for bit.
+- fp16: x / step with step a power of two that puts the largest magnitude near 2^15, so that small
+  gradients do not vanish below the smallest half-precision number.
+- int8, int4: round(x / step), step = max |x| / 127 or / 7. Zero stays exactly zero.
+- int8-affine, int4-affine: round((x - low) / step), step = (max - low) / 255 or / 15, low = min:
+  half the step of the symmetric form where values have one sign, as behind a ReLU.
+
+The integers are within half a step of x. The gradient passes straight through the rounding: what
+comes back for the rounded value is taken as the gradient of the unrounded one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sluiceway.split.errors import WireError
+
+# Values worked on at once: the temporaries of this many stay in a core's cache.
+_CHUNK: Final = 1 << 17
+_TINY: Final = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How kept values are written.
+
+    Attributes:
+        name: as in `CODECS`.
+        code: its number on the wire.
+        bits: of one value.
+        parameters: float32 numbers that a group has beside its values: its step, and for affine
+            codecs its low.
+    """
+
+    name: str
+    code: int
+    bits: int
+    parameters: int
+
+    @property
+    def levels(self) -> int:
+        """The largest integer: of |x| / step, or of (x - low) / step."""
+        return (1 << self.bits) - 1 if self.affine else (1 << (self.bits - 1)) - 1
+
+    @property
+    def affine(self) -> bool:
+        return self.parameters == 2
+
+    @property
+    def offset(self) -> int:
+        """What is added to the integers before they are stored: int8 is signed, int4 is not."""
+        if self.bits == 8:
+            return -128 if self.affine else 0
+        return 0 if self.affine else 8
+
+    def nbytes(self, values: int, groups: int) -> int:
+        """Bytes of so many values in so many groups, parameters included."""
+        return 4 * self.parameters * groups + (self.bits * values + 7) // 8
+
+
+CODECS: Final = {
+    codec.name: codec
+    for codec in (
+        Codec("none", 0, 32, 0),
+        Codec("fp16", 1, 16, 1),
+        Codec("int8", 2, 8, 1),
+        Codec("int4", 3, 4, 1),
+        Codec("int8-affine", 4, 8, 2),
+        Codec("int4-affine", 5, 4, 2),
+    )
+}
+"""Every codec by name."""
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in CODECS:
+        raise ValueError(f"codec: expected one of {', '.join(CODECS)}, got {name!r}")
+    return CODECS[name]
+
+
+@torch.no_grad()
+def encode(values: Tensor, codec: Codec) -> list[memoryview]:
+    """Values as the pieces that a message holds, in their order: parameters, then numbers.
+
+    Args:
+        values: [N, G, S], float32, contiguous, on any device; not changed.
+        codec: any.
+
+    Returns:
+        Buffers whose bytes, one after another, have length `codec.nbytes(N * G * S, G)`:
+        parameters [parameters, G] float32, then the values row by row. Of int4 the first of each
+        pair is the low half of its byte, and an odd last one leaves the high half zero.
+
+    Raises:
+        ValueError: a value is not finite, or a group's range overflows float32 (never for "none",
+            which carries every bit).
+    """
+    if codec.bits == 32:
+        return [values.cpu().numpy().data]
+    parameters = _parameters(values, codec)
+    if not _valid(parameters, codec):
+        raise ValueError("values: expected finite numbers whose range is finite in float32")
+    if codec.bits == 16:
+        numbers = (values / parameters[0].unsqueeze(1)).half()
+    else:
+        numbers = _integers(values, parameters, codec)
+    if codec.bits == 4:
+        numbers = _to_nibbles(numbers)
+    return [parameters.cpu().numpy().data, numbers.cpu().numpy().data]
+
+
+@torch.no_grad()
+def decode(
+    data: memoryview, shape: tuple[int, int, int], codec: Codec, device: torch.device
+) -> Tensor:
+    """The inverse of `encode`.
+
+    Args:
+        data: as many bytes as `codec.nbytes` says of `shape`; the caller has checked.
+        shape: N, G, S.
+        codec: the one it was encoded by.
+        device: where the values go.
+
+    Returns:
+        Values, [N, G, S], float32; memory of their own.
+
+    Raises:
+        WireError: parameters that `encode` does not write.
+    """
+    split = 4 * codec.parameters * shape[1]
+    parameters = _from_bytes(data[:split], torch.float32).view(codec.parameters, shape[1])
+    if not _valid(parameters, codec):
+        raise WireError("scales: expected finite numbers, steps above 0")
+    numbers = _from_bytes(data[split:], _STORED[codec.bits]).to(device)
+    if codec.bits == 32:
+        return numbers.view(shape)
+    if codec.bits == 4:
+        numbers = _from_nibbles(numbers, shape[0] * shape[1] * shape[2])
+    values = numbers.view(shape).float()
+    if codec.bits < 16 and codec.offset:
+        values -= codec.offset
+    values *= parameters[0].to(device).unsqueeze(1)
+    if codec.affine:
+        values += parameters[1].to(device).unsqueeze(1)
+    return values
+
+
+_STORED: Final = {32: torch.float32, 16: torch.float16, 8: torch.int8, 4: torch.uint8}
+
+
+def _parameters(values: Tensor, codec: Codec) -> Tensor:
+    """Step, and low of affine codecs, of every group: [parameters, G]."""
+    high, low = _extreme(values, torch.amax), _extreme(values, torch.amin)
+    if codec.affine:
+        # A constant group has no range: any step does, but it must have an inverse.
+        return torch.stack([((high - low) / codec.levels).clamp(min=_TINY), low])
+    largest = torch.maximum(high, -low)
+    if codec.bits == 16:
+        # Chosen by the exponent; NaN and infinity must stay visible.
+        exponent = torch.frexp(largest).exponent.clamp(min=-111) - 15
+        step = torch.ldexp(torch.ones_like(largest), exponent)
+        return torch.where(largest.isfinite(), step, largest).unsqueeze(0)
+    return (largest / codec.levels).clamp(min=_TINY).unsqueeze(0)
+
+
+def _extreme(values: Tensor, by: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Largest or smallest value of each group, [G]."""
+    # Over examples first: that runs along memory whatever the number of positions.
+    return by(by(values.flatten(1), 0).view(values.shape[1:]), 1)
+
+
+def _integers(values: Tensor, parameters: Tensor, codec: Codec) -> Tensor:
+    """What is stored of each value, [N, G, S] int8."""
+    inverse = (1 / parameters[0]).unsqueeze(1)
+    numbers = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    # A GPU has no small cache to stay in, and pays for every piece.
+    rows = max(1, _CHUNK // values[0].numel()) if values.device.type == "cpu" else len(values)
+    room = torch.empty_like(values[:rows])
+    for first in range(0, len(values), rows):
+        part = values[first : first + rows]
+        scaled = room[: len(part)]
+        if codec.affine:
+            torch.sub(part, parameters[1].unsqueeze(1), out=scaled).mul_(inverse)
+        else:
+            torch.mul(part, inverse, out=scaled)
+        scaled.round_()
+        if codec.offset:
+            scaled += codec.offset
+        numbers[first : first + rows].copy_(scaled)
+    return numbers
+
+
+def _to_nibbles(numbers: Tensor) -> Tensor:
+    """Integers in [0, 15], two a byte."""
+    flat = numbers.flatten()
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    # Two bytes seen as one little-endian number, high << 8 | low, become high << 4 | low.
+    pairs = flat.view(torch.int16)
+    return pairs.bitwise_or(pairs >> 4).to(torch.uint8)
+
+
+def _from_nibbles(data: Tensor, count: int) -> Tensor:
+    """The first `count` integers of [0, 15] that `_to_nibbles` put into bytes."""
+    if count % 2 and int(data[-1]) > 15:
+        raise WireError("values: expected zero in the unused half of the last byte")
+    pairs = data.to(torch.int16)
+    return pairs.bitwise_or(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:count]
+
+
+def _valid(parameters: Tensor, codec: Codec) -> bool:
+    """Whether every integer stands for a finite number."""
+    if not codec.parameters:
+        return True
+    step, low = parameters[0], parameters[-1] * codec.affine
+    reach = low + step * (codec.levels if codec.bits < 16 else 1)
+    return bool((step > 0).all() & low.isfinite().all() & reach.isfinite().all())
+
+
+def _from_bytes(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """A copy of the bytes as numbers: a message is read-only, and its parts are not aligned."""
+    copy = torch.empty(len(data), dtype=torch.uint8)
+    copy.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+    return copy.view(dtype)
