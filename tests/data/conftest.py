@@ -2,13 +2,13 @@
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-WheelBuilder = Callable[[str, str, dict[str, str]], Path]
+WheelBuilder = Callable[[str, str, Mapping[str, str | bytes]], Path]
 
 
 @pytest.fixture
@@ -28,15 +28,15 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def build_wheel(bare_machine: Path) -> WheelBuilder:
-    """Writes a wheel of (package, version, {member: text}) where pip will find it."""
+    """Writes a wheel of (package, version, {member: content}) where pip will find it."""
 
-    def build(package: str, version: str, members: dict[str, str]) -> Path:
+    def build(package: str, version: str, members: Mapping[str, str | bytes]) -> Path:
         stem = f"{package.replace('-', '_')}-{version}"
         info = f"{stem}.dist-info"
         path = bare_machine / f"{stem}-py3-none-any.whl"
         with zipfile.ZipFile(path, "w") as archive:
-            for member, text in members.items():
-                archive.writestr(member, text)
+            for member, content in members.items():
+                archive.writestr(member, content)
             about = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
             archive.writestr(f"{info}/METADATA", about)
             tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -1,6 +1,11 @@
-"""Data sets by name or file, their partition over clients, and their tokens."""
+"""Data sets by name or file, their partition over clients, their tokens and their augmentation."""
 
+from sluiceway.data.augment import Augmentation, crop, flip, normalise
+from sluiceway.data.cache import cache_folder
 from sluiceway.data.errors import DataError
+from sluiceway.data.image_dataset import ImageDataset, image_datasets
+from sluiceway.data.image_sources import IMAGE_NAMES, load_images
+from sluiceway.data.image_tables import ImageData, ImageTable
 from sluiceway.data.own import load_own
 from sluiceway.data.partition import (
     PARTITION_KINDS,
@@ -14,25 +19,35 @@ from sluiceway.data.partition import (
 from sluiceway.data.sources import TEXT_NAMES, load_text
 from sluiceway.data.tables import TextData, TextTable, holdout, limit
 from sluiceway.data.tokens import TextDataset, encode
-from sluiceway.data.wheels import cache_folder, wheel_folder, wheel_member, wheel_members
+from sluiceway.data.wheels import wheel_folder, wheel_member, wheel_members
 
 __all__ = [
+    "IMAGE_NAMES",
     "PARTITION_KINDS",
     "TEXT_NAMES",
+    "Augmentation",
     "DataError",
+    "ImageData",
+    "ImageDataset",
+    "ImageTable",
     "TextData",
     "TextDataset",
     "TextTable",
     "cache_folder",
+    "crop",
     "dirichlet",
     "encode",
+    "flip",
     "holdout",
     "iid",
+    "image_datasets",
     "label_counts",
     "limit",
+    "load_images",
     "load_own",
     "load_text",
     "natural",
+    "normalise",
     "partition",
     "pathological",
     "wheel_folder",

@@ -1,8 +1,12 @@
-"""The one error of this package."""
+"""The one error of this package, and how its parts say that a place lacks something."""
 
 
 class DataError(ValueError):
     """Bad data or a bad request for data: one line on what is wrong, where, and what is right."""
+
+
+class Absent(Exception):
+    """A place does not have a data set; says which place and why. Never leaves this package."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,13 +1,11 @@
 """Which group each label belongs to, where a data set's authors publish that by itself."""
 
 import json
-import os
-import tempfile
 import urllib.request
 from dataclasses import dataclass
 
+from sluiceway.data.cache import cache_folder, replacing
 from sluiceway.data.errors import first_line
-from sluiceway.data.wheels import cache_folder
 
 SECONDS = 10
 """How long the file may take to come."""
@@ -40,10 +38,8 @@ class LabelGroups:
         with urllib.request.urlopen(self.url, timeout=SECONDS) as answer:
             content: bytes = answer.read(MOST_BYTES)
         found = inverted(content)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as made:
+        with replacing(cached) as made:
             made.write(content)
-        os.replace(made.name, cached)
         return found
 
     def column_of(self, labels: list[object]) -> tuple[list[object] | None, str]:

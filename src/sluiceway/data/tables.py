@@ -1,7 +1,8 @@
-"""Labelled texts in memory, and the two ways to draw a stratified part of them."""
+"""Labelled texts in memory, and the two ways to draw a stratified part of a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,22 @@ import numpy.typing as npt
 from sluiceway.data.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Table(Protocol):
+    """N labelled rows of whatever kind."""
+
+    @property
+    def labels(self) -> IntArray:
+        """The rows' labels, int64 [N]."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: IntArray, /) -> Self:
+        """The rows at `indices` (integers in 0..N-1), in that order."""
+
+
+AnyTable = TypeVar("AnyTable", bound=Table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +87,8 @@ class TextData:
     label_names: tuple[str, ...]
 
 
-def limit(table: TextTable, n: int, seed: int) -> TextTable:
-    """Cap a table at `n` rows; every label keeps its share.
+def limit(table: AnyTable, n: int, seed: int) -> AnyTable:
+    """Cap a table of texts or images at `n` rows; every label keeps its share.
 
     Shares are rounded by largest remainder (ties go to the lower label), rows of a label are drawn
     without replacement, the table's row order is kept, and the result depends on nothing but the
@@ -96,7 +113,7 @@ def limit(table: TextTable, n: int, seed: int) -> TextTable:
     return table.take(_draw(table.labels, values, _shares(counts, n), seed))
 
 
-def holdout(table: TextTable, fraction: float, seed: int) -> tuple[TextTable, TextTable]:
+def holdout(table: AnyTable, fraction: float, seed: int) -> tuple[AnyTable, AnyTable]:
     """Split a table into a train and a test part; both keep every label's share.
 
     The test part has round(fraction * N) rows (at least 1), rounded per label by largest

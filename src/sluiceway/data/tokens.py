@@ -6,9 +6,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sluiceway.data.errors import DataError
+from sluiceway.data.rows import LabelledRows
 from sluiceway.data.tables import IntArray
 
 _BATCH = 1000
@@ -87,7 +87,7 @@ def _pad(rows: Sequence[Sequence[int]], lengths: IntArray, pad: int) -> dict[str
     }
 
 
-class TextDataset(Dataset[tuple[dict[str, Tensor], Tensor]]):
+class TextDataset(LabelledRows[dict[str, Tensor]]):
     """Tokenised texts with labels.
 
     `dataset[i]` is ({"input_ids": int64 [S], "attention_mask": int64 [S]}, label int64 []).
@@ -101,48 +101,19 @@ class TextDataset(Dataset[tuple[dict[str, Tensor], Tensor]]):
     """
 
     def __init__(self, inputs: dict[str, Tensor], labels: IntArray | Tensor) -> None:
-        known = torch.as_tensor(labels, dtype=torch.int64)
+        super().__init__(labels)
         for name, tensor in inputs.items():
-            if tensor.shape[0] != len(known):
-                raise DataError(f"{name} has {tensor.shape[0]} rows for {len(known)} labels")
+            if tensor.shape[0] != len(self):
+                raise DataError(f"{name} has {tensor.shape[0]} rows for {len(self)} labels")
         mask = inputs["attention_mask"]
         self._inputs = inputs
-        self._labels = known
         positions = torch.arange(1, mask.shape[1] + 1)
         # Where the last token ends; right padding alone is cut, whatever lies before stays.
         self._lengths = torch.nn.functional.pad(mask * positions, (1, 0)).amax(dim=1)
-        self._rows = torch.arange(len(known))
-        self._whole: TextDataset | None = None
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         row = self._rows[index]
         return {name: tensor[row] for name, tensor in self._inputs.items()}, self._labels[row]
-
-    @property
-    def labels(self) -> Tensor:
-        """The labels of this dataset's rows, int64 [N]."""
-        return self._labels[self._rows]
-
-    def subset(self, indices: Sequence[int] | IntArray | Tensor) -> "TextDataset":
-        """The rows at `indices` (each 0..N-1), in that order; the tokens are shared, not copied."""
-        part = object.__new__(TextDataset)
-        part._inputs, part._labels, part._lengths = self._inputs, self._labels, self._lengths
-        part._rows = self._rows[torch.as_tensor(indices, dtype=torch.int64)]
-        part._whole = self.base
-        return part
-
-    @property
-    def base(self) -> "TextDataset":
-        """The whole dataset that this one is a part of; itself if it is whole."""
-        return self._whole or self
-
-    @property
-    def indices(self) -> Tensor:
-        """The rows of `base` that this dataset takes, int64 [N]."""
-        return self._rows
 
     def gather(
         self, indices: Sequence[int] | IntArray | Tensor

