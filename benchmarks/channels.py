@@ -68,6 +68,7 @@ class Step:
         smashed = self.compressor.open(message)
         lap("unpack")
         values = smashed.values.requires_grad_()
+        assert smashed.labels is not None
         functional.cross_entropy(self.back(values), smashed.labels).backward()
         lap("compute")
         assert values.grad is not None
@@ -124,9 +125,9 @@ def measure_speed(rounds: int) -> None:
         room = torch.empty_like(A)
         for kept in (0.25, 0.5, 1.0):
             mask = torch.arange(shape[1]) < kept * shape[1]
+            codecs = ("none", "fp16", "int8", "int8-affine", "int4-affine")
             calls: list[Callable[[], object]] = [partial(room.copy_, A)]
-            for codec in ("none", "fp16", "int8", "int8-affine", "int4-affine"):
-                calls.append(partial(pack, A, mask, codec))
+            calls += [partial(pack, A, mask, codec) for codec in codecs]
             speeds = [f"{A.nbytes / 1e9 / seconds(call, rounds):.1f}" for call in calls]
             size = "x".join(map(str, shape))
             print(f"| {size} | {kept:.0%} | {' | '.join(speeds)} |", flush=True)

@@ -28,6 +28,8 @@ from sluiceway.split.errors import WireError
 # Values worked on at once: the temporaries of this many stay in a core's cache.
 _CHUNK: Final = 1 << 17
 _TINY: Final = torch.finfo(torch.float32).tiny
+# Half precision is used up to this: x / step rounds to at most it.
+_HALF_REACH: Final = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ def encode(values: Tensor, codec: Codec) -> list[memoryview]:
         pair is the low half of its byte, and an odd last one leaves the high half zero.
 
     Raises:
-        ValueError: a value is not finite, or a group's range overflows float32 (never for "none",
-            which carries every bit).
+        ValueError: a value is not finite, or a group's range overflows float32 when rounded up
+            (never for "none", which carries every bit).
     """
     if codec.bits == 32:
         return [values.cpu().numpy().data]
@@ -171,7 +173,7 @@ def _parameters(values: Tensor, codec: Codec) -> Tensor:
         return torch.stack([((high - low) / codec.levels).clamp(min=_TINY), low])
     largest = torch.maximum(high, -low)
     if codec.bits == 16:
-        # Chosen by the exponent; NaN and infinity must stay visible.
+        # largest < 2^exponent, and NaN and infinity must stay visible.
         exponent = torch.frexp(largest).exponent.clamp(min=-111) - 15
         step = torch.ldexp(torch.ones_like(largest), exponent)
         return torch.where(largest.isfinite(), step, largest).unsqueeze(0)
@@ -228,7 +230,7 @@ def _valid(parameters: Tensor, codec: Codec) -> bool:
     if not codec.parameters:
         return True
     step, low = parameters[0], parameters[-1] * codec.affine
-    reach = low + step * (codec.levels if codec.bits < 16 else 1)
+    reach = low + step * (codec.levels if codec.bits < 16 else _HALF_REACH)
     return bool((step > 0).all() & low.isfinite().all() & reach.isfinite().all())
 
 

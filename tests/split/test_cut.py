@@ -1,0 +1,191 @@
+"""Cutting: the halves are the model, whatever it is made of."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sluiceway.split import Conv4, cut, cut_points, resnet18, vgg11
+
+NETWORKS = [
+    pytest.param(lambda: Conv4(3, 10, width=4), "conv2", id="conv4"),
+    pytest.param(lambda: resnet18(4), "layer2_1", id="resnet18"),
+    pytest.param(lambda: vgg11(4), "conv3", id="vgg11"),
+]
+
+
+class Wrapped(nn.Module):
+    """A chain in a module of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU())
+        self.tail = nn.Sequential(nn.Flatten(), nn.Linear(6 * 16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.tail(self.features(x))
+        return out
+
+
+class Residual(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.tail(self.features(x) * 2)
+        return out
+
+
+class Backwards(nn.Module):
+    """Its children run in another order than they are declared in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(4, 4)
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x))
+        return out
+
+
+class Skips(Backwards):
+    def forward(self, x: Tensor) -> Tensor:
+        self.second(x)
+        out: Tensor = self.first(x)
+        return out
+
+
+class Decides(Backwards):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(("make", "name"), NETWORKS)
+def test_halves_compose_to_the_model_exactly(make, name: str) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(4, 3, 32, 32)
+    for point in cut_points(model, x):
+        front, back = cut(model, point.name)
+        model.eval()
+        assert torch.equal(back(front(x)), model(x))
+    model.train()
+    front, back = cut(model, name)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    back(front(x)).square().sum().backward()
+    split = [p.grad.clone() for p in (*front.parameters(), *back.parameters())]
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.zero_grad()
+    model.load_state_dict(state)
+    model(x).square().sum().backward()
+    whole = [p.grad for p in model.parameters()]
+    assert len(split) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(split, whole, strict=True))
+    assert all(torch.equal(after[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("make", "name"), NETWORKS)
+def test_halves_share_the_models_state_by_its_names(make, name: str) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    front, back = cut(model, name)
+    pieces = {**front.state_dict(), **back.state_dict()}
+    assert list(pieces) == list(model.state_dict())
+    assert all(pieces[k].data_ptr() == v.data_ptr() for k, v in model.state_dict().items())
+    assert not set(front.state_dict()) & set(back.state_dict())
+    assert list(front._modules)[-1] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "front_names"),
+    [
+        ("features.1", ["features.0.weight", "features.0.bias"]),
+        ("tail.0", None),
+        ("features", None),
+    ],
+)
+def test_nested_and_wrapped(name: str, front_names: list[str] | None) -> None:
+    model, x = Wrapped(), torch.randn(2, 3, 8, 8)
+    front, back = cut(model, name)
+    assert torch.equal(back(front(x)), model(x))
+    assert {**front.state_dict(), **back.state_dict()}.keys() == model.state_dict().keys()
+    if front_names is not None:
+        assert list(front.state_dict()) == front_names
+    assert len(list(front.parameters())) == {"features.1": 2}.get(name, 4)
+
+
+def test_cut_again_gives_three_parts() -> None:
+    model, x = Conv4(3, 10, width=4).eval(), torch.randn(2, 3, 32, 32)
+    front, rest = cut(model, "conv1")
+    middle, end = cut(rest, "conv4")
+    assert list(end._modules) == ["head"]
+    assert torch.equal(end(middle(front(x))), model(x))
+
+
+@pytest.mark.parametrize("name", ["conv9", "head", "", "conv", "conv1.conv"])
+def test_unknown_and_last_names_list_the_others(name: str) -> None:
+    with pytest.raises(ValueError, match=r"cut at: conv1, conv2, conv3, conv4$"):
+        cut(Conv4(1, 10, width=4), name)
+
+
+@pytest.mark.parametrize("model", [Residual(), Backwards(), Skips(), Decides(), nn.Linear(2, 2)])
+def test_what_is_no_chain_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be cut"):
+        cut(model, "first")
+
+
+def test_a_layer_used_on_both_sides_is_refused() -> None:
+    tied, relu = nn.Linear(4, 4), nn.ReLU()
+    model = nn.Sequential(OrderedDict(a=tied, b=relu, c=tied, d=relu, e=nn.Linear(4, 2)))
+    with pytest.raises(ValueError, match=r"c\.weight is used on both sides"):
+        cut(model, "b")
+    front, back = cut(model, "d")
+    x = torch.randn(3, 4)
+    assert torch.equal(back(front(x)), model(x))
+
+
+def test_cut_points_by_hand() -> None:
+    points = cut_points(Conv4(3, 10, width=32), torch.randn(2, 3, 32, 32))
+    # 27 w + 2 w; + 9 w^2 + 2 w; + 18 w^2 + 4 w; + 36 w^2 + 4 w
+    assert [(p.name, p.shape, p.bytes_per_example, p.front_parameters) for p in points] == [
+        ("conv1", (32, 16, 16), 32768, 928),
+        ("conv2", (32, 8, 8), 8192, 10208),
+        ("conv3", (64, 4, 4), 4096, 28768),
+        ("conv4", (64, 4, 4), 4096, 65760),
+    ]
+    points = cut_points(resnet18(64), torch.randn(1, 3, 32, 32))
+    shapes = [(64, 32, 32)] * 3 + [(128, 16, 16)] * 2 + [(256, 8, 8)] * 2 + [(512, 4, 4)] * 2
+    assert [p.shape for p in points] == shapes
+    assert [p.bytes_per_example for p in points[::2]] == [262144, 262144, 131072, 65536, 32768]
+    assert points[-1].front_parameters == 11_168_832  # ResNet-18 without its last layer
+    points = cut_points(vgg11(8), torch.randn(1, 3, 28, 28))
+    sides = [(8, 14), (16, 7), (32, 7), (32, 4), (64, 4), (64, 2), (64, 2), (64, 1)]
+    assert [p.bytes_per_example for p in points] == [4 * c * s * s for c, s in sides]
+
+
+def test_cut_points_leave_the_model_as_it_was() -> None:
+    model = Conv4(1, 10, width=4)
+    model.conv1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    cut_points(model, torch.randn(2, 1, 28, 28))
+    assert [m.training for m in model] == [False, True, True, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    front, _ = cut(model, "conv2")
+    assert [m.training for m in front] == [False, True]
+
+
+@pytest.mark.parametrize("side", [8, 28, 32])
+@pytest.mark.parametrize("make", [lambda: Conv4(1, 7, 4), lambda: resnet18(4, 1, 7)])
+def test_networks_take_sides(make, side: int) -> None:  # type: ignore[no-untyped-def]
+    assert make()(torch.randn(2, 1, side, side)).shape == (2, 7)
+
+
+def test_networks_learn() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(8) % 2
+    x = torch.randn(8, 1, 16, 16) + labels.view(-1, 1, 1, 1)
+    for model in (Conv4(1, 2, 4), resnet18(4, 1, 2), vgg11(4, 1, 2)):
+        optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(30):
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), labels)
+            loss.backward()
+            optimiser.step()
+        assert loss < 0.1
