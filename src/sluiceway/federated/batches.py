@@ -42,9 +42,16 @@ class Batch:
     features: Tensor | None = None
 
     @staticmethod
-    def of(examples: Examples, indices: Tensor, device: torch.device) -> Batch:
-        """The examples at these positions."""
-        if hasattr(examples, "gather"):
+    def of(
+        examples: Examples,
+        indices: Tensor,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """The examples at these positions; a generator augments those of a set that can be."""
+        if generator is not None and getattr(examples, "augmentation", None) is not None:
+            inputs, labels = examples.gather(indices, generator)  # type: ignore[attr-defined]
+        elif hasattr(examples, "gather"):
             inputs, labels = examples.gather(indices)
         else:
             inputs, labels = default_collate([examples[i] for i in indices.tolist()])

@@ -32,12 +32,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)
-class Training:
-    """How a client trains.
+class Optimisation:
+    """How layers are trained.
 
     lr: learning rate, > 0. batch_size: examples a step, >= 1. local_epochs: passes over the
-    client's data in a round, >= 1. optimizer: "adamw" or "sgd", new in every round.
-    momentum: of sgd, in [0, 1). weight_decay: >= 0. max_grad_norm: clipping, > 0; 0 for none.
+    client's data in a round, >= 1. optimizer: "adamw" or "sgd". momentum: of sgd, in [0, 1).
+    weight_decay: >= 0.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -46,7 +46,6 @@ class Training:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)
 
     def optimiser(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimiser over the parameters."""
@@ -55,6 +54,16 @@ class Training:
                 params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
             )
         return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
+
+@checked(config=PARAMETERS, kw_only=True, frozen=True)
+class Training(Optimisation):
+    """How a client trains a whole model; its optimiser is new in every round.
+
+    max_grad_norm: clipping, > 0; 0 for none. The rest is as of `Optimisation`.
+    """
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
 
 
 def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:

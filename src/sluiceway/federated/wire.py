@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from sluiceway.moe import BlockRouting
@@ -51,14 +51,37 @@ def write_tensors(
     path: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]
 ) -> int:
     """Write named tensors under prefixes, and a few facts; returns the length in bytes."""
+    tensors, metadata = laid_out(parts, facts)
+    save_file(tensors, str(path), metadata=metadata)
+    return path.stat().st_size
+
+
+def message_of(
+    parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]
+) -> bytes:
+    """The same message in memory."""
+    return save(*laid_out(parts, facts))
+
+
+def parts_of(message: bytes) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a message in memory, by prefix and name."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load(message).items():
+        prefix, _, name = key.partition("/")
+        parts.setdefault(prefix, {})[name] = tensor
+    return parts
+
+
+def laid_out(
+    parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by their names in the message, and its metadata."""
     tensors = {
         f"{prefix}/{name}": tensor.detach().cpu().contiguous()
         for prefix, part in parts.items()
         for name, tensor in part.items()
     }
-    metadata = {"sluiceway": json.dumps({"version": VERSION, **facts}, sort_keys=True)}
-    save_file(tensors, str(path), metadata=metadata)
-    return path.stat().st_size
+    return tensors, {"sluiceway": json.dumps({"version": VERSION, **facts}, sort_keys=True)}
 
 
 def read_facts(path: Path) -> dict[str, object]:
