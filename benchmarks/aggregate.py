@@ -10,6 +10,7 @@ FedAvg holds at most 4 updates in memory.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -149,7 +150,13 @@ def measure_memory(name: str, count: int) -> None:
     tensors, found = world(4064)
     size = sum(t.nbytes for t in tensors.values())
     with tempfile.TemporaryDirectory() as folder:
-        paths = files(Path(folder), count, tensors, found)
+        # Made elsewhere, so that memory freed here does not hide what aggregation takes.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=files, args=(Path(folder), count, tensors, found)
+        )
+        maker.start()
+        maker.join()
+        paths = [Path(folder) / f"update-{i}" for i in range(count)]
         start = memory()
         made = ready(name, tensors, found, count)
         peak = Peak()

@@ -80,7 +80,11 @@ class LocalEngine:
                 torch.set_num_threads(self.threads)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._pool is not None:
+            # What the clients are doing is lost anyway; without this, stopping waits for them.
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
         self._stack.close()
 
     def train(
@@ -203,7 +207,7 @@ def federate(
         checkpoint: where to save after every round and to continue from.
 
     Raises:
-        ValueError: nothing to train, no client with examples, a label the model has no class for.
+        ValueError: nothing to train, no client with examples, several workers on a GPU.
         NoExpertsError: the strategy needs experts and the model has none.
         pydantic.ValidationError: a setting out of range.
     """
@@ -211,6 +215,8 @@ def federate(
         strategy = strategy_of(strategy)
     plan = Rounds(rounds=rounds, participation=participation, seed=seed)
     place = torch.device(chosen_device(device))
+    if workers > 1 and place.type != "cpu":
+        raise ValueError(f"{workers} workers need the CPU; one worker runs on {place}")
     model.to(place)
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))

@@ -94,8 +94,7 @@ def comparison_figure(compare: Mapping[str, Any]) -> Figure:
     """Accuracy by round beside accuracy against the bytes sent, a line a variant.
 
     Args:
-        compare: content of compare.json. A run's summary may also have `bytes_by_round`, the
-            bytes up and down of each round; without it they are spread evenly over the rounds.
+        compare: content of compare.json.
 
     Returns:
         Mean over seeds with its 95 % band (Student's t); with one seed, the line alone.
@@ -132,16 +131,10 @@ def curves_of(variants: Sequence[Mapping[str, Any]]) -> list[Curve]:
         runs = list(entry["runs"].values())
         # A seed that is not done yet is shorter, and a mean needs all of them.
         length = min(len(run["accuracy_by_round"]) for run in runs)
-        nbytes = [np.cumsum(run.get("bytes_by_round") or even(run))[:length] for run in runs]
+        nbytes = [np.cumsum(run["bytes_by_round"])[:length] for run in runs]
         accuracy = [run["accuracy_by_round"][:length] for run in runs]
         curves.append(Curve(entry["name"], np.array(accuracy, float), np.array(nbytes), *look))
     return curves
-
-
-def even(run: Mapping[str, Any]) -> list[float]:
-    """The bytes of a run, spread evenly over its rounds."""
-    rounds = len(run["accuracy_by_round"])
-    return [(run["bytes_up"] + run["bytes_down"]) / rounds] * rounds
 
 
 def looks(variants: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:

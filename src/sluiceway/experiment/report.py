@@ -87,8 +87,6 @@ def read_run(folder: Path) -> Run:
     else:
         looked_for = "summary.json, metrics.jsonl or compare.json"
         raise InputError(f"{folder} is no run or comparison: it holds no {looked_for}")
-    if len(records) == len(summary["accuracy_by_round"]):
-        summary["bytes_by_round"] = [r["bytes_up"] + r["bytes_down"] for r in records]
     return Run(folder, summary, records, (folder / "summary.json").is_file())
 
 
@@ -134,6 +132,7 @@ def so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "accuracy": accuracy[-1],
         "best_accuracy": max(accuracy),
         "accuracy_by_round": accuracy,
+        "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
         "accuracy_by_client": records[-1].get("accuracy_by_client"),
         "clients": recipe.get("data", {}).get("clients"),
         **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
@@ -161,8 +160,7 @@ def write_comparison(folder: Path) -> Path:
         for seed, summary in entry["runs"].items():
             below = folder / entry["name"].replace("/", "_") / f"seed-{seed}"
             if (below / "summary.json").is_file():
-                run = read_run(below)
-                summary |= {"bytes_by_round": run.summary.get("bytes_by_round"), "folder": below}
+                summary["folder"] = below
     return save_table(folder, table, paired=True)
 
 

@@ -134,7 +134,7 @@ def run(
     progress = progress or Progress()
     began = time.perf_counter()
     folder = Folder(out, recipe, resume) if out else None
-    device = chosen_device(recipe.run.device)
+    device = usable_device(recipe.run.device)
     texts = session.data(recipe.data, progress.say)
     parts = partition(
         recipe.data.partition,
@@ -187,6 +187,17 @@ def run(
     if folder:
         folder.finish(result, summary)
     return result, summary
+
+
+def usable_device(name: str) -> str:
+    """The device that a recipe names. Raises InputError if this machine does not have it."""
+    try:
+        device = chosen_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"run.device = {name!r} cannot be used here: {why}") from None
+    return device
 
 
 def worker_count(recipe: Recipe, device: str) -> int:

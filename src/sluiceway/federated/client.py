@@ -79,7 +79,7 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
     anatomy = find_anatomy(model) or Anatomy(())
     for name, param in model.named_parameters():
         param.requires_grad_(param.requires_grad and strategy.trains(name, anatomy))
-    tensors = exchanged(model)
+    tensors = {name: tensor.detach().cpu() for name, tensor in exchanged(model).items()}
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError("nothing to train: every parameter of the model is frozen")
     strategy.setup(tensors, trained_anatomy(anatomy, set(tensors)), clients)
