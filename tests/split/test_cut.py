@@ -54,6 +54,20 @@ class Skips(Backwards):
         return out
 
 
+class Returns(nn.Module):
+    """Gives something else than what its last layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle: Tensor = self.first(x)
+        self.second(middle)
+        return middle
+
+
 class Decides(Backwards):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -125,7 +139,9 @@ def test_unknown_and_last_names_list_the_others(name: str) -> None:
         cut(Conv4(1, 10, width=4), name)
 
 
-@pytest.mark.parametrize("model", [Residual(), Backwards(), Skips(), Decides(), nn.Linear(2, 2)])
+@pytest.mark.parametrize(
+    "model", [Residual(), Backwards(), Skips(), Returns(), Decides(), nn.Linear(2, 2)]
+)
 def test_what_is_no_chain_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be cut"):
         cut(model, "first")
@@ -139,6 +155,20 @@ def test_a_layer_used_on_both_sides_is_refused() -> None:
     front, back = cut(model, "d")
     x = torch.randn(3, 4)
     assert torch.equal(back(front(x)), model(x))
+
+
+def test_running_statistics_used_on_both_sides_are_refused() -> None:
+    norm = nn.BatchNorm1d(4, affine=False)
+    model = nn.Sequential(norm, nn.Linear(4, 4), norm, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"2\.running_mean is used on both sides"):
+        cut(model, "1")
+
+
+def test_halves_are_in_the_models_mode() -> None:
+    for model in (Conv4(1, 2, 4), Wrapped()):
+        name = "conv1" if isinstance(model, Conv4) else "features.1"
+        for mode in (True, False):
+            assert [half.training for half in cut(model.train(mode), name)] == [mode, mode]
 
 
 def test_cut_points_by_hand() -> None:

@@ -146,6 +146,12 @@ class TestRoundTrip:
             assert float((opened - column[1:]).abs().max()) <= (0 if codec == "int4" else 0.24)
         assert torch.equal(unpack_smashed(pack_smashed(column, one, ID, "int4")[0]).values, column)
 
+    @pytest.mark.parametrize("codec", sorted(CODECS))
+    def test_the_smallest_floats(self, codec: str) -> None:
+        A = torch.tensor([[1e-45, -1e-40, 0.0], [0.0, 1e-38, 0.0]])
+        opened = unpack_smashed(pack_smashed(A, KeptChannels(torch.ones(3) > 0), ID, codec)[0])
+        assert torch.allclose(opened.values, A, rtol=0, atol=0.5 * 1.2e-38)
+
     def test_every_bit_crosses_without_a_codec(self) -> None:
         A = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]])
         message, _ = pack_smashed(A, KeptChannels(torch.ones(4, dtype=torch.bool)), ID)
