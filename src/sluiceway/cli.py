@@ -77,7 +77,12 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", type=Path, metavar="DIR")
 
     inspect = add("inspect", inspect_command)
-    inspect.add_argument("model", help='"minilm", a folder, or a name on the Hugging Face hub')
+    inspect.add_argument(
+        "model",
+        help='"minilm", a folder, or a name on the Hugging Face hub; or "conv4", "resnet18", "vgg11"',
+    )
+    inspect.add_argument("--width", type=int, default=32, help="of a network for images")
+    inspect.add_argument("--image", default="3x32x32", metavar="CxHxW", help="what it is shown")
     inspect.add_argument("--experts", type=int, default=0, help="upcycle first, into this many")
     inspect.add_argument("--top-k", type=int, default=2)
     inspect.add_argument("--layers", type=int, default=1, help="last layers to upcycle")
@@ -116,10 +121,12 @@ def run_command(args: argparse.Namespace) -> None:
     with shown() as progress:
         _, summary = run(recipe, out, resume=args.resume, progress=progress)
     write_report([out])
-    personal = summary["mean_personal_accuracy"]
+    personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
+    beside = f", personal {personal:.4f}" if personal is not None else ""
+    beside += f", with nothing dropped {full:.4f}" if full is not None else ""
     print(
         f"{summary['method']}: accuracy {summary['accuracy']:.4f} "
-        f"(best {summary['best_accuracy']:.4f}, personal {personal:.4f}) "
+        f"(best {summary['best_accuracy']:.4f}{beside}) "
         f"after {summary['rounds']} rounds, {summary['bytes_up'] / 1e6:.1f} MB up, "
         f"{summary['bytes_down'] / 1e6:.1f} MB down, {summary['seconds']:.0f} s"
     )
@@ -181,9 +188,13 @@ def report_command(args: argparse.Namespace) -> None:
 
 
 def inspect_command(args: argparse.Namespace) -> None:
-    """Show where a model's routers and experts are, and what would cross the wire."""
-    from sluiceway.experiment.inspect import show_layout
+    """Show a model's routers and experts, or a network's cut points, and what would cross."""
+    from sluiceway.experiment.inspect import show_cuts, show_layout
+    from sluiceway.experiment.recipe import NETWORKS
 
+    if args.model in NETWORKS:
+        show_cuts(args.model, args.width, args.image)
+        return
     show_layout(args.model, args.experts, args.top_k, args.layers)
 
 

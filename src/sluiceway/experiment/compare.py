@@ -21,7 +21,8 @@ from sluiceway.experiment.recipe import (
     recipe_from,
     set_key,
 )
-from sluiceway.experiment.run import Progress, Session, run, write_json
+from sluiceway.experiment.run import clear_folder, run, write_json
+from sluiceway.experiment.session import Progress, Session
 
 #: What is compared, by its key in summary.json.
 MEASURES = (
@@ -112,7 +113,10 @@ def compare(
         progress.say(f"{name}, seed {seed}")
         summary = finished(folder, one)
         if summary is None:
-            _, summary = run(one, folder, resume=True, session=session, progress=progress)
+            resume = one.run.kind == "federated"
+            if folder and not resume:
+                clear_folder(folder)
+            _, summary = run(one, folder, resume=resume, session=session, progress=progress)
         summaries.setdefault(name, {})[seed] = summary
     table = tabulate(combinations, summaries)
     if out:
@@ -220,6 +224,8 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 def shown(interval: Mapping[str, float], *, sign: bool = False) -> str:
     """An interval for a table cell."""
+    if interval["mean"] != interval["mean"]:  # NaN: not measured in this kind of run
+        return ""
     text = f"{interval['mean']:+.4f}" if sign else f"{interval['mean']:.4f}"
     half = interval["half"]
     return text if half != half else f"{text} ± {half:.4f}"

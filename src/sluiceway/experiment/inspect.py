@@ -1,12 +1,16 @@
-"""A model's mixture-of-experts layout as a table."""
+"""A model's mixture-of-experts layout, or a network's cut points, as a table."""
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.kinds import network
 from sluiceway.experiment.models import load_pretrained
 from sluiceway.moe import BlockRow, Layout, NoExpertsError, find_anatomy, layout, upcycle
+from sluiceway.split.cut import cut_points
 
 
 def show_layout(name: str, experts: int, top_k: int, layers: int) -> None:
@@ -16,8 +20,6 @@ def show_layout(name: str, experts: int, top_k: int, layers: int) -> None:
         InputError: there is no such model.
         NoExpertsError: it has no mixture-of-experts block and `experts` is 0.
     """
-    from sluiceway.experiment.errors import InputError
-
     loaded = load_pretrained(name)
     if experts:
         try:
@@ -36,6 +38,33 @@ def show_layout(name: str, experts: int, top_k: int, layers: int) -> None:
     console.print(blocks_table(found))
     for line in totals(found):
         console.print(line, highlight=False)
+
+
+def show_cuts(name: str, width: int, image: str) -> None:
+    """Print where a network for images can be cut, and what crosses there for each example.
+
+    Raises:
+        InputError: the image's shape cannot be read, or the network cannot take it.
+    """
+    try:
+        shape = [int(side) for side in image.split("x")]
+        model = network(name, width, shape, classes=10, seed=0)
+        points = cut_points(model, torch.zeros(1, *shape))
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"--image {image} --width {width}: {why}; write 3x32x32") from None
+    table = Table(box=None, pad_edge=False)
+    table.add_column("cut at")
+    for heading in ("shape", "bytes an example", "client's parameters"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        table.add_row(
+            point.name,
+            "x".join(map(str, point.shape)),
+            f"{point.bytes_per_example:,}",
+            f"{point.front_parameters:,}",
+        )
+    Console().print(table)
 
 
 def blocks_table(found: Layout) -> Table:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from sluiceway.experiment.run import Progress
+from sluiceway.experiment.session import Progress
 from sluiceway.federated.rounds import Record
 
 

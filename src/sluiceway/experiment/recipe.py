@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from sluiceway.data import TEXT_NAMES
+from sluiceway.data import IMAGE_NAMES, TEXT_NAMES
 from sluiceway.experiment.errors import InputError, first_fault
-from sluiceway.federated.client import Training
+from sluiceway.federated.client import Optimisation, Training
+from sluiceway.split.compress import Compressor
+from sluiceway.split.methods import METHODS
 from sluiceway.strategies import STRATEGIES, Strategy
+
+#: Networks for images, by the name that `model.name` uses.
+NETWORKS = ("conv4", "resnet18", "vgg11")
 
 TABLE = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,14 +34,17 @@ TABLE = ConfigDict(extra="forbid", frozen=True)
 class Run(BaseModel):
     """What is run, for how long, and where.
 
-    kind: "federated". rounds: >= 1. seed: >= 0. participation: share of clients a round, (0, 1].
-    device: "auto", "cpu", "cuda", ... engine: "local". workers: processes, 0 for one a core (one
-    on a GPU). threads: torch threads a worker. feature_memory_mb: of frozen layers' outputs that
-    may be held in memory, the rest goes to a file.
+    kind: "federated" or "split". rounds: >= 1. seed: >= 0. participation: share of clients a
+    round, (0, 1]. device: "auto", "cpu", "cuda", ... engine: "local".
+
+    Federated runs: workers: processes, 0 for one a core (one on a GPU). threads: torch threads a
+    worker. feature_memory_mb: of frozen layers' outputs that may be held in memory, the rest goes
+    to a file. Split runs: form: "sequential", "parallel" (one server model), "copies" (a server
+    model per client) or "u" (labels stay). fronts: the strategy that averages clients' layers.
     """
 
     model_config = TABLE
-    kind: Literal["federated"] = "federated"
+    kind: Literal["federated", "split"] = "federated"
     rounds: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
     participation: float = Field(default=1.0, gt=0, le=1)
@@ -39,6 +53,8 @@ class Run(BaseModel):
     workers: int = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
     feature_memory_mb: int = Field(default=2048, ge=0)
+    form: Literal["sequential", "parallel", "copies", "u"] = "parallel"
+    fronts: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
 
 
 class Data(BaseModel):
@@ -48,7 +64,8 @@ class Data(BaseModel):
     and label_column, and test_path or a held-out test_fraction. limit, test_limit: caps on the
     examples, stratified, 0 for none. clients: >= 1. partition: "iid", "dirichlet" (alpha > 0),
     "pathological" (classes_per_client) or "natural" (group: a column; with alpha also a Dirichlet
-    over its values). seed: of the caps and the hold-out.
+    over its values). seed: of the caps and the hold-out. max_tokens: of a text. augment: random
+    crops and mirror images of training images.
     """
 
     model_config = TABLE
@@ -66,13 +83,15 @@ class Data(BaseModel):
     classes_per_client: int = Field(default=2, ge=1)
     group: str | None = None
     max_tokens: int = Field(default=64, ge=3)
+    augment: bool = True
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def one_source(self) -> Data:
         if (self.name is None) == (self.path is None):
             raise ValueError(
-                f"give either data.name (one of {', '.join(TEXT_NAMES)}) or data.path (a file)"
+                f"give either data.name (one of {', '.join(TEXT_NAMES + IMAGE_NAMES)}) "
+                "or data.path (a file)"
             )
         if self.partition == "dirichlet" and self.alpha is None:
             raise ValueError("data.partition = 'dirichlet' needs data.alpha, a number above 0")
@@ -82,15 +101,22 @@ class Data(BaseModel):
 class Model(BaseModel):
     """Which model, and what of it is trained.
 
-    name: "minilm", a folder, or a name on the Hugging Face hub. experts: number of experts that
-    each chosen dense feed-forward layer is copied into, 0 to take the model as it is. top_k:
+    Texts: name: "minilm", a folder, or a name on the Hugging Face hub. experts: number of experts
+    that each chosen dense feed-forward layer is copied into, 0 to take the model as it is. top_k:
     experts a token. layers: how many of the last layers become mixtures. noise: of the copies,
-    relative to their weights' deviation. train: "moe" the mixture blocks and the head, "experts",
+    relative to their weights' deviation. scale: a token's output is scaled by its gate's
+    probabilities, needed for top_k = 1. train: "moe" the mixture blocks and the head, "experts",
     "layers" everything from the first mixture upward, "all".
+
+    Images: name: "conv4", "resnet18" or "vgg11"; width: channels of the first layers. cut: the last
+    layer that clients hold. tail: in a U-shape, the last layer that the server holds.
     """
 
     model_config = TABLE
     name: str = "minilm"
+    width: int = Field(default=32, ge=1)
+    cut: str | None = None
+    tail: str | None = None
     experts: int = Field(default=8, ge=0)
     top_k: int = Field(default=2, ge=1)
     layers: int = Field(default=1, ge=1)
@@ -119,25 +145,49 @@ class Recipe(BaseModel):
     train: dict[str, Any] = Field(default_factory=dict)
     compare: Compare = Field(default_factory=Compare)
 
-    def strategy(self) -> Strategy:
-        """The strategy that [method] names. Raises InputError."""
-        name = self.method.get("name")
-        if name not in STRATEGIES:
-            raise InputError(f"method.name = {name!r}; allowed: {', '.join(STRATEGIES)}")
-        parameters = {key: value for key, value in self.method.items() if key != "name"}
-        built: Strategy = checked("method", STRATEGIES[name], parameters, ["name"])
-        return built
+    @model_validator(mode="after")
+    def one_kind(self) -> Recipe:
+        split = self.run.kind == "split"
+        names = IMAGE_NAMES if split else TEXT_NAMES
+        if self.data.name is not None and self.data.name not in names:
+            raise ValueError(
+                f"data.name = {self.data.name!r}: a {self.run.kind} run takes {', '.join(names)}"
+            )
+        if split and self.data.path is not None:
+            raise ValueError("data.path takes texts; a split run takes data.name")
+        if split and self.model.name not in NETWORKS:
+            raise ValueError(
+                f"model.name = {self.model.name!r}: a split run takes {', '.join(NETWORKS)}"
+            )
+        if split and self.model.cut is None:
+            raise ValueError("a split run needs model.cut, the last layer that clients hold")
+        if (self.run.form == "u") != (self.model.tail is not None):
+            raise ValueError("run.form = 'u' and model.tail go together, one needs the other")
+        return self
 
-    def training(self) -> Training:
-        """What [train] says. Raises InputError."""
-        built: Training = checked("train", Training, self.train, [])
-        return built
+    def built(self) -> Strategy | Compressor:
+        """What [method] names: a strategy, or in a split run a compressor. Raises InputError."""
+        name = self.method.get("name")
+        known: dict[str, type[Any]] = {**METHODS} if self.run.kind == "split" else {**STRATEGIES}
+        if name not in known:
+            raise InputError(f"method.name = {name!r}; allowed: {', '.join(known)}")
+        parameters = {key: value for key, value in self.method.items() if key != "name"}
+        made: Strategy | Compressor = checked("method", known[name], parameters, ["name"])
+        return made
+
+    def training(self) -> Optimisation:
+        """What [train] says; a `Training` in a federated run. Raises InputError."""
+        kind = Optimisation if self.run.kind == "split" else Training
+        made: Optimisation = checked("train", kind, self.train, [])
+        return made
 
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, defaults included, ready to be written as TOML."""
         tables = self.model_dump(exclude_none=True)
-        tables["method"] = {"name": self.method["name"], **self.strategy().parameters()}
-        tables["train"] = {f.name: getattr(self.training(), f.name) for f in fields(Training)}
+        method = self.built()
+        parameters = TypeAdapter(type(method)).dump_python(method, by_alias=True, exclude_none=True)
+        tables["method"] = {"name": self.method["name"], **parameters}
+        tables["train"] = TypeAdapter(type(self.training())).dump_python(self.training())
         return tables
 
 
@@ -175,7 +225,7 @@ def recipe_from(tables: Mapping[str, Any]) -> Recipe:
         recipe = Recipe(**tables)
     except ValidationError as error:
         raise InputError(first_fault(error, "", known_keys())) from None
-    recipe.strategy()
+    recipe.built()
     recipe.training()
     return recipe
 

@@ -7,8 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,94 +16,13 @@ import tomli_w
 import torch
 
 import sluiceway
-from sluiceway.data import TextData, TextDataset, encode, limit, load_own, load_text, partition
-from sluiceway.engines.local import chosen_device, federate
+from sluiceway.engines.local import chosen_device
 from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.models import Pretrained, classifier, load_pretrained
-from sluiceway.experiment.recipe import Data, Recipe
+from sluiceway.experiment.kinds import Outcome, run_federated, run_split
+from sluiceway.experiment.recipe import Recipe
+from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.checkpoints import Checkpoint
-from sluiceway.federated.features import FeatureCache
 from sluiceway.federated.rounds import Record, Result
-
-#: Lines for people while a run goes on.
-Say = Callable[[str], None]
-
-
-@dataclass
-class Progress:
-    """What a run tells while it goes on; the command line replaces these with a progress bar."""
-
-    say: Say = lambda line: None
-    begin: Callable[[int], None] = lambda rounds: None
-    on_round: Callable[[Record], None] = lambda record: None
-    on_update: Callable[[int, int], None] = lambda done, of: None
-
-
-@dataclass
-class Session:
-    """Keeps what several runs share: loaded data, tokens, and frozen layers' outputs."""
-
-    texts: dict[Data, TextData] = field(default_factory=dict)
-    tokens: dict[tuple[Data, str], tuple[TextDataset, TextDataset]] = field(default_factory=dict)
-    features: FeatureCache | None = None
-
-    def data(self, wanted: Data, say: Say) -> TextData:
-        """The texts of [data], capped as it says. Raises DataError."""
-        key = wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None})
-        if key not in self.texts:
-            self.texts[key] = load_texts(wanted)
-            found = self.texts[key]
-            say(
-                f"data: {found.name} from {found.source}, {len(found.train)} to train, "
-                f"{len(found.test)} to test, {len(found.label_names)} classes"
-            )
-        return self.texts[key]
-
-    def encoded(
-        self, wanted: Data, texts: TextData, loaded: Pretrained
-    ) -> tuple[TextDataset, TextDataset]:
-        """Train and test texts as tokens of that model."""
-        key = (
-            wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None}),
-            loaded.source,
-        )
-        if key not in self.tokens:
-            self.tokens[key] = (
-                TextDataset(
-                    encode(texts.train.texts, loaded.tokenizer, wanted.max_tokens),
-                    texts.train.labels,
-                ),
-                TextDataset(
-                    encode(texts.test.texts, loaded.tokenizer, wanted.max_tokens),
-                    texts.test.labels,
-                ),
-            )
-        return self.tokens[key]
-
-    def feature_cache(self, megabytes: int) -> FeatureCache:
-        """One cache for all runs of the session."""
-        if self.features is None:
-            self.features = FeatureCache(megabytes << 20)
-        return self.features
-
-
-def load_texts(wanted: Data) -> TextData:
-    """Texts by name or from the user's file, with the caps applied. Raises DataError."""
-    if wanted.path is not None:
-        found = load_own(
-            wanted.path,
-            text_column=wanted.text_column,
-            label_column=wanted.label_column,
-            test_path=wanted.test_path,
-            test_fraction=wanted.test_fraction,
-            seed=wanted.seed,
-        )
-    else:
-        assert wanted.name is not None
-        found = load_text(wanted.name)
-    train = limit(found.train, wanted.limit, wanted.seed) if wanted.limit else found.train
-    test = limit(found.test, wanted.test_limit, wanted.seed) if wanted.test_limit else found.test
-    return TextData(found.name, found.source, train, test, found.label_names)
 
 
 def run(
@@ -135,25 +53,6 @@ def run(
     began = time.perf_counter()
     folder = Folder(out, recipe, resume) if out else None
     device = usable_device(recipe.run.device)
-    texts = session.data(recipe.data, progress.say)
-    parts = partition(
-        recipe.data.partition,
-        texts.train.labels,
-        recipe.data.clients,
-        recipe.run.seed,
-        alpha=recipe.data.alpha,
-        classes_per_client=recipe.data.classes_per_client,
-        groups=texts.train.groups,
-        column=recipe.data.group,
-    )
-    loaded = load_pretrained(recipe.model.name)
-    train, test = session.encoded(recipe.data, texts, loaded)
-    model = classifier(loaded, recipe.model, len(texts.label_names), recipe.run.seed)
-    workers = worker_count(recipe, device)
-    progress.say(
-        f"model: {recipe.model.name} from {loaded.source}, on {device}, "
-        f"{workers} worker{'s' if workers > 1 else ''}"
-    )
 
     def on_start() -> None:
         progress.begin(recipe.run.rounds)
@@ -165,28 +64,18 @@ def run(
             folder.add(record)
         progress.on_round(record)
 
-    result = federate(
-        model,
-        [train.subset(part) for part in parts],
-        test,
-        recipe.strategy(),
-        rounds=recipe.run.rounds,
-        participation=recipe.run.participation,
-        seed=recipe.run.seed,
-        training=recipe.training(),
-        device=device,
-        workers=workers,
-        threads=recipe.run.threads if device == "cpu" else None,
-        features=session.feature_cache(recipe.run.feature_memory_mb),
-        on_start=on_start,
-        on_round=on_round,
-        on_update=progress.on_update,
-        checkpoint=Checkpoint(out / "checkpoints", resume) if out else None,
-    )
-    summary = summarise(recipe, result, texts, device, time.perf_counter() - began)
+    told = replace(progress, on_start=on_start, on_round=on_round)
+    if recipe.run.kind == "split":
+        if resume and out and (out / "metrics.jsonl").exists():
+            raise InputError(f"{out}: a split run cannot be resumed; give --force to begin anew")
+        outcome = run_split(recipe, device, session, told)
+    else:
+        checkpoint = Checkpoint(out / "checkpoints", resume) if out else None
+        outcome = run_federated(recipe, device, session, told, checkpoint)
+    summary = summarise(recipe, outcome, device, time.perf_counter() - began)
     if folder:
-        folder.finish(result, summary)
-    return result, summary
+        folder.finish(outcome.result, summary)
+    return outcome.result, summary
 
 
 def usable_device(name: str) -> str:
@@ -198,14 +87,6 @@ def usable_device(name: str) -> str:
         why = str(error).splitlines()[0]
         raise InputError(f"run.device = {name!r} cannot be used here: {why}") from None
     return device
-
-
-def worker_count(recipe: Recipe, device: str) -> int:
-    """How many processes play clients."""
-    if device != "cpu":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(recipe.run.workers or cores or 1, recipe.data.clients)
 
 
 @dataclass
@@ -259,10 +140,9 @@ def clear_folder(out: Path) -> None:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def summarise(
-    recipe: Recipe, result: Result, texts: TextData, device: str, seconds: float
-) -> dict[str, Any]:
+def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
     """What summary.json holds."""
+    result = outcome.result
     personal = {str(client): value for client, value in sorted(result.personal_accuracy.items())}
     return {
         "recipe": recipe.resolved(),
@@ -287,12 +167,13 @@ def summarise(
             for record in result.records
             for client, why in record.refused.items()
         ],
-        "data_source": texts.source,
-        "label_names": list(texts.label_names),
+        "data_source": outcome.source,
+        "label_names": list(outcome.label_names),
         "label_counts": result.label_counts,
         "engine": recipe.run.engine,
         "device": device,
         "versions": versions(),
+        **outcome.more,
     }
 
 

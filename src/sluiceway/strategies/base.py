@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, Observer, Piece
@@ -190,11 +190,6 @@ class Strategy:
     def finish(self, client: Client) -> Mapping[str, Tensor]:
         """What the update carries beside the model, at the end of local training."""
         return {}
-
-    def parameters(self) -> dict[str, Any]:
-        """The strategy's own parameters by the name that a recipe uses."""
-        dumped: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, by_alias=True)
-        return dumped
 
 
 def unprefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,161 @@
+"""The two kinds of run: from a recipe to a result on the embedded engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sluiceway.data import ImageData, TextData, partition
+from sluiceway.engines.local import federate
+from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.models import classifier, load_pretrained
+from sluiceway.experiment.recipe import Recipe
+from sluiceway.experiment.session import Progress, Session
+from sluiceway.federated.checkpoints import Checkpoint
+from sluiceway.federated.client import Training
+from sluiceway.federated.rounds import Result
+from sluiceway.split.compress import Compressor
+from sluiceway.split.networks import Conv4, resnet18, vgg11
+from sluiceway.split.training import SplitRecord, split_train
+from sluiceway.strategies import STRATEGIES, Strategy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result, what it was trained on, and what the summary says beside the usual."""
+
+    result: Result
+    source: str
+    label_names: Sequence[str]
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def parts_of(recipe: Recipe, found: TextData | ImageData) -> Sequence[Any]:
+    """Row numbers of each client. Raises DataError."""
+    return partition(
+        recipe.data.partition,
+        found.train.labels,
+        recipe.data.clients,
+        recipe.run.seed,
+        alpha=recipe.data.alpha,
+        classes_per_client=recipe.data.classes_per_client,
+        groups=found.train.groups if isinstance(found, TextData) else None,
+        column=recipe.data.group,
+    )
+
+
+def run_federated(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+) -> Outcome:
+    """Fine-tune a text classifier across clients."""
+    texts = session.data(recipe.data, progress.say)
+    parts = parts_of(recipe, texts)
+    loaded = load_pretrained(recipe.model.name)
+    train, test = session.encoded(recipe.data, texts, loaded)
+    model = classifier(loaded, recipe.model, len(texts.label_names), recipe.run.seed)
+    workers = worker_count(recipe, device)
+    progress.say(
+        f"model: {recipe.model.name} from {loaded.source}, on {device}, "
+        f"{workers} worker{'s' if workers > 1 else ''}"
+    )
+    strategy, training = recipe.built(), recipe.training()
+    assert isinstance(strategy, Strategy)
+    assert isinstance(training, Training)
+    result = federate(
+        model,
+        [train.subset(part) for part in parts],
+        test,
+        strategy,
+        rounds=recipe.run.rounds,
+        participation=recipe.run.participation,
+        seed=recipe.run.seed,
+        training=training,
+        device=device,
+        workers=workers,
+        threads=recipe.run.threads if device == "cpu" else None,
+        features=session.feature_cache(recipe.run.feature_memory_mb),
+        on_start=progress.on_start,
+        on_round=progress.on_round,
+        on_update=progress.on_update,
+        checkpoint=checkpoint,
+    )
+    return Outcome(result, texts.source, texts.label_names)
+
+
+def worker_count(recipe: Recipe, device: str) -> int:
+    """How many processes play clients."""
+    if device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(recipe.run.workers or cores or 1, recipe.data.clients)
+
+
+def network(
+    name: str, width: int, shape: Sequence[int], *, classes: int, seed: int
+) -> nn.Sequential:
+    """A network for images of shape (C, H, W), its values from the seed.
+
+    Args:
+        name: one of `recipe.NETWORKS`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "conv4":
+            return Conv4(shape[0], classes, width)
+        make = resnet18 if name == "resnet18" else vgg11
+        return make(width, shape[0], classes)
+
+
+def run_split(recipe: Recipe, device: str, session: Session, progress: Progress) -> Outcome:
+    """Train an image classifier that is cut between clients and a server."""
+    pictures, train, test = session.images(recipe.data, progress.say)
+    parts = parts_of(recipe, pictures)
+    chosen, classes = recipe.model, len(pictures.label_names)
+    model = network(chosen.name, chosen.width, train.shape, classes=classes, seed=recipe.run.seed)
+    method = recipe.built()
+    assert isinstance(method, Compressor)
+    assert recipe.model.cut is not None
+    progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}")
+    try:
+        result = split_train(
+            model,
+            recipe.model.cut,
+            [train.subset(part) for part in parts],
+            test,
+            method,
+            form=recipe.run.form,
+            tail_at=recipe.model.tail,
+            fronts=STRATEGIES[recipe.run.fronts](),
+            rounds=recipe.run.rounds,
+            participation=recipe.run.participation,
+            seed=recipe.run.seed,
+            training=recipe.training(),
+            device=device,
+            on_start=progress.on_start,
+            on_round=progress.on_round,
+        )
+    except ValueError as error:
+        raise InputError(f"[model]: {error}") from None
+    return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
+
+
+def split_facts(result: Result) -> dict[str, Any]:
+    """What a split run's summary has beside the usual."""
+    records = [record for record in result.records if isinstance(record, SplitRecord)]
+    return {
+        "accuracy_full": records[-1].accuracy_full,
+        "accuracy_full_by_round": [record.accuracy_full for record in records],
+        "kept_by_round": [record.kept for record in records],
+        "channels": records[-1].channels,
+        "scores_by_round": [record.scores for record in records],
+        "masks_by_round": [record.mask for record in records],
+    }
