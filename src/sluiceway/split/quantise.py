@@ -15,21 +15,25 @@ The integers are within half a step of x. The gradient passes straight through t
 comes back for the rounded value is taken as the gradient of the unrounded one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sluiceway.split.errors import WireError
 
 # Values worked on at once: the temporaries of this many stay in a core's cache.
-_CHUNK: Final = 1 << 17
-_TINY: Final = torch.finfo(torch.float32).tiny
+_CHUNK: Final = 1 << 18
+_TINY: Final = np.float32(torch.finfo(torch.float32).tiny)
 # Half precision is used up to this: x / step rounds to at most it.
 _HALF_REACH: Final = 2.0**15
+
+
+Parameters = npt.NDArray[np.float32]
+"""Step, and low of affine codecs, of every group: [parameters, G]."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,12 @@ def encode(values: Tensor, codec: Codec) -> list[memoryview]:
     if not _valid(parameters, codec):
         raise ValueError("values: expected finite numbers whose range is finite in float32")
     if codec.bits == 16:
-        numbers = (values / parameters[0].unsqueeze(1)).half()
+        numbers = (values / _column(parameters[0], values.device)).half()
     else:
         numbers = _integers(values, parameters, codec)
     if codec.bits == 4:
         numbers = _to_nibbles(numbers)
-    return [parameters.cpu().numpy().data, numbers.cpu().numpy().data]
+    return [parameters.data, numbers.cpu().numpy().data]
 
 
 @torch.no_grad()
@@ -145,7 +149,7 @@ def decode(
         WireError: parameters that `encode` does not write.
     """
     split = 4 * codec.parameters * shape[1]
-    parameters = _from_bytes(data[:split], torch.float32).view(codec.parameters, shape[1])
+    parameters = np.frombuffer(data[:split], "<f4").reshape(codec.parameters, shape[1])
     if not _valid(parameters, codec):
         raise WireError("scales: expected finite numbers, steps above 0")
     numbers = _from_bytes(data[split:], _STORED[codec.bits]).to(device)
@@ -154,41 +158,45 @@ def decode(
     if codec.bits == 4:
         numbers = _from_nibbles(numbers, shape[0] * shape[1] * shape[2])
     values = numbers.view(shape).float()
-    if codec.bits < 16 and codec.offset:
-        values -= codec.offset
-    values *= parameters[0].to(device).unsqueeze(1)
-    if codec.affine:
-        values += parameters[1].to(device).unsqueeze(1)
+    step = parameters[0].copy()
+    values *= _column(step, device)
+    # One addition for both: the stored integer's offset and low.
+    low = parameters[1] if codec.affine else np.zeros_like(step)
+    shift = low - np.float32(codec.offset) * step if codec.bits < 16 else low
+    if shift.any():
+        values += _column(shift, device)
     return values
 
 
 _STORED: Final = {32: torch.float32, 16: torch.float16, 8: torch.int8, 4: torch.uint8}
 
 
-def _parameters(values: Tensor, codec: Codec) -> Tensor:
+def _parameters(values: Tensor, codec: Codec) -> Parameters:
     """Step, and low of affine codecs, of every group: [parameters, G]."""
-    high, low = _extreme(values, torch.amax), _extreme(values, torch.amin)
-    if codec.affine:
-        # A constant group has no range: any step does, but it must have an inverse.
-        return torch.stack([((high - low) / codec.levels).clamp(min=_TINY), low])
-    largest = torch.maximum(high, -low)
-    if codec.bits == 16:
-        # largest < 2^exponent, and NaN and infinity must stay visible.
-        exponent = torch.frexp(largest).exponent.clamp(min=-111) - 15
-        step = torch.ldexp(torch.ones_like(largest), exponent)
-        return torch.where(largest.isfinite(), step, largest).unsqueeze(0)
-    return (largest / codec.levels).clamp(min=_TINY).unsqueeze(0)
-
-
-def _extreme(values: Tensor, by: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Largest or smallest value of each group, [G]."""
     # Over examples first: that runs along memory whatever the number of positions.
-    return by(by(values.flatten(1), 0).view(values.shape[1:]), 1)
+    by_example = values.flatten(1)
+    high, low = (
+        by(by(by_example, 0).view(values.shape[1:]), 1).cpu().numpy()
+        for by in (torch.amax, torch.amin)
+    )
+    # So few numbers cost less in numpy than the calls of torch do.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if codec.affine:
+            # A constant group has no range: any step does, but it must have an inverse.
+            return np.stack([np.maximum((high - low) / np.float32(codec.levels), _TINY), low])
+        largest = np.maximum(high, -low)
+        if codec.bits == 16:
+            # largest < 2^exponent, and NaN and infinity must stay visible.
+            exponent = np.maximum(np.frexp(largest)[1], -111) - 15
+            step = np.ldexp(np.float32(1), exponent)
+            return np.stack([np.where(np.isfinite(largest), step, largest)])
+        return np.stack([np.maximum(largest / np.float32(codec.levels), _TINY)])
 
 
-def _integers(values: Tensor, parameters: Tensor, codec: Codec) -> Tensor:
+def _integers(values: Tensor, parameters: Parameters, codec: Codec) -> Tensor:
     """What is stored of each value, [N, G, S] int8."""
-    inverse = (1 / parameters[0]).unsqueeze(1)
+    inverse = _column(1 / parameters[0], values.device)
+    low = _column(parameters[-1], values.device)
     numbers = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     # A GPU has no small cache to stay in, and pays for every piece.
     rows = max(1, _CHUNK // values[0].numel()) if values.device.type == "cpu" else len(values)
@@ -197,7 +205,7 @@ def _integers(values: Tensor, parameters: Tensor, codec: Codec) -> Tensor:
         part = values[first : first + rows]
         scaled = room[: len(part)]
         if codec.affine:
-            torch.sub(part, parameters[1].unsqueeze(1), out=scaled).mul_(inverse)
+            torch.sub(part, low, out=scaled).mul_(inverse)
         else:
             torch.mul(part, inverse, out=scaled)
         scaled.round_()
@@ -225,13 +233,20 @@ def _from_nibbles(data: Tensor, count: int) -> Tensor:
     return pairs.bitwise_or(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:count]
 
 
-def _valid(parameters: Tensor, codec: Codec) -> bool:
+def _valid(parameters: Parameters, codec: Codec) -> bool:
     """Whether every integer stands for a finite number."""
     if not codec.parameters:
         return True
-    step, low = parameters[0], parameters[-1] * codec.affine
-    reach = low + step * (codec.levels if codec.bits < 16 else _HALF_REACH)
-    return bool((step > 0).all() & low.isfinite().all() & reach.isfinite().all())
+    step = parameters[0]
+    low = parameters[1] if codec.affine else np.float32(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach = low + step * np.float32(codec.levels if codec.bits < 16 else _HALF_REACH)
+    return bool((step > 0).all() and np.isfinite(reach).all())
+
+
+def _column(parameters: Parameters, device: torch.device) -> Tensor:
+    """One number per group, [G, 1]."""
+    return torch.from_numpy(parameters).to(device).unsqueeze(1)
 
 
 def _from_bytes(data: memoryview, dtype: torch.dtype) -> Tensor:
