@@ -1,4 +1,4 @@
-# make demo: install into .venv and run the quickstart; make test: checks and tests.
+# make demo: install into .venv and run both quickstarts; make test: checks and tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)
 	$(BIN)/sluiceway compare quickstart --out runs/quickstart
+	$(BIN)/sluiceway compare split-quickstart --out runs/split-quickstart
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -4,13 +4,17 @@ The call that does what `sluiceway run` does, with your own model, data and stra
 
     import sluiceway
     result = sluiceway.federate(model, clients, test, sluiceway.FedAlignMoE(), rounds=10)
+    result = sluiceway.split_train(network, "conv2", clients, test, "acp-sl", rounds=10)
 """
 
 __version__ = "0.1.0"
 
 from sluiceway.engines.local import federate
 from sluiceway.federated import Checkpoint, Result, Training
+from sluiceway.federated.client import Optimisation
 from sluiceway.moe import NoExpertsError, anatomy, upcycle
+from sluiceway.split import METHODS as SPLIT_METHODS
+from sluiceway.split.training import split_train
 from sluiceway.strategies import (
     FedAdam,
     FedAlignMoE,
@@ -34,12 +38,15 @@ __all__ = [
     "FrozenGate",
     "NoExpertsError",
     "NonExpert",
+    "Optimisation",
     "Result",
+    "SPLIT_METHODS",
     "Scaffold",
     "Strategy",
     "Training",
     "Usage",
     "anatomy",
     "federate",
+    "split_train",
     "upcycle",
 ]
