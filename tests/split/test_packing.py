@@ -259,7 +259,7 @@ def example(codec: str = "int8", single: bool = False) -> tuple[bytes, Ticket]:
     return pack_smashed(A, points if single else channels, ID, codec, torch.tensor([1, 0, 9]))
 
 
-def patched(message: bytes, offset: int, form: str, *values: int) -> bytes:
+def patched(message: bytes, offset: int, form: str, *values: float) -> bytes:
     changed = bytearray(message)
     struct.pack_into("<" + form, changed, offset, *values)
     return bytes(changed)
@@ -303,7 +303,7 @@ class TestRefusals:
         ],
     )
     def test_of_headers_and_sections(
-        self, offset: int, form: str, values: list[int], why: str
+        self, offset: int, form: str, values: list[float], why: str
     ) -> None:
         message, _ = example()
         unpack_smashed(message)
@@ -330,6 +330,20 @@ class TestRefusals:
             unpack_smashed(patched(message, 44, "4B", 255, 15, 255, 3))
         with pytest.raises(WireError, match="after the last bit"):
             unpack_smashed(patched(message, 44, "4B", 255, 23, 255, 7))
+
+    def test_of_affine_scales(self) -> None:
+        A = torch.tensor([[-1.0], [1.0]])
+        message, _ = pack_smashed(A, KeptChannels(torch.tensor([True])), ID, "int8-affine")
+        assert unpack_smashed(patched(message, 44, "ff", 1e36, -2e38)).values.isfinite().all()
+        # The last spans more than float32 holds, though both its ends are finite.
+        for step, low in (
+            (1.0, float("inf")),
+            (1.0, float("nan")),
+            (1e36, 2e38),
+            (2.6e36, -3.4e38),
+        ):
+            with pytest.raises(WireError, match="scales"):
+                unpack_smashed(patched(message, 44, "ff", step, low))
 
     def test_of_padding_and_labels(self) -> None:
         message, _ = pack_smashed(torch.randn(3, 1), KeptChannels(torch.tensor([True])), ID, "int4")

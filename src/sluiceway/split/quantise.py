@@ -240,8 +240,8 @@ def _valid(parameters: Parameters, codec: Codec) -> bool:
     step = parameters[0]
     low = parameters[1] if codec.affine else np.float32(0)
     with np.errstate(over="ignore", invalid="ignore"):
-        reach = low + step * np.float32(codec.levels if codec.bits < 16 else _HALF_REACH)
-    return bool((step > 0).all() and np.isfinite(reach).all())
+        span = step * np.float32(codec.levels if codec.bits < 16 else _HALF_REACH)
+        return bool((step > 0).all() and np.isfinite(span).all() and np.isfinite(low + span).all())
 
 
 def _column(parameters: Parameters, device: torch.device) -> Tensor:
