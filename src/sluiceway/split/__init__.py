@@ -2,7 +2,9 @@
 
 Read in the order of a step: `cut` a network from `networks` (or your own), compress what its front
 gives (`Compressor` and its kinds) into a message, open it on the server, and send the gradient back
-(`packing`, whose format `header` tells). Marks, as in docs/methods.md: [paper], [ours].
+(`packing`, whose format `header` tells). `split_train` does so over rounds: `methods` has every way
+to compress by its name, `sides` a client's and the server's part of a step, `forms` their order,
+`rounds` what happens around them. Marks, as in docs/methods.md: [paper], [ours].
 """
 
 from sluiceway.split.bottleneck import Bottleneck
@@ -10,7 +12,18 @@ from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.cut import CutPoint, cut, cut_points
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.errors import WireError
+from sluiceway.split.forms import FORMS
 from sluiceway.split.header import LIMIT, BatchId, Expected, message_bytes
+from sluiceway.split.methods import (
+    ACPSL,
+    METHODS,
+    ChannelChoice,
+    EntropyChannels,
+    L1Channels,
+    RandomChannels,
+    StdChannels,
+    TaylorChannels,
+)
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.split.packing import (
     Smashed,
@@ -21,21 +34,32 @@ from sluiceway.split.packing import (
     unpack_smashed,
 )
 from sluiceway.split.places import KeptChannels, KeptElements
+from sluiceway.split.training import SplitRecord, split_train
 
 __all__ = [
+    "ACPSL",
+    "FORMS",
     "LIMIT",
+    "METHODS",
     "BatchId",
     "Bottleneck",
+    "ChannelChoice",
     "Channels",
     "Compressor",
     "Conv4",
     "CutPoint",
+    "EntropyChannels",
     "Expected",
     "KeptChannels",
     "KeptElements",
+    "L1Channels",
     "Quantized",
     "RandTopK",
+    "RandomChannels",
     "Smashed",
+    "SplitRecord",
+    "StdChannels",
+    "TaylorChannels",
     "Ticket",
     "TopK",
     "WireError",
@@ -45,6 +69,7 @@ __all__ = [
     "pack_gradient",
     "pack_smashed",
     "resnet18",
+    "split_train",
     "unpack_gradient",
     "unpack_smashed",
     "vgg11",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from sluiceway.federated.batches import Batch
 from sluiceway.split.header import BatchId
@@ -13,10 +11,11 @@ from sluiceway.split.sides import ClientSide, ServerSide
 
 #: "sequential": clients take turns on one front and one back. "parallel": every client has a
 #: front, all share one back, which steps on their batches together (SFL-V2). "copies": every
-#: client has a front and a back of its own on the server (SFL-V1). "u": parallel, with the last
-#: layers and the loss on the client, so that labels never leave.
+#: client has a front and a back of its own on the server, averaged like the fronts (SFL-V1).
+#: "u": parallel, with the last layers and the loss on the client, so that labels never leave.
 FORMS = ("sequential", "parallel", "copies", "u")
 
+#: Batches of a round by the client's number.
 Turns = Mapping[int, Iterator[tuple[BatchId, Batch]]]
 
 
@@ -28,53 +27,33 @@ class Traffic:
     down: int = 0
 
 
-def one_after_the_other(
-    clients: Sequence[ClientSide],
-    turns: Turns,
-    server_of: Callable[[int], ServerSide],
-    traffic: Traffic,
-    handover: Callable[[ClientSide], None] = lambda client: None,
-) -> None:
-    """Each client in turn sends all its batches, each answered at once.
-
-    `handover` is called before a client's first batch: in sequential training it brings the front.
-    """
-    for client in clients:
-        handover(client)
-        server = server_of(client.number)
-        for name, batch in turns[client.number]:
-            message = client.send(name, batch)
-            (reply,) = server.step([message])
-            client.receive(name, reply)
-            traffic.up += len(message)
-            traffic.down += len(reply)
-
-
 def side_by_side(
     clients: Sequence[ClientSide], turns: Turns, server: ServerSide, traffic: Traffic
 ) -> None:
     """In every step, each client that has a batch left sends it, and the server steps on all."""
-    while True:
-        ready = [(c, turn) for c in clients if (turn := next(turns[c.number], None)) is not None]
-        if not ready:
-            return
-        messages = [client.send(*turn) for client, turn in ready]
-
-        def ask(i: int, message: bytes) -> bytes:
-            client, (name, _) = ready[i]  # noqa: B023 - used within this turn of the loop only
-            answer = client.finish(name, message)
-            traffic.down += len(message)
-            traffic.up += len(answer)
-            return answer
-
-        u_shaped = ready[0][0].tail is not None
-        replies = server.step_u(messages, ask) if u_shaped else server.step(messages)
-        for (client, (name, _)), reply in zip(ready, replies, strict=True):
-            client.receive(name, reply)
+    while ready := [(c, *turn) for c in clients if (turn := next(turns[c.number], None))]:
+        if sum(len(batch.labels) for _, _, batch in ready) < server.smallest:
+            continue
+        messages = [client.send(name, batch) for client, name, batch in ready]
         traffic.up += sum(map(len, messages))
+        if ready[0][0].tail is None:
+            replies = server.step(messages)
+        else:
+            replies = server.step_u(messages, Asking(clients, traffic))
         traffic.down += sum(map(len, replies))
+        for (client, name, _), reply in zip(ready, replies, strict=True):
+            client.receive(name, reply)
 
 
-def generator_of(seed: int) -> torch.Generator:
-    """A generator on the CPU."""
-    return torch.Generator().manual_seed(seed)
+class Asking:
+    """Carries what the server made of a batch to its client's tail, and the gradient back."""
+
+    def __init__(self, clients: Sequence[ClientSide], traffic: Traffic) -> None:
+        self.clients = {client.number: client for client in clients}
+        self.traffic = traffic
+
+    def __call__(self, name: BatchId, message: bytes) -> bytes:
+        answer = self.clients[name.client].finish(name, message)
+        self.traffic.down += len(message)
+        self.traffic.up += len(answer)
+        return answer

@@ -9,114 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway import channels
-from sluiceway.channels import ChannelChooser, ClassStatistics
+from sluiceway.channels import ChannelChooser
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.elements import RandTopK, TopK
+from sluiceway.split.meters import Fixed, LabelAware, MeanGradientScore, MeanScore, Meter
 from sluiceway.strategies.base import PARAMETERS
-
-
-class Meter(Protocol):
-    """Rates channels on one client, from smashed data before anything is dropped."""
-
-    def watch(self, A: Tensor, labels: Tensor) -> None:
-        """See a training batch: smashed data [B, C, ...], labels [B]."""
-
-    def watch_gradient(self, gradient: Tensor) -> None:
-        """See the gradient that returned for the last batch, the shape of its smashed data."""
-
-    def scores(self) -> Tensor | None:
-        """Scores [C], high is keep; None before anything was seen."""
-
-
-class LabelAware:
-    """LCIS: scores from running class statistics, which outlive a round.
-
-    Args:
-        form: from class statistics to scores [C].
-        classes: K.
-        grid: see `channels.pooled`.
-        memory: see `ClassStatistics.update`.
-    """
-
-    def __init__(
-        self, form: Callable[[ClassStatistics], Tensor], classes: int, grid: int, memory: float
-    ) -> None:
-        self.form, self.classes, self.grid, self.memory = form, classes, grid, memory
-        self.statistics: ClassStatistics | None = None
-
-    def watch(self, A: Tensor, labels: Tensor) -> None:
-        z = channels.pooled(A, self.grid)
-        if self.statistics is None:
-            self.statistics = ClassStatistics.of(z, labels, self.classes)
-        else:
-            # Cosines of raw activations behind a ReLU are all near one; those from the mean are not.
-            new = ClassStatistics.of(z, labels, self.classes, centre=self.statistics.mean)
-            self.statistics = self.statistics.update(new, self.memory)
-
-    def watch_gradient(self, gradient: Tensor) -> None:
-        pass
-
-    def scores(self) -> Tensor | None:
-        return None if self.statistics is None else self.form(self.statistics)
-
-
-class MeanScore:
-    """The mean over batches since the last call of a score of one batch."""
-
-    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
-        self.score = score
-        self.seen: list[Tensor] = []
-
-    def watch(self, A: Tensor, labels: Tensor) -> None:
-        self.seen.append(self.score(A))
-
-    def watch_gradient(self, gradient: Tensor) -> None:
-        pass
-
-    def scores(self) -> Tensor | None:
-        found = torch.stack(self.seen).mean(0) if self.seen else None
-        self.seen = []
-        return found
-
-
-class GradientScore(MeanScore):
-    """The mean over batches of activation times gradient; zero for a channel that did not cross."""
-
-    def __init__(self) -> None:
-        super().__init__(channels.l1)
-        self.last: Tensor | None = None
-
-    def watch(self, A: Tensor, labels: Tensor) -> None:
-        self.last = A
-
-    def watch_gradient(self, gradient: Tensor) -> None:
-        assert self.last is not None
-        self.seen.append(channels.taylor(self.last, gradient))
-
-
-class Fixed:
-    """Scores that are drawn once and never change."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.drawn = channels.random_scores(count, torch.Generator().manual_seed(seed))
-
-    def watch(self, A: Tensor, labels: Tensor) -> None:
-        pass
-
-    def watch_gradient(self, gradient: Tensor) -> None:
-        pass
-
-    def scores(self) -> Tensor | None:
-        return self.drawn
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -125,22 +30,24 @@ class ChannelChoice(Channels):
 
     rule: how many channels are kept in the end: "fraction" (`share` of them), "cumulative" (the
         smallest set with share `tau` of the score mass), "threshold" (mean - `kappa` * std),
-        "budget" (`budget_mb` megabytes a round for all clients, both directions).
+        "budget" (as many as `budget_mb` megabytes pay for: all messages of a round in both
+        directions, masks, labels and front averaging included, once the ramp is over).
     warmup: rounds that send everything, >= 1 (nothing is rated before). ramp_rounds: rounds over
         which the share falls to its end. every, growth: re-choices, and how they become rarer.
     margin: a channel is swapped only for one that is better by this share. decay: of scores.
-    masks: "merged" for one mask of all clients' merged scores, "client" for one each.
+    masks: "merged" for one mask of all clients' merged scores, "client" for one each, chosen where
+        the scores are: neither crosses. A client that was not rated yet sends everything.
     """
 
     rule: Literal["fraction", "cumulative", "threshold", "budget"] = "fraction"
     share: float = Field(default=0.125, gt=0, le=1)
     tau: float = Field(default=0.9, gt=0, le=1)
-    kappa: float = Field(default=0.0)
+    kappa: float = Field(default=0.0, allow_inf_nan=False)
     budget_mb: float = Field(default=1.0, gt=0)
     warmup: int = Field(default=1, ge=1)
     ramp_rounds: int = Field(default=4, ge=0)
     every: int = Field(default=1, ge=1)
-    growth: float = Field(default=1.5, ge=1)
+    growth: float = Field(default=1.5, ge=1, allow_inf_nan=False)
     margin: float = Field(default=0.2, ge=0)
     decay: float = Field(default=0.5, ge=0, lt=1)
     masks: Literal["merged", "client"] = "merged"
@@ -150,20 +57,28 @@ class ChannelChoice(Channels):
 
     def meter(self, count: int, classes: int, seed: int) -> Meter:
         """A client's meter for `count` channels and `classes` labels."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how channels are rated")
 
-    def chooser(self, count: int, channel_bytes: Callable[[int], int]) -> ChannelChooser:
+    def chooser(self, count: int, nbytes: Callable[[int], int]) -> ChannelChooser:
         """What turns scores into masks.
 
         Args:
             count: C.
-            channel_bytes: bytes a round, both directions, all clients, if that many are kept.
+            nbytes: bytes of a round, both directions, all clients, if that many are kept.
+
+        Raises:
+            ValueError: the budget does not pay for one channel.
         """
+        if self.rule == "budget" and nbytes(1) > self.budget_mb * 1e6:
+            raise ValueError(
+                f"method.budget_mb = {self.budget_mb}: a round with one channel takes "
+                f"{nbytes(1) / 1e6:.3f} MB"
+            )
         rules: dict[str, Callable[[Tensor], Tensor]] = {
             "fraction": partial(channels.fraction, share=self.share),
             "cumulative": partial(channels.cumulative, tau=self.tau),
             "threshold": partial(channels.threshold, kappa=self.kappa),
-            "budget": partial(affordable, budget=self.budget_mb * 1e6, nbytes=channel_bytes),
+            "budget": partial(affordable, budget=self.budget_mb * 1e6, nbytes=nbytes),
         }
         return ChannelChooser(
             count,
@@ -178,7 +93,7 @@ class ChannelChoice(Channels):
 
 
 def affordable(scores: Tensor, budget: float, nbytes: Callable[[int], int]) -> Tensor:
-    """The best channels of as many as `budget` bytes pay for, at least one; mask [C] bool."""
+    """The best channels, as many as `budget` bytes pay for but at least one; mask [C] bool."""
     count = max((k for k in range(1, len(scores) + 1) if nbytes(k) <= budget), default=1)
     return channels.top(scores, count)
 
@@ -253,7 +168,7 @@ class TaylorChannels(ChannelChoice):
     name: ClassVar[str] = "taylor"
 
     def meter(self, count: int, classes: int, seed: int) -> Meter:
-        return GradientScore()
+        return MeanGradientScore(channels.taylor)
 
 
 #: Every method by the name that `method.name` uses in a split recipe.
