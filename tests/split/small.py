@@ -1,0 +1,133 @@
+"""Small real networks and pictures, and the unsplit training that a split one is held against."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from sluiceway.federated.client import Optimisation, mix
+from sluiceway.federated.rounds import Rounds
+from sluiceway.split import Compressor, Conv4
+from sluiceway.split.rounds import Split
+from sluiceway.split.setup import build
+from sluiceway.strategies import FedAvg
+
+CLASSES = 3
+SGD = Optimisation(lr=0.05, batch_size=8, optimizer="sgd", momentum=0.9, local_epochs=2)
+ADAMW = Optimisation(lr=0.01, batch_size=8, weight_decay=0.01)
+
+
+class Pictures(TensorDataset):
+    """Noise of [1, 6, 6] around a class's own pattern."""
+
+    def __init__(self, size: int, seed: int, classes: int = CLASSES) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.labels = torch.randint(classes, (size,), generator=g)
+        patterns = torch.randn(classes, 1, 6, 6, generator=torch.Generator().manual_seed(77))
+        images = torch.randn(size, 1, 6, 6, generator=g) + patterns[self.labels]
+        super().__init__(images, self.labels)
+
+
+def normed() -> nn.Sequential:
+    """Four convolutions with BatchNorm: cut at `conv1`, `conv4`."""
+    torch.manual_seed(0)
+    return Conv4(1, CLASSES, width=8)
+
+
+def plain(dropout: float = 0.2) -> nn.Sequential:
+    """Without BatchNorm; behind both cuts a layer works in place, and dropout draws."""
+    torch.manual_seed(0)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(1, 8, 3, padding=1),
+        relu1=nn.ReLU(inplace=True),
+        conv2=nn.Conv2d(8, 8, 3, stride=2),
+        drop=nn.Dropout(dropout),
+        conv4=nn.Conv2d(8, 4, 1),
+        relu2=nn.ReLU(inplace=True),
+        flat=nn.Flatten(),
+        head=nn.Linear(16, CLASSES),
+    )
+    return nn.Sequential(layers)
+
+
+def flat_normed(front: bool = True) -> nn.Sequential:
+    """BatchNorm of [B, C] behind `lin1`, and in front of it: no batch of one can train it."""
+    torch.manual_seed(0)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        flat=nn.Flatten(),
+        bn1=nn.BatchNorm1d(36) if front else nn.Identity(),
+        lin1=nn.Linear(36, 8),
+        bn2=nn.BatchNorm1d(8),
+        lin2=nn.Linear(8, 8),
+        head=nn.Linear(8, CLASSES),
+    )
+    return nn.Sequential(layers)
+
+
+def unsplit(
+    model: nn.Module,
+    data: TensorDataset,
+    rounds: int,
+    training: Optimisation,
+    seed: int = 0,
+    before: Callable[[int], None] = lambda number: None,
+) -> nn.Module:
+    """Plain training of a whole network on client 0's batches in the order of a split run."""
+    optimiser = training.optimiser(list(model.parameters()))
+    images, labels = data.tensors
+    model.train()
+    for number in range(1, rounds + 1):
+        before(number)
+        torch.manual_seed(mix(seed, number))
+        generator = torch.Generator().manual_seed(mix(seed, number, 0))
+        for _ in range(training.local_epochs):
+            order = torch.randperm(len(data), generator=generator)
+            for part in order.split(training.batch_size):
+                optimiser.zero_grad()
+                functional.cross_entropy(model(images[part]), labels[part]).backward()
+                optimiser.step()
+    return model.eval()
+
+
+def set_up(
+    model: nn.Module,
+    cut_at: str,
+    sets: Sequence[TensorDataset],
+    method: Compressor,
+    test: TensorDataset | None = None,
+    *,
+    rounds: int = 10,
+    participation: float = 1.0,
+    seed: int = 0,
+    **changed: Any,
+) -> Split:
+    """A run whose rounds a test plays itself."""
+    settings: dict[str, Any] = {
+        "tail_at": None,
+        "form": "parallel",
+        "strategy": FedAvg(),
+        "training": SGD,
+        "loss": functional.cross_entropy,
+        "device": torch.device("cpu"),
+    }
+    settings |= changed
+    return build(
+        model,
+        cut_at,
+        sets=sets,
+        test=test if test is not None else Pictures(40, 99),
+        method=method,
+        plan=Rounds(rounds=rounds, participation=participation, seed=seed),
+        **settings,
+    )
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Equal bit for bit, names included."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
