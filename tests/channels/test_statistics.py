@@ -137,3 +137,19 @@ class TestPooled:
     def test_bad_grid(self) -> None:
         with pytest.raises(ValueError, match="grid"):
             pooled(torch.ones(1, 1), 0)
+
+
+def test_without_cosines_the_other_sums_are_the_same() -> None:
+    z, labels = torch.randn(20, 3, 4), torch.randint(5, (20,))
+    whole, part = (ClassStatistics.of(z, labels, 5, cosines=c) for c in (True, False))
+    for name in ("count", "weight_squares", "sums", "squares"):
+        assert torch.equal(getattr(whole, name), getattr(part, name))
+    assert not part.unit_sums.any()
+    assert not part.unit_squares.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 4, 4), (2, 3, 8, 12), (2, 3, 7, 8)])
+def test_every_way_of_pooling_is_adaptive_average_pooling(shape: tuple[int, ...]) -> None:
+    A = torch.randn(shape)
+    wanted = torch.nn.functional.adaptive_avg_pool2d(A, (4, 4)).flatten(2)
+    torch.testing.assert_close(pooled(A, 4), wanted)

@@ -42,8 +42,14 @@ def pooled(A: Tensor, grid: int = 4) -> Tensor:
     require_shape("A", A, "B?", *("C", "H", "W")[: max(1, min(3, A.dim() - 1))])
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     sides = [min(grid, side) for side in A.shape[2:]]
-    if len(sides) == 2:
-        A = functional.adaptive_avg_pool2d(A, (sides[0], sides[1]))
+    if sides == list(A.shape[2:]):
+        pass
+    elif len(sides) == 2:
+        height, width = A.shape[2] // sides[0], A.shape[3] // sides[1]
+        if (height * sides[0], width * sides[1]) == A.shape[2:]:
+            A = functional.avg_pool2d(A, (height, width))  # half the time of the general way
+        else:
+            A = functional.adaptive_avg_pool2d(A, (sides[0], sides[1]))
     elif len(sides) == 1:
         A = functional.adaptive_avg_pool1d(A, sides[0])
     return A.flatten(2) if sides else A.unsqueeze(-1)
@@ -78,7 +84,12 @@ class ClassStatistics:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, z: Tensor, labels: Tensor, classes: int, centre: Tensor | None = None
+        cls,
+        z: Tensor,
+        labels: Tensor,
+        classes: int,
+        centre: Tensor | None = None,
+        cosines: bool = True,
     ) -> "ClassStatistics":
         """The sums of one batch, every example with weight 1. O(K B C g) operations.
 
@@ -91,6 +102,7 @@ class ClassStatistics:
             centre: [C, g], subtracted before unit vectors are made, such as `mean` of earlier
                 statistics; None subtracts nothing. Behind a ReLU all uncentred cosines are near 1,
                 and with g = 1 exactly 1 [ours]. Unit sums with other centres do not add up exactly.
+            cosines: False leaves the unit sums at zero, as `fisher` and `between` do not need them.
 
         Raises:
             ValueError: a shape does not fit, `classes` is below 1, or a label is too large.
@@ -102,7 +114,7 @@ class ClassStatistics:
         if labels.numel() and int(labels.max()) >= classes:
             raise ValueError(f"labels: expected below {classes}, got {int(labels.max())}")
         z, rounding = _finite(z), torch.finfo(z.dtype).eps
-        units = _units(z, centre, rounding)
+        units = _units(z, centre, rounding) if cosines else None
         # A product with 0/1 rows is deterministic on every device; index_add is not.
         member = (labels == torch.arange(classes, device=z.device).unsqueeze(1)).double()
         count = member.sum(1)
@@ -111,8 +123,12 @@ class ClassStatistics:
             weight_squares=count.clone(),
             sums=_class_sums(member, z),
             squares=member @ z.square().sum(-1),
-            unit_sums=_class_sums(member, units),
-            unit_squares=member @ units.square().sum(-1),
+            unit_sums=z.new_zeros(classes, *z.shape[1:])
+            if units is None
+            else _class_sums(member, units),
+            unit_squares=z.new_zeros(classes, z.shape[1])
+            if units is None
+            else member @ units.square().sum(-1),
         )
 
     @property
