@@ -8,14 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tomli_w
 from matplotlib.figure import Figure
 
-from sluiceway.data import TextData, TextTable
 from sluiceway.experiment.compare import tabulate
 from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.kinds import Outcome, split_facts
 from sluiceway.experiment.plots import (
     THEME,
     clients_figure,
@@ -28,6 +27,7 @@ from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
 from sluiceway.experiment.run import summarise, write_json
 from sluiceway.federated.rounds import Record, Result
+from sluiceway.split.training import SplitRecord
 
 COUNTS = [[3, 0, 5], [0, 0, 0], [0, 40, 1]]
 LABELS = ("sport & <play>", "price in $ and $", "漢字")
@@ -73,9 +73,9 @@ def write_run(folder: Path, recipe: Recipe, result: Result, *, finished: bool = 
 
 
 def summary_of(recipe: Recipe, result: Result) -> dict[str, Any]:
-    none = TextTable([], np.zeros(0, dtype=np.int64))
-    texts = TextData("mine", "mine.csv", none, none, LABELS)
-    return summarise(recipe, result, texts, "cpu", 75.0)
+    split = isinstance(result.records[0], SplitRecord)
+    outcome = Outcome(result, "mine.csv", LABELS, split_facts(result) if split else {})
+    return summarise(recipe, outcome, "cpu", 75.0)
 
 
 def write_comparison(folder: Path, better: dict[str, dict[int, float]]) -> Path:

@@ -39,20 +39,19 @@ THEME = {
 }
 INK, MUTED, GRID, PANEL = (THEME[role][0] for role in ("ink", "muted", "grid", "panel"))
 STRONG, GREY, RED = (THEME[role][0] for role in ("strong", "grey", "red"))
-#: Colour by method, the same in every report. The plain baselines are grey.
-METHODS = {
-    "fedavg": "grey",
-    "sl": "grey",
-    "fedalign-moe": "strong",
-    "acp-sl": "strong",
-    "fedprox": "orange",
-    "fedmoe": "green",
-    "scaffold": "pink",
-    "fedadam": "red",
-    "usage": "olive",
-    "non-expert": "cyan",
-    "frozen-gate": "brown",
+#: Methods by colour, the same in every report. The plain baselines are grey.
+COLOURS = {
+    "grey": ("fedavg", "sl"),
+    "strong": ("fedalign-moe", "acp-sl"),
+    "orange": ("fedprox", "random"),
+    "green": ("fedmoe", "topk", "randtopk"),
+    "pink": ("scaffold", "l1"),
+    "red": ("fedadam", "entropy"),
+    "olive": ("usage", "std"),
+    "cyan": ("non-expert", "quantize", "bottleneck"),
+    "brown": ("frozen-gate", "taylor"),
 }
+METHODS = {method: colour for colour, methods in COLOURS.items() for method in methods}
 #: For variants that are not methods, and methods not named above.
 OTHERS = ("strong", "orange", "green", "pink", "cyan", "olive", "red", "brown")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -87,9 +86,9 @@ class Curve:
     nbytes: Numbers
     colour: str
     dash: Any
+    lw: float = 2
 
 
-@matplotlib.rc_context(STYLE)
 def comparison_figure(compare: Mapping[str, Any]) -> Figure:
     """Accuracy by round beside accuracy against the bytes sent, a line a variant.
 
@@ -99,7 +98,12 @@ def comparison_figure(compare: Mapping[str, Any]) -> Figure:
     Returns:
         Mean over seeds with its 95 % band (Student's t); with one seed, the line alone.
     """
-    curves = curves_of(compare["variants"])
+    return curves_figure(curves_of(compare["variants"]))
+
+
+@matplotlib.rc_context(STYLE)
+def curves_figure(curves: Sequence[Curve]) -> Figure:
+    """Two panels with one scale of accuracy, and a legend where there are several curves."""
     columns = max(1, int(105 / (max(len(curve.name) for curve in curves) + 7)))
     rows = -(-len(curves) // columns) if len(curves) > 1 else 0
     figure = Figure(figsize=(WIDTH, 3.3 + 0.2 * rows), layout="constrained")
@@ -119,6 +123,7 @@ def comparison_figure(compare: Mapping[str, Any]) -> Figure:
             labels=[short(curve.name, 90) for curve in curves],
             loc="outside upper left",
             ncols=min(columns, len(curves)),
+            handlelength=2.8,
             labelcolor="linecolor",
         )
     return figure
@@ -143,9 +148,10 @@ def looks(variants: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     fixed = {key: METHODS[key] for key in keys if key in METHODS}
     free = cycle([role for role in OTHERS if role not in fixed.values()] or OTHERS)
     roles = fixed | {key: next(free) for key in dict.fromkeys(keys) if key not in fixed}
+    drawn = [roles[key] for key in keys]
     return [
-        (THEME[roles[key]][0], DASHES[keys[:number].count(key) % len(DASHES)])
-        for number, key in enumerate(keys)
+        (THEME[role][0], DASHES[drawn[:number].count(role) % len(DASHES)])
+        for number, role in enumerate(drawn)
     ]
 
 
@@ -153,7 +159,8 @@ def draw(axes: Axes, curve: Curve, x: Numbers) -> None:
     """A mean line and, with several seeds, the 95 % band of the mean."""
     mean = curve.accuracy.mean(0)
     marker = "o" if len(mean) <= 25 else ""
-    axes.plot(x, mean, color=curve.colour, ls=curve.dash, lw=2, marker=marker, ms=3.6, zorder=3)
+    look: Any = {"color": curve.colour, "ls": curve.dash, "lw": curve.lw}
+    axes.plot(x, mean, marker=marker, ms=1.8 * curve.lw, zorder=3, **look)
     if len(curve.accuracy) > 1:
         half = stats.t.ppf(0.975, len(curve.accuracy) - 1) * stats.sem(curve.accuracy, axis=0)
         low, high = np.clip([mean - half, mean + half], 0, 1)

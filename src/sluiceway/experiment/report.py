@@ -34,6 +34,7 @@ from sluiceway.experiment.plots import (
     loss_figure,
     personal_figure,
 )
+from sluiceway.experiment.split_plots import at_the_cut, split_figures, split_so_far
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
 ASIDE = ("description", "compare", "run.seed", "run.workers", "run.feature_memory_mb")
@@ -136,6 +137,7 @@ def so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "accuracy_by_client": records[-1].get("accuracy_by_client"),
         "clients": recipe.get("data", {}).get("clients"),
         **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
+        **split_so_far(records),
     }
 
 
@@ -143,13 +145,13 @@ def write_run(run: Run) -> Path:
     """The report of one run, in its folder."""
     s = run.summary
     variant = {"name": s["method"], "values": {"method.name": s["method"]}, "runs": {"": s}}
-    figures = {"progress": svg("progress", comparison_figure({"variants": [variant]}))}
+    figures = {"progress": comparison_figure({"variants": [variant]})} | split_figures([variant])
     if s.get("accuracy_by_client"):
         personal = {int(client): v for client, v in s.get("personal_accuracy", {}).items()}
-        figures["clients"] = svg("clients", clients_figure(s["accuracy_by_client"], personal))
+        figures["clients"] = clients_figure(s["accuracy_by_client"], personal)
     train, test = ([record.get(key) for record in run.records] for key in ("train_loss", "loss"))
     if any(loss is not None for loss in [*train, *test]):
-        figures["loss"] = svg("loss", loss_figure(train, test))
+        figures["loss"] = loss_figure(train, test)
     return save(run.folder, s, figures, records=run.records, finished=run.finished)
 
 
@@ -209,20 +211,20 @@ def differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
 
 def save_table(folder: Path, table: Mapping[str, Any], **more: Any) -> Path:
     """Write the report of a table of variants."""
-    figures = {"progress": svg("progress", comparison_figure(table))}
+    figures = {"progress": comparison_figure(table)} | split_figures(table["variants"])
     found = [entry["measures"]["mean_personal_accuracy"]["mean"] for entry in table["variants"]]
     if any(value is not None and value == value for value in found):
-        figures["personal"] = svg("personal", personal_figure(table))
-    first = next(iter(table["variants"][0]["runs"].values()))
+        figures["personal"] = personal_figure(table)
+    first, *_ = table["variants"][0]["runs"].values()
     return save(folder, first, figures, variants=table["variants"], **more)
 
 
-def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Markup], **more: Any) -> Path:
+def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Figure], **more: Any) -> Path:
     """Fill the template; `s` is the summary of the only or the first run."""
     counts = s.get("label_counts")
     if counts and counts[0]:
         names = s.get("label_names") or [str(n) for n in range(len(counts[0]))]
-        figures["holdings"] = svg("holdings", holdings_figure(counts, names))
+        figures["holdings"] = holdings_figure(counts, names)
     data = s["recipe"].get("data", {})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -230,6 +232,7 @@ def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Markup], **more:
         "points": points,
         "size": human_bytes,
         "time": human_time,
+        "at_the_cut": at_the_cut,
         "link": lambda below: quote(Path(os.path.relpath(below, folder)).as_posix()),
     }
     template = resources.files("sluiceway.experiment") / "report.html.j2"
@@ -238,7 +241,7 @@ def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Markup], **more:
         data=data.get("name") or Path(data.get("path", "data")).name,
         recipe=tomli_w.dumps(s["recipe"]),
         theme=THEME,
-        figures=figures,
+        figures={name: svg(name, figure) for name, figure in figures.items()},
         **more,
     )
     path = folder / "report.html"
@@ -253,8 +256,7 @@ def svg(name: str, figure: Figure) -> Markup:
     with matplotlib.rc_context(salted), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the browser has the glyphs that matplotlib's font lacks
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r' (?:width|height)="[^"]*pt"', "", text, count=2)  # as wide as the page
     for role, (light, _) in THEME.items():
