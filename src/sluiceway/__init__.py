@@ -13,7 +13,7 @@ from sluiceway.engines.local import federate
 from sluiceway.federated import Checkpoint, Result, Training
 from sluiceway.federated.client import Optimisation
 from sluiceway.moe import NoExpertsError, anatomy, upcycle
-from sluiceway.split import METHODS as SPLIT_METHODS
+from sluiceway.split.methods import METHODS as SPLIT_METHODS
 from sluiceway.split.training import split_train
 from sluiceway.strategies import (
     FedAdam,
@@ -29,6 +29,7 @@ from sluiceway.strategies import (
 )
 
 __all__ = [
+    "SPLIT_METHODS",
     "Checkpoint",
     "FedAdam",
     "FedAlignMoE",
@@ -40,7 +41,6 @@ __all__ = [
     "NonExpert",
     "Optimisation",
     "Result",
-    "SPLIT_METHODS",
     "Scaffold",
     "Strategy",
     "Training",

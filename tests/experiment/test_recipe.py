@@ -11,22 +11,26 @@ import tomli_w
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import load_recipe, parsed, recipe_from, shipped_recipes
 
-SHIPPED = {"quickstart", "agnews", "banking77", "clinc150-domains"}
+FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains"}
+SPLIT = {"split-quickstart", "fashion-split", "cifar10-split"}
 
 
 def test_the_shipped_recipes() -> None:
-    assert set(shipped_recipes()) == SHIPPED
+    assert set(shipped_recipes()) == FEDERATED | SPLIT
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("name", sorted(FEDERATED | SPLIT))
 def test_a_shipped_recipe_resolves_and_reads_back(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
-    assert recipe.data.clients == 10
+    assert recipe.data.clients == (10 if name in FEDERATED else 5)
     resolved = recipe.resolved()
     again = recipe_from(tomllib.loads(tomli_w.dumps(resolved)))
     assert again.resolved() == resolved
-    assert resolved["method"]["lambda"] == 0.1
+    if name in FEDERATED:
+        assert resolved["method"]["lambda"] == 0.1
+    else:
+        assert (resolved["method"]["name"], resolved["method"]["share"]) == ("acp-sl", 0.125)
 
 
 def test_overrides_reach_every_table() -> None:
@@ -56,7 +60,8 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("data.alpha=-1", r"data\.alpha = -1: must be greater than 0"),
         ("run.rounds=0", r"run\.rounds = 0: must be greater than or equal to 1"),
         ("run.rounds=many", r"run\.rounds = 'many': must be a valid integer"),
-        ("run.kind=central", r"run\.kind = 'central': must be 'federated'"),
+        ("run.kind=central", r"run\.kind = 'central': must be 'federated' or 'split'"),
+        ("data.name=cifar10", r"data\.name = 'cifar10': a federated run takes 20newsgroups"),
         ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
         ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
         ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, align"),
@@ -75,6 +80,24 @@ def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
     with pytest.raises(InputError, match=line) as caught:
         load_recipe("agnews", [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.name=agnews", r"data\.name = 'agnews': a split run takes cifar10, fashion-mnist"),
+        ("model.name=minilm", r"model\.name = 'minilm': a split run takes conv4, resnet18, vgg11"),
+        ("run.form=u", r"run\.form = 'u' and model\.tail go together"),
+        ("run.form=ring", r"run\.form = 'ring': must be 'sequential', 'parallel', 'copies' or 'u'"),
+        ("method.name=fedavg", r"method\.name = 'fedavg'; allowed: sl, acp-sl, random, l1"),
+        ("method.share=0", r"method\.share = 0: must be greater than 0"),
+        ("method.quantize=int2", r"method\.quantize = 'int2': must be 'none', 'fp16', 'int8'"),
+        ("train.max_grad_norm=1", r"unknown key train\.max_grad_norm; allowed in \[train\]: lr"),
+    ],
+)
+def test_a_wrong_override_of_a_split_recipe_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        load_recipe("fashion-split", [override])
 
 
 def test_a_recipe_that_is_not_there_or_not_toml(tmp_path: Path) -> None:

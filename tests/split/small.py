@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from sluiceway.federated.client import Optimisation, mix
-from sluiceway.federated.rounds import Rounds
-from sluiceway.split import Compressor, Conv4
+from sluiceway.federated.rounds import Record, Rounds
+from sluiceway.split import Compressor, Conv4, SplitRecord
 from sluiceway.split.rounds import Split
 from sluiceway.split.setup import build
 from sluiceway.strategies import FedAvg
@@ -131,3 +131,41 @@ def set_up(
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Equal bit for bit, names included."""
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def tail_of(form: str) -> str | None:
+    return "conv4" if form == "u" else None
+
+
+def clients() -> list[Pictures]:
+    """Unequal clients: one holds a single example, one none."""
+    return [Pictures(30, 1), Pictures(1, 2), Pictures(0, 3), Pictures(17, 4)]
+
+
+def records(found: list[Record]) -> list[SplitRecord]:
+    return [record for record in found if isinstance(record, SplitRecord)]
+
+
+def numbers(found: list[Record]) -> list[dict[str, Any]]:
+    return [record.as_dict() | {"seconds": 0} for record in found]
+
+
+class Mask(nn.Module):
+    """Channels that are dropped, as a layer of an unsplit network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.ones(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.kept.view(-1, 1, 1)
+
+
+def accuracy_of(model: nn.Module, test: Pictures) -> float:
+    return float((model(test.tensors[0]).argmax(1) == test.labels).double().mean())
+
+
+def masked(front: nn.Module, mask: Tensor, back: nn.Module) -> nn.Sequential:
+    layer = Mask()
+    layer.kept = mask.float()
+    return nn.Sequential(front, layer, back).eval()

@@ -56,9 +56,7 @@ def write_tensors(
     return path.stat().st_size
 
 
-def message_of(
-    parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]
-) -> bytes:
+def message_of(parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]) -> bytes:
     """The same message in memory."""
     return save(*laid_out(parts, facts))
 

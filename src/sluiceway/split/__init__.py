@@ -3,7 +3,7 @@
 Read in the order of a step: `cut` a network from `networks` (or your own), compress what its front
 gives (`Compressor` and its kinds) into a message, open it on the server, and send the gradient back
 (`packing`, whose format `header` tells). `split_train` does so over rounds: `methods` has every way
-to compress by its name, `sides` a client's and the server's part of a step, `forms` their order,
+to compress by its name, `client` and `server` the two parts of a step, `forms` their order,
 `rounds` what happens around them. Marks, as in docs/methods.md: [paper], [ours].
 """
 

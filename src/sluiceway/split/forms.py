@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sluiceway.federated.batches import Batch
+from sluiceway.split.client import ClientSide
 from sluiceway.split.header import BatchId
-from sluiceway.split.sides import ClientSide, ServerSide
+from sluiceway.split.server import ServerSide
 
 #: "sequential": clients take turns on one front and one back. "parallel": every client has a
 #: front, all share one back, which steps on their batches together (SFL-V2). "copies": every
@@ -30,8 +31,9 @@ class Traffic:
 def side_by_side(
     clients: Sequence[ClientSide], turns: Turns, server: ServerSide, traffic: Traffic
 ) -> None:
-    """In every step, each client that has a batch left sends it, and the server steps on all."""
-    while ready := [(c, *turn) for c in clients if (turn := next(turns[c.number], None))]:
+    """In every step some clients send a batch each, and the server steps on all of them."""
+    for chosen in spread([client.batch_count for client in clients]):
+        ready = [(clients[i], *next(turns[clients[i].number])) for i in chosen]
         if sum(len(batch.labels) for _, _, batch in ready) < server.smallest:
             continue
         messages = [client.send(name, batch) for client, name, batch in ready]
@@ -43,6 +45,24 @@ def side_by_side(
         traffic.down += sum(map(len, replies))
         for (client, name, _), reply in zip(ready, replies, strict=True):
             client.receive(name, reply)
+
+
+def spread(counts: Sequence[int]) -> Iterator[list[int]]:
+    """Which clients take part in each step, so that each one's batches span the whole round.
+
+    There are as many steps as the longest client has batches. Were all to begin together, the
+    server would end every round on the largest client's labels alone  [ours].
+
+    Args:
+        counts: batches of each client, >= 0.
+    """
+    steps = max(counts, default=0)
+    for step in range(steps):
+        yield [
+            i
+            for i, count in enumerate(counts)
+            if (step + 1) * count // steps > step * count // steps
+        ]
 
 
 class Asking:

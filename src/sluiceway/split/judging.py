@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.batches import Batch, Examples
+from sluiceway.federated.batches import Batch, Examples, labels_of
 from sluiceway.federated.evaluation import BATCH, Evaluation
 from sluiceway.split.choosing import ALL
 from sluiceway.split.header import BatchId
-from sluiceway.split.sides import Terms
+from sluiceway.split.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Judge:
 
     Args:
         test: the test set.
-        classes: labels of the test set are below it.
         terms: what both sides know.
     """
 
-    def __init__(self, test: Examples, classes: int, terms: Terms) -> None:
-        self.test, self.classes, self.terms = test, classes, terms
+    def __init__(self, test: Examples, terms: Terms) -> None:
+        self.test, self.terms = test, terms
+        self.classes = int(labels_of(test).max()) + 1 if len(test) else 0
 
     @torch.no_grad()
     def judge(

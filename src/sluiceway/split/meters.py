@@ -45,7 +45,8 @@ class LabelAware:
         z = channels.pooled(A, self.grid)
         # Cosines of raw activations behind a ReLU are all near one; those from the mean are not.
         centre = z.mean(0) if self.statistics is None else self.statistics.mean
-        new = ClassStatistics.of(z, labels, self.classes, centre=centre)
+        cosines = self.form is channels.similarity
+        new = ClassStatistics.of(z, labels, self.classes, centre, cosines)
         known = self.statistics
         self.statistics = new if known is None else known.update(new, self.memory)
 

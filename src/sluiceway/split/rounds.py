@@ -14,9 +14,11 @@ from sluiceway.federated.rounds import Record, fault
 from sluiceway.federated.wire import message_of, parts_of
 from sluiceway.moe import Anatomy
 from sluiceway.split.choosing import ALL, Masks
+from sluiceway.split.client import ClientSide
 from sluiceway.split.forms import Traffic, side_by_side
 from sluiceway.split.judging import Judge
-from sluiceway.split.sides import ClientSide, ServerSide, client_layers
+from sluiceway.split.server import ServerSide
+from sluiceway.split.terms import client_layers
 from sluiceway.strategies import FedAvg, Strategy, Update
 
 

@@ -17,12 +17,14 @@ from sluiceway.federated.rounds import Rounds
 from sluiceway.federated.wire import message_of
 from sluiceway.moe import Anatomy
 from sluiceway.split.choosing import ALL, Masks
+from sluiceway.split.client import ClientSide
 from sluiceway.split.compress import Compressor
 from sluiceway.split.cut import cut
 from sluiceway.split.judging import Judge
 from sluiceway.split.methods import ChannelChoice
 from sluiceway.split.rounds import Split
-from sluiceway.split.sides import ClientSide, ServerSide, Terms, client_layers
+from sluiceway.split.server import ServerSide
+from sluiceway.split.terms import Terms, client_layers
 from sluiceway.strategies import Strategy
 
 
@@ -64,15 +66,8 @@ def build(
     """Cut the model and set up both sides; see `split_train`."""
     counts = label_counts(sets)
     halves = halve(model.to(device), cut_at, tail_at, example_of(sets, device), method)
-    tail_link = Compressor(
-        quantize=method.quantize,
-        quantize_gradient=method.quantize_gradient,
-        affine=method.affine,
-        error_feedback=method.error_feedback,
-        limit=method.limit,
-    )
     classes = counts.shape[1]
-    terms = Terms(training, method, tail_link, loss, halves.shape, classes, device)
+    terms = Terms(training, method, rounding_of(method), loss, halves.shape, classes, device)
     strategy.setup(exchanged_by_clients(halves), Anatomy(()), len(sets))
     sizes = counts.sum(1).tolist()
     taking_part = sorted(sizes, reverse=True)[: len(plan.chosen(1, holders(counts)))]
@@ -80,11 +75,7 @@ def build(
     cost = round_bytes(terms, halves.tail_shape, taking_part, layer_bytes(strategy, halves.shape))
     masks = Masks(choice, halves.shape[0], sizes, cost, plan.seed)
     clients = client_sides(halves, sets, terms, choice, plan.seed)
-    for client in clients:
-        # Some methods need not see anything to rate channels.
-        if client.meter is not None and (scores := client.meter.scores()) is not None:
-            masks.rate(client.number, scores)
-    most = int(labels_of(test).max()) + 1 if len(test) else 0
+    rate_unseen(masks, clients)
     return Split(
         front=halves.front,
         back=halves.back,
@@ -94,12 +85,30 @@ def build(
         masks=masks,
         strategy=strategy,
         form=form,
-        judge=Judge(test, most, terms),
+        judge=Judge(test, terms),
         label_counts=counts,
         channels=halves.channels,
         crossing=halves.shape[0],
         seed=plan.seed,
     )
+
+
+def rounding_of(method: Compressor) -> Compressor:
+    """What a method does to values that all cross."""
+    return Compressor(
+        quantize=method.quantize,
+        quantize_gradient=method.quantize_gradient,
+        affine=method.affine,
+        error_feedback=method.error_feedback,
+        limit=method.limit,
+    )
+
+
+def rate_unseen(masks: Masks, clients: Sequence[ClientSide]) -> None:
+    """Take the scores of methods that need not see anything to rate channels."""
+    for client in clients:
+        if client.meter is not None and (scores := client.meter.scores()) is not None:
+            masks.rate(client.number, scores)
 
 
 def label_counts(sets: Sequence[Examples]) -> Tensor:

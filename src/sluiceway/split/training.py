@@ -94,17 +94,28 @@ def split_train(
             loss=loss,
             device=chosen_device,
         )
-        result = Result(
-            empty=(built.label_counts.sum(1) == 0).nonzero().flatten().tolist(),
-            label_counts=built.label_counts.tolist(),
-        )
-        on_start()
-        for number in range(1, rounds + 1):
-            torch.manual_seed(mix(seed, number))
-            record = built.play(number, plan.chosen(number, holders(built.label_counts)))
-            result.records.append(record)
-            result.tensors = trained(built)
-            on_round(record)
+        return run(built, plan, on_start, on_round)
+
+
+def run(
+    built: Split,
+    plan: Rounds,
+    on_start: Callable[[], None],
+    on_round: Callable[[SplitRecord], None],
+) -> Result:
+    """Play all rounds."""
+    with_examples = holders(built.label_counts)
+    result = Result(
+        empty=[c.number for c in built.clients if c.number not in with_examples],
+        label_counts=built.label_counts.tolist(),
+    )
+    on_start()
+    for number in range(1, plan.rounds + 1):
+        torch.manual_seed(mix(plan.seed, number))
+        record = built.play(number, plan.chosen(number, with_examples))
+        result.records.append(record)
+        result.tensors = trained(built)
+        on_round(record)
     return result
 
 

@@ -1,0 +1,181 @@
+"""The client's side: its data, its front, and in a U-shape its tail with the loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sluiceway.federated.batches import Batch, Examples
+from sluiceway.federated.client import exchanged, frozen_modules
+from sluiceway.federated.wire import message_of, parts_of
+from sluiceway.split.header import BatchId
+from sluiceway.split.meters import Meter
+from sluiceway.split.packing import Ticket
+from sluiceway.split.terms import Terms, client_layers, optimiser_of, training_mode
+from sluiceway.strategies import Broadcast, Client, Strategy
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a client remembers of a batch until its gradient has returned."""
+
+    smashed: Tensor
+    ticket: Ticket
+    labels: Tensor
+
+
+class ClientSide:
+    """One client: its data, its front, and in a U-shape its tail with the loss.
+
+    Args:
+        number: from 0.
+        examples: its data; labels stay here in a U-shape.
+        front: first layers, copied.
+        tail: last layers, copied; None unless the split is U-shaped.
+        terms: what both sides know.
+        meter: rates channels, or None.
+        smallest: batches below this size are left out, 1 for none.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        examples: Examples,
+        front: nn.Module,
+        tail: nn.Module | None,
+        terms: Terms,
+        meter: Meter | None,
+        smallest: int = 1,
+    ) -> None:
+        self.number = number
+        self.examples = examples
+        self.front = copy.deepcopy(front)
+        self.tail = copy.deepcopy(tail)
+        self.terms = terms
+        self.meter = meter
+        self.smallest = smallest
+        self.mask: Tensor | None = None
+        self.layers = client_layers(self.front, self.tail)
+        self.still = frozen_modules(self.layers)
+        self.owned = exchanged(self.layers)
+        self.params = {n: p for n, p in self.owned.items() if isinstance(p, nn.Parameter)}
+        self.optimiser = optimiser_of(self.layers, terms.training)
+        self.waiting: dict[BatchId, Sent] = {}
+        self.losses: list[tuple[int, Tensor]] = []
+        self.state: dict[str, Tensor] = {}
+
+    # -- a round -------------------------------------------------------------------------------
+
+    def begin(
+        self, number: int, message: bytes, strategy: Strategy, mask: Tensor | None = None
+    ) -> None:
+        """Take the layers of round `number`, and the strategy that they are averaged by.
+
+        Args:
+            message: the server's: layers, what the strategy sends beside them, a merged mask.
+            mask: where it does not cross, because the client knows it by itself.
+        """
+        parts = parts_of(message)
+        broadcast = Broadcast(number, parts.get("model", {}), parts.get("extra", {}))
+        self.mask = parts["mask"]["kept"] if "mask" in parts else mask
+        self.load(broadcast.tensors)
+        self.strategy = strategy
+        self.role = Client(
+            model=self.layers,
+            params=self.params,
+            received={n: p.detach().clone() for n, p in self.params.items()},
+            broadcast=broadcast,
+            anatomy=strategy.anatomy,
+            observer=None,
+            state=self.state,
+        )
+        strategy.start(self.role)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the named values into the client's layers."""
+        for name, value in tensors.items():
+            self.owned[name].copy_(value)
+
+    @property
+    def batch_count(self) -> int:
+        """Batches of a round; a last one that is too small for the layers is left out."""
+        training = self.terms.training
+        whole, rest = divmod(len(self.examples), training.batch_size)
+        return training.local_epochs * (whole + (rest >= max(self.smallest, 1)))
+
+    def batches(self, number: int, generator: torch.Generator) -> Iterator[tuple[BatchId, Batch]]:
+        """The client's batches of round `number`, shuffled and augmented by the generator."""
+        count = 0
+        for _ in range(self.terms.training.local_epochs):
+            order = torch.randperm(len(self.examples), generator=generator)
+            for part in order.split(self.terms.training.batch_size):
+                if len(part) >= self.smallest:
+                    batch = Batch.of(self.examples, part, self.terms.device, generator)
+                    yield BatchId(self.number, number, count), batch
+                    count += 1
+
+    def end(self, number: int, scores: Tensor | None) -> bytes:
+        """The message that closes a round: layers, the strategy's extra, and scores if they cross.
+
+        Args:
+            scores: [C]; None sends none.
+        """
+        extra = dict(self.strategy.finish(self.role))
+        model = {
+            piece.key: piece.of(self.owned)
+            for piece in self.strategy.shared_pieces
+            if self.strategy.sends(piece, ())
+        }
+        parts = {"model": model, "extra": extra}
+        if scores is not None:
+            parts["scores"] = {"channels": scores.float()}
+        facts = {"client": self.number, "round": number, "examples": len(self.examples)}
+        return message_of(parts, facts)
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def send(self, name: BatchId, batch: Batch) -> bytes:
+        """Run the front on a batch and pack its output; labels go along but for a U-shape."""
+        training_mode(self.layers, self.still)
+        smashed = batch.run(self.front)
+        if self.meter is not None:
+            self.meter.watch(smashed.detach(), batch.labels)
+        labels = None if self.tail else batch.labels
+        message, ticket = self.terms.link.up(smashed, name, labels, self.mask)
+        self.waiting[name] = Sent(smashed, ticket, batch.labels)
+        return message
+
+    def finish(self, name: BatchId, message: bytes) -> bytes:
+        """In a U-shape: run the tail on what the server made, and pack the gradient of the loss."""
+        assert self.tail is not None
+        link, labels = self.terms.tail_link, self.waiting[name].labels
+        opened = link.open(message, batch=name, labels=False, device=self.terms.device)
+        hidden = opened.values.requires_grad_()
+        # A copy, since the tail's first layer may work in place, which a leaf does not allow.
+        loss = self.terms.loss(self.tail(hidden.clone()), labels)
+        loss.backward()
+        self.losses.append((len(labels), loss.detach()))
+        assert hidden.grad is not None
+        return link.down(hidden.grad, opened.ticket)
+
+    def receive(self, name: BatchId, message: bytes) -> None:
+        """Unpack the gradient of that batch, go backward through the front, and step."""
+        sent = self.waiting.pop(name)
+        gradient = self.terms.link.open_gradient(message, sent.ticket, self.terms.device)
+        if self.meter is not None:
+            self.meter.watch_gradient(sent.smashed.detach(), gradient)
+        if sent.smashed.requires_grad:
+            sent.smashed.backward(gradient)
+        if self.optimiser is None:
+            return
+        if (penalty := self.strategy.penalty(self.role)) is not None:
+            penalty.backward()
+        self.strategy.correct(self.role)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.role.steps += 1

@@ -1,0 +1,148 @@
+"""Every byte of a round is counted, and a budget keeps it below a limit."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from tests.split.small import (
+    SGD,
+    Pictures,
+    clients,
+    normed,
+    records,
+    tail_of,
+)
+from torch import Tensor
+
+from sluiceway.federated.rounds import Record
+from sluiceway.split import (
+    ACPSL,
+    FORMS,
+    METHODS,
+    Compressor,
+    L1Channels,
+    cut,
+    split_train,
+)
+from sluiceway.strategies import FedAvg, Scaffold, Strategy
+
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def between_rounds(model: dict[str, Tensor], part: dict[str, Tensor], facts: object) -> int:
+    tensors = {f"model/{name}": tensor for name, tensor in model.items()} | part
+    return len(save(tensors, {"sluiceway": json.dumps(facts, sort_keys=True)}))
+
+
+@forms
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])
+def test_bytes_are_the_lengths_of_all_messages(name: str, form: str) -> None:
+    model = normed()
+    front, back = cut(model, "conv1")
+    exchanged = {f"front.{n}": t for n, t in front.state_dict().items() if t.is_floating_point()}
+    if form == "u":
+        _, tail = cut(back, "conv4")
+        exchanged |= {f"tail.{n}": t for n, t in tail.state_dict().items() if t.is_floating_point()}
+    sets, method = [*clients()], METHODS[name]()
+    sets[1] = Pictures(2, 5)  # one example alone would be left out in two of the forms
+    result = split_train(
+        model, "conv1", sets, sets[0], method, form=form, tail_at=tail_of(form), rounds=3
+    )
+    crossing = name in ("acp-sl", "l1", "std", "entropy", "taylor")
+    for number, record in enumerate(records(result.records), 1):
+        up = down = 0
+        kept = int(record.kept) if record.mask is not None else None
+        for client in (0, 1, 3):
+            mask = {"mask/kept": torch.tensor(record.mask)} if crossing else {}
+            scores = {"scores/channels": torch.zeros(8)} if crossing else {}
+            down += between_rounds(exchanged, mask, {"version": 1, "round": number})
+            size = len(sets[client])
+            facts = {"version": 1, "round": number, "client": client, "examples": size}
+            up += between_rounds(exchanged, scores, facts)
+            up += method.bytes_up((size, 8, 3, 3), kept, label_bytes=form != "u")
+            down += method.bytes_down((size, 8, 3, 3), kept)
+            if form == "u":
+                tail_link = Compressor(quantize=method.quantize)
+                down += tail_link.bytes_up((size, 16, 1, 1))
+                up += tail_link.bytes_down((size, 16, 1, 1))
+        assert (record.bytes_up, record.bytes_down) == (up, down)
+
+
+def test_warm_up_sends_everything_and_the_schedule_shrinks() -> None:
+    method = ACPSL(share=0.25, warmup=2, ramp_rounds=3)
+    result = split_train(normed(), "conv1", clients(), Pictures(9, 1), method, rounds=8)
+    kept = [record.kept for record in records(result.records)]
+    assert kept[:2] == [8, 8]
+    assert all(a >= b for a, b in pairwise(kept))
+    assert kept[2] < 8
+    assert kept[5:] == [2, 2, 2]
+    sent = [record.bytes_up for record in result.records]
+    assert all(a >= b for a, b in pairwise(sent))
+
+
+def test_methods_of_equal_settings_send_equal_bytes() -> None:
+    sent = {}
+    for name in ("acp-sl", "l1", "std", "entropy", "taylor", "random"):
+        method = METHODS[name](share=0.25, quantize="int8")  # type: ignore[call-arg]
+        result = split_train(normed(), "conv1", clients(), Pictures(9, 1), method, rounds=6)
+        sent[name] = [(record.bytes_up, record.bytes_down) for record in result.records]
+    fixed = sent.pop("random")
+    assert len({tuple(found) for found in sent.values()}) == 1
+    differences = {(a - c, b - d) for (a, b), (c, d) in zip(sent["l1"], fixed, strict=True)}
+    # Three clients' scores up, and the mask down to each: the same in every round.
+    assert len(differences) == 1
+    up, down = differences.pop()
+    assert 3 * 4 * 8 <= up <= 3 * (4 * 8 + 90)
+    assert 3 * 8 <= down <= 3 * (8 + 90)
+
+
+@forms
+@pytest.mark.parametrize("masks", ["merged", "client"])
+@pytest.mark.parametrize("fronts", [FedAvg, Scaffold])
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+def test_a_budget_holds_once_the_ramp_is_over(
+    form: str, masks: Any, fronts: type[Strategy], participation: float
+) -> None:
+    if form == "sequential" and fronts is Scaffold:
+        return
+    sets = [Pictures(30, 1), Pictures(1, 2), Pictures(0, 3), Pictures(17, 4), Pictures(33, 5)]
+
+    def run(method: ACPSL, rounds: int) -> list[Record]:
+        return split_train(
+            normed(),
+            "conv1",
+            sets,
+            Pictures(9, 1),
+            method,
+            form=form,
+            tail_at=tail_of(form),
+            fronts=fronts(),
+            rounds=rounds,
+            participation=participation,
+            training=SGD,
+        ).records
+
+    least, most = (
+        max(r.bytes_up + r.bytes_down for r in run(ACPSL(share=share, ramp_rounds=0), 4)[1:])
+        for share in (0.125, 1.0)
+    )
+    budget = (least + most) / 2e6
+    found = run(ACPSL(rule="budget", budget_mb=budget, ramp_rounds=1, masks=masks), 8)
+    sent = [r.bytes_up + r.bytes_down for r in found]
+    rated = {client for record in found[:4] for client in record.clients}
+    late = [n for n, r in enumerate(found) if masks == "client" and not rated >= {*r.clients}]
+    assert all(n < 5 or n in late or nbytes <= budget * 1e6 for n, nbytes in enumerate(sent))
+    if participation == 1:
+        assert 2 <= records(found)[-1].kept < 8
+        assert sent[-1] > 0.6 * budget * 1e6
+
+
+def test_a_budget_below_one_channel_is_refused() -> None:
+    method = L1Channels(rule="budget", budget_mb=1e-3)
+    with pytest.raises(ValueError, match=r"method.budget_mb = 0.001: a round with one channel"):
+        split_train(normed(), "conv1", clients(), Pictures(9, 1), method)
