@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sluiceway.engines.local import federate
 from sluiceway.federated import Checkpoint, CheckpointError, Record, Result, Rounds, Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.evaluation import Evaluation
 from sluiceway.strategies import STRATEGIES, Client, FedAvg
 
@@ -192,3 +193,43 @@ def test_evaluations_add_up_and_are_read_by_a_clients_mix() -> None:
     assert found.mean_loss == 0.2
     # class 0: 4 / 6, class 2: 2 / 4; class 1 was never tested
     assert found.weighted_accuracy(torch.tensor([3, 5, 1])) == pytest.approx((3 * 4 / 6 + 0.5) / 4)
+
+
+def test_fedalign_with_every_switch_off_trains_as_fedavg_bit_for_bit() -> None:
+    off = {"align": False, "consistency": False, "adaptive": False, "semantic": False}
+    made = [
+        federate(
+            TinyClassifier(),
+            [TinyText(20, 1), TinyText(9, 2)],
+            TinyText(40, 9),
+            strategy,
+            rounds=3,
+            training=TRAINING,
+            device="cpu",
+        )
+        for strategy in (STRATEGIES["fedalign-moe"](**off), STRATEGIES["fedavg"]())
+    ]
+    assert made[0].accuracy_by_round == made[1].accuracy_by_round
+    for key, tensor in made[0].tensors.items():
+        assert torch.equal(made[1].tensors[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedmoe", "usage", "fedalign-moe"])
+@pytest.mark.parametrize("gate", ["consistency", "average"])
+def test_one_client_alone_ends_with_its_own_weights(name: str, gate: str) -> None:
+    """The same client trained without any server, round after round."""
+    parameters = {"gate": gate} if name == "fedalign-moe" else {}
+    parameters |= {"hold": 0.0} if name == "fedmoe" else {}
+    data, strategy = TinyText(20, 1), STRATEGIES[name](**parameters)
+    result = federate(
+        TinyClassifier(), [data], data, strategy, rounds=1, training=TRAINING, device="cpu"
+    )
+    alone, unaggregated = TinyClassifier(), STRATEGIES[name](**parameters)
+    prepare(alone, unaggregated, 1)
+    worker = Worker(alone, [data], data, unaggregated, TRAINING)
+    update = worker.train(0, unaggregated.broadcast(1), {}, personal=False)
+    for piece in strategy.pieces:
+        if piece.key in update.tensors:
+            assert torch.equal(piece.of(result.tensors), update.tensors[piece.key]), piece.key
+        else:  # an expert without a token
+            assert torch.equal(piece.of(result.tensors), piece.of(unaggregated.tensors))
