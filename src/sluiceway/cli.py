@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = add("inspect", inspect_command)
     inspect.add_argument(
         "model",
-        help='"minilm", a folder, or a name on the Hugging Face hub; or "conv4", "resnet18", "vgg11"',
+        help='"minilm", a folder or a hub name; for images "conv4", "resnet18" or "vgg11"',
     )
     inspect.add_argument("--width", type=int, default=32, help="of a network for images")
     inspect.add_argument("--image", default="3x32x32", metavar="CxHxW", help="what it is shown")

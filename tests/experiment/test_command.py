@@ -87,7 +87,7 @@ def test_ctrl_c_stops_at_once_and_the_run_is_continued(recipe: Path, tmp_path: P
             running.send_signal(signal.SIGINT)
             break
     rest = running.stderr.read()
-    assert running.wait(timeout=20) == 130
+    assert running.wait(timeout=120) == 130
     assert "Traceback" not in rest
     assert not (part / "summary.json").exists()
     assert main(["run", str(recipe), "--out", str(part), "--resume", *settings]) == 0

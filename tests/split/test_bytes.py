@@ -101,15 +101,19 @@ def test_methods_of_equal_settings_send_equal_bytes() -> None:
     assert 3 * 8 <= down <= 3 * (8 + 90)
 
 
-@forms
-@pytest.mark.parametrize("masks", ["merged", "client"])
-@pytest.mark.parametrize("fronts", [FedAvg, Scaffold])
-@pytest.mark.parametrize("participation", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("form", "masks", "fronts", "participation"),
+    [
+        *((form, "merged", FedAvg, 1.0) for form in FORMS),
+        ("parallel", "client", FedAvg, 1.0),
+        ("u", "client", Scaffold, 1.0),
+        ("copies", "merged", Scaffold, 0.5),
+        ("parallel", "client", FedAvg, 0.5),
+    ],
+)
 def test_a_budget_holds_once_the_ramp_is_over(
     form: str, masks: Any, fronts: type[Strategy], participation: float
 ) -> None:
-    if form == "sequential" and fronts is Scaffold:
-        return
     sets = [Pictures(30, 1), Pictures(1, 2), Pictures(0, 3), Pictures(17, 4), Pictures(33, 5)]
 
     def run(method: ACPSL, rounds: int) -> list[Record]:

@@ -14,9 +14,11 @@ from tests.split.small import (
     set_up,
 )
 from torch import nn
+from torch.nn import functional
 
 from sluiceway.split import (
     ACPSL,
+    BatchId,
     L1Channels,
     Quantized,
     cut,
@@ -50,12 +52,32 @@ def test_rounding_is_judged_and_the_full_accuracy_is_without() -> None:
     with torch.no_grad():
         # Rounding has a scale for each batch: those of the evaluation, 64 examples each.
         parts = [
-            back(method.open(method.up(front(x), (0, 0, 0))[0]).values)  # type: ignore[arg-type]
+            back(method.open(method.up(front(x), BatchId(0, 0, 0))[0]).values)
             for x in test.tensors[0].split(64)
         ]
     right = (torch.cat(parts).argmax(1) == test.labels).double().mean()
     assert last.accuracy == float(right)
     assert last.accuracy_full == accuracy_of(model, test)
+
+
+def test_rounding_at_the_second_cut_of_a_u_shape_is_judged_too() -> None:
+    test, method = Pictures(300, 6), Quantized(quantize="int4", quantize_gradient="int8")
+    built = set_up(
+        normed(), "conv1", [Pictures(60, 1)], method, test, form="u", tail_at="conv4", training=SGD
+    )
+    record = built.play(1, [0])
+    front, middle, tail = built.front, built.back, built.tail
+    assert tail is not None
+
+    def crossed(values: Tensor) -> Tensor:
+        return method.open(method.up(values, BatchId(0, 0, 0))[0]).values
+
+    with torch.no_grad():
+        parts = [tail(crossed(middle(crossed(front(x))))) for x in test.tensors[0].split(64)]
+        once = [tail(middle(crossed(front(x)))) for x in test.tensors[0].split(64)]
+    loss = float(functional.cross_entropy(torch.cat(parts), test.labels))
+    assert record.loss == pytest.approx(loss, rel=1e-5)
+    assert loss != pytest.approx(float(functional.cross_entropy(torch.cat(once), test.labels)))
 
 
 def test_masks_of_their_own_are_judged_each_for_its_client() -> None:
