@@ -13,7 +13,7 @@ from tests.split.small import (
     records,
     set_up,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sluiceway.split import (
