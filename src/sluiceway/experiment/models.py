@@ -73,6 +73,8 @@ def load_pretrained(name: str) -> Pretrained:
         raise InputError(f"model.name = {name!r}: no model could be loaded ({why})") from None
     if backbone.config.is_encoder_decoder:
         backbone = backbone.get_encoder()
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # the head takes the mean of all tokens: it would only cross unused
     return Pretrained(backbone, tokenizer, source, backbone.config.hidden_size)
 
 
