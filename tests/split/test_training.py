@@ -17,6 +17,7 @@ from tests.split.small import (
     Pictures,
     accuracy_of,
     clients,
+    flat_normed,
     normed,
     plain,
     records,
@@ -209,6 +210,13 @@ def test_bad_arguments_are_named(changed: dict[str, Any], why: str) -> None:
     given = {"model": normed(), "cut_at": "conv1", "clients": clients(), "test": Pictures(9, 1)}
     with pytest.raises(ValueError, match=why):
         split_train(**given | changed)  # type: ignore[arg-type]
+
+
+def test_batches_of_one_for_batch_norm_are_refused() -> None:
+    ones = Optimisation(batch_size=1)
+    with pytest.raises(ValueError, match="batch_size = 1: BatchNorm"):
+        split_train(flat_normed(), "lin1", clients(), Pictures(9, 1), training=ones)
+    split_train(plain(), "conv1", clients(), Pictures(9, 1), rounds=1, training=ones)
 
 
 def test_a_network_of_another_precision_is_refused() -> None:

@@ -66,6 +66,7 @@ def build(
     """Cut the model and set up both sides; see `split_train`."""
     counts = label_counts(sets)
     halves = halve(model.to(device), cut_at, tail_at, example_of(sets, device), method)
+    require_trainable(halves, training)
     classes = counts.shape[1]
     terms = Terms(training, method, rounding_of(method), loss, halves.shape, classes, device)
     strategy.setup(exchanged_by_clients(halves), Anatomy(()), len(sets))
@@ -91,6 +92,15 @@ def build(
         crossing=halves.shape[0],
         seed=plan.seed,
     )
+
+
+def require_trainable(halves: Halves, training: Optimisation) -> None:
+    """Raise ValueError if the layers can train on no batch at all."""
+    if training.batch_size < max(halves.smallest):
+        raise ValueError(
+            f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
+            f"{max(halves.smallest)} examples"
+        )
 
 
 def rounding_of(method: Compressor) -> Compressor:
