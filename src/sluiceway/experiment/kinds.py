@@ -144,7 +144,7 @@ def run_split(recipe: Recipe, device: str, session: Session, progress: Progress)
             on_round=progress.on_round,
         )
     except ValueError as error:
-        raise InputError(f"[model]: {error}") from None
+        raise InputError(str(error)) from None
     return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
 
 
