@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.worlds import TinyClassifier
 from torch import Tensor
 
+from sluiceway import fedalign
 from sluiceway.federated.client import exchanged, trained_anatomy
 from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, anatomy
 from sluiceway.strategies import STRATEGIES, FedAlignMoE, Strategy, Update, strategy
@@ -338,3 +339,41 @@ def test_low_precision_parameters_are_averaged_in_float32() -> None:
     assert made.tensors["w"].dtype == torch.bfloat16
     wanted = torch.tensor(sum(values) / 3).bfloat16()
     assert made.tensors["w"].tolist() == [float(wanted)] * 4
+
+
+def test_the_gate_is_combined_row_by_row_as_the_mathematics_says() -> None:
+    made, updates = ready("fedalign-moe"), several()
+    assert isinstance(made, FedAlignMoE)
+    made.aggregate(updates)
+    (gate,) = ANATOMY.blocks[0].gate
+    sent = torch.stack([u.tensors[gate] for u in updates])
+    wanted = fedalign.combine_gate(made.gate_weights[0], sent)
+    torch.testing.assert_close(made.tensors[gate], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_directions_are_compared_on_a_sample() -> None:
+    updates, pieces = several(), ANATOMY.expert(0, 1)
+    exact = fedalign.direction_consensus(
+        torch.stack(
+            [
+                torch.cat([(u.tensors[p.key] - p.of(TENSORS)).flatten() for p in pieces])
+                for u in updates
+            ]
+        )
+    )
+    whole, part = (ready("fedalign-moe", sample=n) for n in (0, 300))
+    assert isinstance(whole, FedAlignMoE)
+    assert isinstance(part, FedAlignMoE)
+    torch.testing.assert_close(whole.directions(updates, pieces), exact, atol=1e-6, rtol=0)
+    sampled = part.directions(updates, pieces)
+    assert not torch.equal(sampled, exact)
+    torch.testing.assert_close(sampled, exact, atol=4 / math.sqrt(300), rtol=0)
+
+
+@given(st.integers(1, 10**7), st.integers(0, 10**5), st.integers(1, 4096))
+def test_the_stride_of_a_sample_meets_every_column(size: int, sample: int, width: int) -> None:
+    stride = FedAlignMoE(sample=sample).stride(size, (7, width))
+    assert math.gcd(stride, width) == 1
+    assert stride >= (size // sample if sample else 1)
+    if sample == 0:
+        assert stride == 1
