@@ -13,9 +13,14 @@ from sluiceway.moe import Observer
 from sluiceway.strategies import Broadcast, Client, FedAlignMoE, FedProx, Scaffold, Strategy
 
 
-def client_of(strategy: Strategy, model: TinyClassifier) -> tuple[Client, Tensor]:
+def client_of(
+    strategy: Strategy, model: TinyClassifier, r_g: Tensor | None = None
+) -> tuple[Client, Tensor]:
     """A client that has just run one observed forward pass, and its task loss."""
     prepare(model, strategy, 2)
+    if r_g is not None:
+        assert isinstance(strategy, FedAlignMoE)
+        strategy.routing = [r_g]
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     client = Client(
         model=model,
@@ -52,34 +57,16 @@ def test_fedprox_penalty_and_gradient_by_hand(moe_model: TinyClassifier) -> None
         torch.testing.assert_close(param.grad, torch.full_like(param, 0.4 * 0.5))
 
 
-def with_routing(**parameters: object) -> FedAlignMoE:
-    """FedAlign-MoE that has a global routing to align to."""
-    strategy = FedAlignMoE(**parameters)  # type: ignore[arg-type]
-    prepare(TinyClassifier(), strategy, 2)
-    return strategy
-
-
 @pytest.mark.parametrize("reference", ["marginal", "conditional"])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_regulariser_gradient_reaches_the_router_and_is_autograds(
     moe_model: TinyClassifier, reference: str, adaptive: bool
 ) -> None:
     strategy = FedAlignMoE(reference=reference, adaptive=adaptive, lambda_=0.3)  # type: ignore[arg-type]
-    prepare(moe_model, strategy, 2)
     r_g = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    (block,) = strategy.anatomy.blocks
-    (name,) = block.gate
-    params = {n: p for n, p in moe_model.named_parameters() if p.requires_grad}
-    strategy.routing = [r_g]
-    client = Client(
-        model=moe_model,
-        params=params,
-        received={n: p.detach().clone() for n, p in params.items()},
-        broadcast=strategy.broadcast(2),
-        anatomy=strategy.anatomy,
-        observer=Observer(moe_model, strategy.anatomy),
-        state={},
-    )
+    client, _ = client_of(strategy, moe_model, r_g)
+    (name,) = strategy.anatomy.blocks[0].gate
+    params = client.params
     with torch.no_grad():
         params[name].add_(
             torch.randn(params[name].shape, generator=torch.Generator().manual_seed(0))
