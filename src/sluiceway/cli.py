@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -200,16 +199,14 @@ def inspect_command(args: argparse.Namespace) -> None:
 
 def recipes_command(args: argparse.Namespace) -> None:
     """List the recipes that ship."""
+    from sluiceway.experiment.inspect import wide_console
     from sluiceway.experiment.recipe import load_recipe, shipped_recipes
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     for name in shipped_recipes():
         table.add_row(name, escape(load_recipe(name).description))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

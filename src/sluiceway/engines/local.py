@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sluiceway.federated.batches import Batch, Examples, labels_of
+from sluiceway.federated.batches import Batch, Examples
 from sluiceway.federated.checkpoints import Checkpoint
 from sluiceway.federated.client import Loss, Training, Worker, prepare
-from sluiceway.federated.evaluation import Evaluation, widened
+from sluiceway.federated.evaluation import Evaluation, label_counts
 from sluiceway.federated.features import FeatureCache, Trunk, agrees, find_trunk
 from sluiceway.federated.rounds import Loop, Record, Result, Rounds
 from sluiceway.federated.wire import read_broadcast, read_update, write_broadcast, write_update
@@ -254,13 +254,6 @@ def chosen_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def label_counts(clients: Sequence[Examples]) -> Tensor:
-    """Who holds what, [clients, classes] int64."""
-    found = [torch.bincount(labels_of(c)) if len(c) else torch.zeros(0).long() for c in clients]
-    width = max((len(counts) for counts in found), default=0)
-    return torch.stack([widened(counts, width) for counts in found])
 
 
 def usable_trunk(

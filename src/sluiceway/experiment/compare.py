@@ -16,8 +16,8 @@ from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import (
     Recipe,
     load_recipe,
+    overridden_tables,
     parsed,
-    read_tables,
     recipe_from,
     set_key,
 )
@@ -137,10 +137,7 @@ def varied_tables(
     recipe: str | Path, overrides: Sequence[str], values: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     """The recipe's tables with overrides, one combination and one seed."""
-    tables = read_tables(recipe)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        set_key(tables, key.strip(), parsed(value.strip()), override)
+    tables = overridden_tables(recipe, overrides)
     for key, value in values.items():
         set_key(tables, key, value, f"{key}={value}")
     set_key(tables, "run.seed", seed, f"run.seed={seed}")

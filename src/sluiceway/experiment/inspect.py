@@ -31,13 +31,19 @@ def show_layout(name: str, experts: int, top_k: int, layers: int) -> None:
             f"{name} is dense: no mixture-of-experts block was found; --experts 8 shows it upcycled"
         )
     found = layout(loaded.backbone)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
+    console = wide_console()
     console.print(f"{name} from {loaded.source}", highlight=False)
     console.print(blocks_table(found))
     for line in totals(found):
         console.print(line, highlight=False)
+
+
+def wide_console() -> Console:
+    """A console for tables: a terminal's own width, and wide where the output is kept."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
 
 
 def show_cuts(name: str, width: int, image: str) -> None:
@@ -64,7 +70,7 @@ def show_cuts(name: str, width: int, image: str) -> None:
             f"{point.bytes_per_example:,}",
             f"{point.front_parameters:,}",
         )
-    Console().print(table)
+    wide_console().print(table)
 
 
 def blocks_table(found: Layout) -> Table:

@@ -212,11 +212,16 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no such recipe, not TOML, an unknown key, a value out of range.
     """
+    return recipe_from(overridden_tables(recipe, overrides))
+
+
+def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The raw tables of a recipe with `key=value` overrides, not checked yet. Raises InputError."""
     tables = read_tables(recipe)
     for override in overrides:
         key, _, value = override.partition("=")
         set_key(tables, key.strip(), parsed(value.strip()), override)
-    return recipe_from(tables)
+    return tables
 
 
 def recipe_from(tables: Mapping[str, Any]) -> Recipe:

@@ -88,10 +88,10 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
 def exchanged(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters and the float buffers that training changes, by name (no copies)."""
     tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    still = frozen_modules(model)
+    still = {module for top in frozen_modules(model) for module in top.modules()}
     kept = set(model.state_dict())
     for prefix, module in model.named_modules():
-        if any(module is m for top in still for m in top.modules()):
+        if module in still:
             continue
         own = module.named_buffers(prefix, recurse=False)
         tensors |= {n: b for n, b in own if n in kept and b.is_floating_point()}

@@ -33,6 +33,16 @@ class Evaluation:
         """What a sum begins with."""
         return Evaluation(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0.0)
 
+    @staticmethod
+    def of(
+        logits: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor], classes: int
+    ) -> Evaluation:
+        """Counts of one batch: logits [B, C], labels [B] below `classes`, on one device."""
+        summed = float(loss(logits, labels)) * len(labels)
+        guessed, labels = logits.argmax(-1).cpu(), labels.cpu()
+        correct = torch.bincount(labels[guessed == labels], minlength=classes)
+        return Evaluation(correct, torch.bincount(labels, minlength=classes), summed)
+
     def __add__(self, other: Evaluation) -> Evaluation:
         classes = max(len(self.total), len(other.total))
         return Evaluation(
@@ -68,6 +78,13 @@ def widened(counts: Tensor, classes: int) -> Tensor:
     return out
 
 
+def label_counts(clients: Sequence[Examples]) -> Tensor:
+    """Who holds what, [clients, classes] int64."""
+    found = [torch.bincount(labels_of(c)) if len(c) else torch.zeros(0).long() for c in clients]
+    width = max((len(counts) for counts in found), default=0)
+    return torch.stack([widened(c, width) for c in found]) if found else torch.zeros(0, 0).long()
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -79,16 +96,10 @@ def evaluate(
     """The model as it stands on the examples at these positions; leaves it in evaluation mode."""
     model.eval()
     classes = int(labels_of(examples).max()) + 1 if len(examples) else 0
-    correct, total = torch.zeros(2, classes, dtype=torch.int64)
-    summed = 0.0
+    none = torch.zeros(classes, dtype=torch.int64)
+    found = Evaluation(none, none, 0.0)
     for part in torch.as_tensor(indices, dtype=torch.int64).split(BATCH):
-        if not len(part):
-            continue
-        batch = Batch.of(examples, part, device)
-        logits = batch.run(model)
-        labels = batch.labels.cpu()
-        hits = labels[logits.argmax(-1).cpu() == labels]
-        correct += torch.bincount(hits, minlength=classes)
-        total += torch.bincount(labels, minlength=classes)
-        summed += float(loss(logits, batch.labels)) * len(part)
-    return Evaluation(correct, total, summed)
+        if len(part):
+            batch = Batch.of(examples, part, device)
+            found += Evaluation.of(batch.run(model), batch.labels, loss, classes)
+    return found

@@ -114,10 +114,7 @@ class Judge:
         return out
 
     def _counts(self, logits: Tensor, labels: Tensor) -> Evaluation:
-        summed = float(self.terms.loss(logits, labels)) * len(labels)
-        guessed, labels = logits.argmax(-1).cpu(), labels.cpu()
-        correct = torch.bincount(labels[guessed == labels], minlength=self.classes)
-        return Evaluation(correct, torch.bincount(labels, minlength=self.classes), summed)
+        return Evaluation.of(logits, labels, self.terms.loss, self.classes)
 
 
 def key_of(mask: Tensor | None) -> bytes:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.batches import Batch, Examples, labels_of
+from sluiceway.federated.batches import Batch, Examples
 from sluiceway.federated.client import Loss, Optimisation, exchanged, mix
-from sluiceway.federated.evaluation import widened
+from sluiceway.federated.evaluation import label_counts
 from sluiceway.federated.rounds import Rounds
 from sluiceway.federated.wire import message_of
 from sluiceway.moe import Anatomy
@@ -65,6 +65,8 @@ def build(
 ) -> Split:
     """Cut the model and set up both sides; see `split_train`."""
     counts = label_counts(sets)
+    if not counts.shape[1]:
+        raise ValueError("no client holds any example")
     halves = halve(model.to(device), cut_at, tail_at, example_of(sets, device), method)
     require_trainable(halves, training)
     classes = counts.shape[1]
@@ -119,19 +121,6 @@ def rate_unseen(masks: Masks, clients: Sequence[ClientSide]) -> None:
     for client in clients:
         if client.meter is not None and (scores := client.meter.scores()) is not None:
             masks.rate(client.number, scores)
-
-
-def label_counts(sets: Sequence[Examples]) -> Tensor:
-    """Who holds what, [clients, classes] int64.
-
-    Raises:
-        ValueError: no client holds any example.
-    """
-    counts = [torch.bincount(labels_of(s)) if len(s) else torch.zeros(0).long() for s in sets]
-    classes = max((len(c) for c in counts), default=0)
-    if not classes:
-        raise ValueError("no client holds any example")
-    return torch.stack([widened(c, classes) for c in counts])
 
 
 def holders(counts: Tensor) -> list[int]:
