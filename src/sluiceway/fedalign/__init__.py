@@ -14,6 +14,7 @@ at least float32. Those of once a round check shapes (ValueError), detach, and c
 float64, unless they say otherwise.
 """
 
+from sluiceway.fedalign.low_rank import product_change, product_gram
 from sluiceway.fedalign.routing import (
     REFERENCE_FLOOR,
     adaptive_strength,
@@ -51,6 +52,8 @@ __all__ = [
     "marginal_penalty",
     "mean_routing",
     "overlap",
+    "product_change",
+    "product_gram",
     "region_similarity",
     "region_weights",
     "routing_statistics",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sluiceway.fedalign._shapes import as_double, require_shape
+from sluiceway.fedalign.low_rank import product_gram
 
 # Slack of `value >= tau`: with equal pairwise values, rounding of their mean must drop none.
 _THRESHOLD_SLACK: Final = 1e-9
@@ -134,6 +135,18 @@ class DirectionGram:
             columns = updates[:, start : start + self._chunk].double()
             total += columns @ columns.T
         self._gram += total.to(self._gram.device)
+
+    def add_products(self, left: Tensor, right: Tensor) -> None:
+        """Add updates that are given by their factors, `product_change` of LoRA's B A  [ours].
+
+        Args:
+            left, right: [N, out, r] and [N, r, in]; the updates are left_i @ right_i.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        require_shape("left", left, self._gram.shape[0], "out", "r")
+        self._gram += product_gram(left, right).to(self._gram.device)
 
     def cosine(self) -> Tensor:
         """Direction consensus D_ij(e)  [paper: direction consensus].

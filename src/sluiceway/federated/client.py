@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sluiceway.federated.batches import Batch, Examples, labels_of
 from sluiceway.federated.evaluation import Evaluation, evaluate
-from sluiceway.moe import Anatomy, Observer, find_anatomy
+from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
 from sluiceway.strategies.base import PARAMETERS
 
@@ -70,19 +70,23 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
     """Settle what is trained, and hand the strategy the initial values.
 
     Parameters that the strategy does not train are frozen in the model, in place. Trained tensors
-    are what crosses: parameters, and floating-point buffers of the modules around them.
+    are what crosses: parameters, and floating-point buffers of the modules around them. So is what
+    only the server changes (`Strategy.server_owned`).
 
     Raises:
         NoExpertsError: the strategy needs experts and the model has none.
         ValueError: nothing is left to train.
     """
-    anatomy = find_anatomy(model) or Anatomy(())
+    anatomy = find_anatomy(model) or Anatomy((), find_adapters(model))
     for name, param in model.named_parameters():
         param.requires_grad_(param.requires_grad and strategy.trains(name, anatomy))
-    tensors = {name: tensor.detach().cpu() for name, tensor in exchanged(model).items()}
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError("nothing to train: every parameter of the model is frozen")
-    strategy.setup(tensors, trained_anatomy(anatomy, set(tensors)), clients)
+    tensors = exchanged(model)
+    anatomy = trained_anatomy(anatomy, set(tensors))
+    tensors |= {name: model.get_parameter(name) for name in sorted(strategy.server_owned(anatomy))}
+    held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    strategy.setup(held, anatomy, clients)
 
 
 def exchanged(model: nn.Module) -> dict[str, Tensor]:
@@ -99,13 +103,14 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_anatomy(anatomy: Anatomy, names: set[str]) -> Anatomy:
-    """The blocks of which any parameter is among `names`, numbered anew."""
+    """The blocks and LoRA pairs of which a parameter is among `names`, blocks numbered anew."""
     blocks = [
         block
         for block in anatomy.blocks
         if names & {*block.gate, *(p.param for expert in block.pieces for p in expert)}
     ]
-    return Anatomy(tuple(replace(block, position=i) for i, block in enumerate(blocks)))
+    pairs = tuple(pair for pair in anatomy.adapters if pair.b.param in names)
+    return Anatomy(tuple(replace(block, position=i) for i, block in enumerate(blocks)), pairs)
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
@@ -159,7 +164,8 @@ class Worker:
         self.device = torch.device(device)
         self.seed = seed
         self.anatomy = strategy.anatomy
-        self.exchanged = exchanged(model)
+        owned = sorted(strategy.server_owned(self.anatomy))
+        self.exchanged = exchanged(model) | {name: model.get_parameter(name) for name in owned}
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {n: t.clone() for n, t in strategy.tensors.items() if strategy.private(n)}
         self.still = frozen_modules(model)

@@ -1,15 +1,18 @@
 """Mixture-of-experts models: where routers and experts live, what routing does, dense to MoE."""
 
-from sluiceway.moe.anatomy import Anatomy, Block, NoExpertsError, Piece, anatomy, find_anatomy
+from sluiceway.moe.adapters import Adapter, add_lora, find_adapters
+from sluiceway.moe.anatomy import Anatomy, Block, NoExpertsError, anatomy, find_anatomy
 from sluiceway.moe.families import FAMILIES, Family
 from sluiceway.moe.layout import BlockRow, Layout, TensorRow, layout
 from sluiceway.moe.observe import BlockRouting, BlockStep, Observer
+from sluiceway.moe.pieces import Piece
 from sluiceway.moe.received import received_logits
 from sluiceway.moe.upcycle import upcycle
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 
 __all__ = [
     "FAMILIES",
+    "Adapter",
     "Anatomy",
     "Block",
     "BlockRouting",
@@ -24,7 +27,9 @@ __all__ = [
     "UpcycledExperts",
     "UpcycledMoE",
     "UpcycledRouter",
+    "add_lora",
     "anatomy",
+    "find_adapters",
     "find_anatomy",
     "layout",
     "received_logits",

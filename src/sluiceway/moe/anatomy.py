@@ -8,46 +8,26 @@ Experts are held in one of two ways, and both end as *pieces*:
 
 - fused: one parameter for all experts, leading axis E. Expert e's piece is the slice ``[e]``.
 - one module per expert (``nn.ModuleList`` or ``nn.ModuleDict``): the pieces are whole parameters.
+
+LoRA adapters belong to the expert or the gate that they adapt, see ``adapters.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
 
+from sluiceway.moe.adapters import Adapter, find_adapters, unwrapped
 from sluiceway.moe.families import FAMILIES, Family, family_of
+from sluiceway.moe.pieces import Piece
 
 
 class NoExpertsError(ValueError):
     """The model has no mixture-of-experts block of a known family."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor that may cross the wire: a whole parameter, or one expert's slice of a fused one.
-
-    Attributes:
-        key: ``"<param>"`` for a whole parameter, ``"<param>[e]"`` for a slice. Unique in a model.
-        param: the parameter's name in ``model.named_parameters()``.
-        index: the position on the leading axis, or None for the whole parameter.
-    """
-
-    key: str
-    param: str
-    index: int | None
-
-    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The piece inside ``tensors[param]``: a view, never a copy.
-
-        Raises:
-            KeyError: ``tensors`` lacks the parameter.
-        """
-        tensor = tensors[self.param]
-        return tensor if self.index is None else tensor[self.index]
 
 
 @dataclass(frozen=True)
@@ -60,11 +40,12 @@ class Block:
         family: name of the family, a key of ``families.FAMILIES``.
         router: module name of the router, the module whose forward gives the logits.
         experts: module name of the experts container.
-        gate: names of the router parameters with leading axis E.
+        gate: names of the router parameters with leading axis E (B of a LoRA pair included).
         num_experts: E.
         top_k: k, experts chosen per token.
         hidden: d, width of the hidden states that enter the router.
         pieces: [E] tuples, the pieces that belong to each expert.
+        gate_rest: names of the router parameters without that axis (A of a LoRA pair).
     """
 
     position: int
@@ -77,6 +58,7 @@ class Block:
     top_k: int
     hidden: int
     pieces: tuple[tuple[Piece, ...], ...]
+    gate_rest: tuple[str, ...] = ()
 
     def expert(self, e: int) -> tuple[Piece, ...]:
         """The pieces of expert ``e``, 0 <= e < E; IndexError otherwise."""
@@ -87,14 +69,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All mixture-of-experts blocks of one model, in order of appearance."""
+    """All mixture-of-experts blocks of one model, and its LoRA pairs, in order of appearance."""
 
     blocks: tuple[Block, ...]
+    adapters: tuple[Adapter, ...] = ()
 
     @cached_property
     def gate_params(self) -> frozenset[str]:
-        """Names of all router parameters with leading axis E."""
-        return frozenset(name for block in self.blocks for name in block.gate)
+        """Names of all router parameters."""
+        return frozenset(n for block in self.blocks for n in (*block.gate, *block.gate_rest))
+
+    @cached_property
+    def low_rank_a(self) -> frozenset[str]:
+        """Names of the A of all LoRA pairs."""
+        return frozenset(pair.a.param for pair in self.adapters)
 
     @cached_property
     def expert_params(self) -> frozenset[str]:
@@ -132,7 +120,7 @@ class Anatomy:
         """
         found: list[Piece] = []
         for param in params:
-            found.extend(self._fused.get(param) or (Piece(param, param, None),))
+            found.extend(self._fused.get(param) or (Piece.whole(param),))
         return tuple(found)
 
     def owner(self, key: str) -> tuple[int, int] | None:
@@ -140,7 +128,7 @@ class Anatomy:
         return self._owners.get(key)
 
     def gate_block(self, param: str) -> int | None:
-        """Position of the block whose router holds the parameter, or None for any other."""
+        """Position of the block whose gate has the parameter's rows, or None for any other."""
         return next((block.position for block in self.blocks if param in block.gate), None)
 
 
@@ -163,31 +151,39 @@ def anatomy(model: nn.Module) -> Anatomy:
 def find_anatomy(model: nn.Module) -> Anatomy | None:
     """Like ``anatomy``, but None for a model without a known mixture-of-experts block."""
     params = dict(model.named_parameters())
+    adapters = find_adapters(model)
     blocks: list[Block] = []
     for name, module in model.named_modules():
         family = family_of(module)
         if family is not None:
-            blocks.append(_block(len(blocks), name, module, family, params))
-    return Anatomy(tuple(blocks)) if blocks else None
+            blocks.append(_block(len(blocks), name, module, family, params, adapters))
+    return Anatomy(tuple(blocks), adapters) if blocks else None
 
 
 def _block(
-    position: int, name: str, module: nn.Module, family: Family, params: Mapping[str, Tensor]
+    position: int,
+    name: str,
+    module: nn.Module,
+    family: Family,
+    params: Mapping[str, Tensor],
+    adapters: Sequence[Adapter],
 ) -> Block:
-    router, experts = module.get_submodule(family.router), module.get_submodule(family.experts)
+    router = unwrapped(module.get_submodule(family.router))
+    experts = unwrapped(module.get_submodule(family.experts))
     router_name, experts_name = _join(name, family.router), _join(name, family.experts)
     num_experts = int(getattr(router, family.num_experts))
     top_k = family.top_k if isinstance(family.top_k, int) else int(getattr(router, family.top_k))
-    gate = tuple(
-        param for param in _under(params, router_name) if _leads(params[param], num_experts)
-    )
-    hidden = next((params[param].shape[1] for param in gate if params[param].ndim == 2), None)
+    low_rank = {pair.a.param for pair in adapters}, {pair.b.param for pair in adapters}
+    routing = _under(params, router_name)
+    gate = tuple(n for n in routing if n not in low_rank[0] and _leads(params[n], num_experts))
+    full = [params[n] for n in gate if n not in low_rank[1]]
+    hidden = next((param.shape[1] for param in full if param.ndim == 2), None)
     if hidden is None:
         raise ValueError(f"router {router_name}: no [{num_experts}, hidden] parameter")
     if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         pieces = _module_pieces(experts_name, experts, params)
     else:
-        pieces = _fused_pieces(experts_name, num_experts, params)
+        pieces = _fused_pieces(experts_name, num_experts, params, adapters)
     if len(pieces) != num_experts or not all(pieces):
         raise ValueError(f"{experts_name}: parameters do not make {num_experts} experts")
     return Block(
@@ -201,6 +197,7 @@ def _block(
         top_k=top_k,
         hidden=hidden,
         pieces=pieces,
+        gate_rest=tuple(n for n in routing if n in low_rank[0]),
     )
 
 
@@ -209,17 +206,27 @@ def _module_pieces(
 ) -> tuple[tuple[Piece, ...], ...]:
     children = sorted((child for child, _ in experts.named_children()), key=_number)
     return tuple(
-        tuple(Piece(param, param, None) for param in _under(params, _join(name, child)))
+        tuple(Piece.whole(param) for param in _under(params, _join(name, child)))
         for child in children
     )
 
 
 def _fused_pieces(
-    name: str, num_experts: int, params: Mapping[str, Tensor]
+    name: str, num_experts: int, params: Mapping[str, Tensor], adapters: Sequence[Adapter]
 ) -> tuple[tuple[Piece, ...], ...]:
-    fused = [param for param in _under(params, name) if _leads(params[param], num_experts)]
+    pairs = [pair for pair in adapters if pair.base.param.startswith(f"{name}.")]
+    low_rank = {piece.param for pair in pairs for piece in (pair.a, pair.b)}
+    fused = [
+        param
+        for param in _under(params, name)
+        if param not in low_rank and _leads(params[param], num_experts)
+    ]
     return tuple(
-        tuple(Piece(f"{param}[{e}]", param, e) for param in fused) for e in range(num_experts)
+        (
+            *(Piece.part(param, e) for param in fused),
+            *(p for pair in pairs if pair.base.index == e for p in (pair.a, pair.b)),
+        )
+        for e in range(num_experts)
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sluiceway.moe.adapters import unwrapped
+
 
 @dataclass(frozen=True)
 class Family:
@@ -48,7 +50,8 @@ class Family:
         router = block._modules.get(self.router)
         if router is None or block._modules.get(self.experts) is None:
             return False
-        return any(cls.__name__ == self.router_class for cls in type(router).__mro__)
+        kinds = type(unwrapped(router)).__mro__
+        return any(kind.__name__ == self.router_class for kind in kinds)
 
 
 FAMILIES: dict[str, Family] = {

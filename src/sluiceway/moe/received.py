@@ -35,21 +35,25 @@ def received_logits(
         block: the block that the router belongs to.
         router_module: its router, ``model.get_submodule(block.router)``. Runs in evaluation mode
             here, so without jitter, and is left as it was.
-        received_params: the other values, by the names in ``block.gate``; other names are ignored.
+        received_params: the other values, by the names of the router's parameters in the model; a
+            parameter that is not there keeps the value it has (it is not trained), and other names
+            are ignored.
         hidden: [T, d] or [B, S, d], hidden states that enter the router.
 
     Returns:
         Raw logits [T, E]; their graph leads to ``hidden`` only.
 
     Raises:
-        ValueError: a gate parameter is missing or has another shape.
+        ValueError: a parameter has another shape.
     """
     values: dict[str, Tensor] = {}
-    for name in block.gate:
+    for name in (*block.gate, *block.gate_rest):
         own = router_module.get_parameter(name.removeprefix(f"{block.router}."))
         value = received_params.get(name)
-        if value is None or value.shape != own.shape:
-            got = "nothing" if value is None else f"shape {list(value.shape)}"
+        if value is None:
+            continue
+        if value.shape != own.shape:
+            got = list(value.shape)
             raise ValueError(f"received {name}: expected shape {list(own.shape)}, got {got}")
         values[name.replace(block.router, "router", 1)] = value.detach().to(own)
     training = router_module.training

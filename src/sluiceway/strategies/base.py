@@ -109,7 +109,7 @@ class Strategy:
         """Take the initial values of all that is trained.
 
         Args:
-            tensors: trained parameters and exchanged buffers by name.
+            tensors: trained parameters, exchanged buffers and `server_owned` ones, by name.
             anatomy: where routers and experts live; no blocks for a dense model.
             clients: how many clients there are in all, sampled or not.
 
@@ -125,7 +125,10 @@ class Strategy:
         self.anatomy = anatomy
         self.clients = clients
         self.pieces: tuple[Piece, ...] = anatomy.pieces(self.tensors)
-        self.shared_pieces = tuple(p for p in self.pieces if not self.private(p.param))
+        owned = self.server_owned(anatomy)
+        self.shared_pieces = tuple(
+            p for p in self.pieces if p.param not in owned and not self.private(p.param)
+        )
 
     def broadcast(self, number: int) -> Broadcast:
         """The message that opens round `number` (from 1)."""
@@ -161,6 +164,10 @@ class Strategy:
     def trains(self, param: str, anatomy: Anatomy) -> bool:
         """Whether the named parameter is trained at all."""
         return True
+
+    def server_owned(self, anatomy: Anatomy) -> frozenset[str]:
+        """Parameters that clients receive and never train: only the server may change them."""
+        return frozenset()
 
     def private(self, param: str) -> bool:
         """Whether the named parameter stays with its client and never crosses."""

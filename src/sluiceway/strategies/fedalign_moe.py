@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway import fedalign
-from sluiceway.moe import Anatomy, Block, BlockStep, Piece, received_logits
+from sluiceway.moe import Adapter, Anatomy, Block, BlockStep, Piece, received_logits
 from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 
@@ -63,7 +63,8 @@ class FedAlignMoE(FedAvg):
         self.kept_share = 1.0
 
     def trains(self, param: str, anatomy: Anatomy) -> bool:
-        return not (self.gate == "frozen" and param in anatomy.gate_params)
+        frozen = self.gate == "frozen" and param in anatomy.gate_params
+        return not frozen and super().trains(param, anatomy)
 
     def private(self, param: str) -> bool:
         return self.gate == "local" and param in self.anatomy.gate_params
@@ -121,9 +122,15 @@ class FedAlignMoE(FedAvg):
 
         Taken over evenly spread values of the expert, `sample` of them: all N updates are read
         twice, the first time in part, and memory is N * sample numbers whatever the model's size.
+        Of LoRA adapters the products B A are compared, exactly and without forming them.
         """
         gram = fedalign.DirectionGram(len(held))
-        pieces = [piece for piece in pieces if piece.param in self.tensors]
+        keys = {piece.key for piece in pieces}
+        for pair in self.pairs:
+            if pair.b.key in keys:
+                self.add_low_rank(gram, held, pair)
+        low_rank = {piece.key for pair in self.pairs for piece in (pair.a, pair.b, pair.base)}
+        pieces = [p for p in pieces if p.param in self.tensors and p.key not in low_rank]
         size = sum(piece.of(self.tensors).numel() for piece in pieces)
         for piece in pieces:
             old = piece.of(self.tensors)
@@ -135,6 +142,20 @@ class FedAlignMoE(FedAvg):
                     torch.sub(new.reshape(-1)[part], base, out=row)
             gram.add(rows)
         return gram.cosine()
+
+    def add_low_rank(
+        self, gram: fedalign.DirectionGram, held: Sequence[Update], pair: Adapter
+    ) -> None:
+        """Add the changes of scale * B A to the products of updates."""
+        old_a, old_b = (piece.of(self.tensors).double() for piece in (pair.a, pair.b))
+        changes = [
+            fedalign.product_change(
+                *(old_a, old_b), *(u.tensors.get(piece.key) for piece in (pair.a, pair.b))
+            )
+            for u in held
+        ]
+        left, right = (torch.stack(factors) for factors in zip(*changes, strict=True))
+        gram.add_products(pair.scale * left, right)
 
     def stride(self, size: int, shape: Sequence[int]) -> int:
         """Distance of the values compared, out of an expert of `size` values.
@@ -190,10 +211,9 @@ class FedAlignMoE(FedAvg):
             if r_g is None:  # the first round has no global routing yet
                 return None
             return fedalign.marginal_penalty(step.logits, step.selected, r_g, alpha, step.mask)
-        gate = {name: client.received[name] for name in block.gate if name in client.received}
         router = client.model.get_submodule(block.router)
         with torch.no_grad():
-            received = received_logits(block, router, gate, step.hidden)
+            received = received_logits(block, router, client.received, step.hidden)
         return fedalign.conditional_penalty(step.logits, received, alpha, step.mask)
 
     def own_routing(self, client: Client, block: Block, step: BlockStep) -> Tensor:

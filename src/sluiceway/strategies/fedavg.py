@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import Piece
+from sluiceway.moe import Adapter, Anatomy, Piece
 from sluiceway.strategies.base import PARAMETERS, RunningMean, Strategy, Update
+from sluiceway.strategies.low_rank import RunningProducts
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -17,18 +18,32 @@ class FedAvg(Strategy):
     """new = sum_i n_i w_i / sum_i n_i, over every trained tensor; n_i examples of client i.
 
     An expert that a client left out counts with its old value: that client did not change it.
+
+    lora: how LoRA adapters are combined, W + B A being what the model computes with. "frozen-a":
+        A keeps its first values, so that the mean of the B is the mean of the products (FFA-LoRA,
+        arXiv 2403.12313). "residual": A and B are averaged, and what the product of the means
+        lacks is added to W, which then crosses downward too (FedEx-LoRA, arXiv 2410.09432).
+        "average": A and B are averaged, inexactly (FedIT, arXiv 2305.05644). Without LoRA it does
+        nothing. All strategies take it.
     """
 
     name: ClassVar[str] = "fedavg"
+    lora: Literal["frozen-a", "residual", "average"] = "frozen-a"
 
     def aggregate(self, updates: Iterable[Update]) -> None:
-        mean, seen = RunningMean(self.tensors), False
+        shared = {piece.param for piece in self.shared_pieces}
+        mean = RunningMean({name: self.tensors[name] for name in self.tensors if name in shared})
+        products = RunningProducts(self.tensors, self.pairs if self.lora == "residual" else ())
+        seen = False
         for update in updates:
             seen = True
             for piece in self.shared_pieces:
                 mean.add(piece, update.tensors.get(piece.key), self.weight(update, piece))
+            for pair in products.pairs:
+                products.add(pair, update, self.weight(update, pair.b))
         if seen:
-            self.tensors = self.step(mean.result())
+            new = mean.result()
+            self.tensors = {**self.tensors, **self.step(new | products.folded(new))}
 
     def weight(self, update: Update, piece: Piece) -> float | Tensor:
         """How much this client's value of this piece counts, >= 0; need not be normalised."""
@@ -37,3 +52,22 @@ class FedAvg(Strategy):
     def step(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the mean of the clients to the new global tensors; FedAvg takes it as it is."""
         return mean
+
+    @property
+    def pairs(self) -> tuple[Adapter, ...]:
+        """The LoRA pairs that are combined here: those whose B crosses."""
+        return tuple(
+            pair
+            for pair in self.anatomy.adapters
+            if pair.b.param in self.tensors and not self.private(pair.b.param)
+        )
+
+    def trains(self, param: str, anatomy: Anatomy) -> bool:
+        return self.lora != "frozen-a" or param not in anatomy.low_rank_a
+
+    def server_owned(self, anatomy: Anatomy) -> frozenset[str]:
+        if self.lora == "frozen-a":
+            return anatomy.low_rank_a
+        if self.lora == "residual":
+            return frozenset(pair.base.param for pair in anatomy.adapters)
+        return frozenset()

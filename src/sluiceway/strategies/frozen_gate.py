@@ -19,4 +19,4 @@ class FrozenGate(FedAvg):
     needs_experts: ClassVar[bool] = True
 
     def trains(self, param: str, anatomy: Anatomy) -> bool:
-        return param not in anatomy.gate_params
+        return param not in anatomy.gate_params and super().trains(param, anatomy)
