@@ -68,6 +68,13 @@ def test_holdout_keeps_shares() -> None:
     assert len(train) == 80
 
 
+def test_holdout_by_another_column_keeps_its_shares() -> None:
+    by = np.array([7] * 50 + [3] * 50)
+    train, test = holdout(table([0, 1] * 49 + [2, 3]), 0.1, seed=1, by=by)
+    assert Counter(by[test.groups["row"]].tolist()) == {3: 5, 7: 5}
+    assert len(train) == 90
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0, float("nan")])
 def test_holdout_refuses_fractions_out_of_range(fraction: float) -> None:
     with pytest.raises(DataError, match="must be between 0 and 1"):

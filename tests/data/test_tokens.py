@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.small_tokenizers import byte_bpe
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -10,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from sluiceway.data import DataError, TextDataset, encode
+from sluiceway.data import DataError, TextDataset, check_tokenizer, encode
 
 WORDS = {"[PAD]": 9, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "b": 5, "c": 6}
 
@@ -138,3 +139,59 @@ def test_items_and_loaders() -> None:
 def test_inputs_and_labels_must_match() -> None:
     with pytest.raises(DataError, match="input_ids has 2 rows for 3 labels"):
         TextDataset(encode(["a", "b"], TOKENIZER, 8), np.arange(3))
+
+
+def test_a_mask_must_be_there_and_fit() -> None:
+    ids, labels = torch.ones(2, 3, dtype=torch.int64), np.arange(2)
+    with pytest.raises(DataError, match="input_ids comes without its attention_mask"):
+        TextDataset({"input_ids": ids}, labels)
+    with pytest.raises(DataError, match="input_ids is 3 wide and its attention_mask 2: they"):
+        TextDataset({"input_ids": ids, "attention_mask": ids[:, :2]}, labels)
+    texts = {"input_ids": ids, "attention_mask": ids}
+    with pytest.raises(DataError, match="decoder_labels comes without its decoder_attention_mask"):
+        TextDataset({**texts, "decoder_labels": ids}, labels)
+
+
+@given(st.integers(1, 6), st.integers(2, 4), st.data())
+def test_gather_equals_slicing_of_choices_and_decoder_inputs(
+    rows: int, choices: int, data: st.DataObject
+) -> None:
+    def padded(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask whose rows have 1 to 9 tokens."""
+        drawn = data.draw(st.lists(st.integers(1, 9), min_size=rows * choices, max_size=24))
+        lengths = torch.tensor(drawn[: int(np.prod(shape))]).reshape(shape)
+        mask = (torch.arange(9) < lengths[..., None]).long()
+        return torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask, mask
+
+    ids, mask = padded(rows, choices) if data.draw(st.booleans()) else padded(rows)
+    labels, label_mask = padded(rows, choices)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "ending_mask": mask.clone(),
+        "decoder_labels": labels,
+        "decoder_attention_mask": label_mask,
+    }
+    whole = TextDataset(inputs, torch.arange(rows))
+    picked = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=8))
+    batch, found = whole.gather(picked)
+    assert found.tolist() == picked
+    for name, tensor in inputs.items():
+        its_mask = label_mask if name.startswith("decoder_") else mask
+        width = int(its_mask[picked].sum(-1).max())
+        assert torch.equal(batch[name], tensor[picked][..., :width])
+        assert not tensor[picked][..., width:].any()
+
+
+def test_a_tokenizer_must_fit_its_model() -> None:
+    # Ids up to 9 though there are 7 tokens: what counts is the highest.
+    check_tokenizer(TOKENIZER, 10)
+    check_tokenizer(TOKENIZER, 64)
+    with pytest.raises(DataError, match=r"ids up to 9, but the model embeds only 0\.\.8"):
+        check_tokenizer(TOKENIZER, 9)
+    grown = byte_bpe()
+    size = len(grown)
+    check_tokenizer(grown, size)
+    grown.add_tokens(["new one"])
+    with pytest.raises(DataError, match=f"ids up to {size}, but"):
+        check_tokenizer(grown, size)

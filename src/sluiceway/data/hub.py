@@ -7,7 +7,7 @@ import queue
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,43 +46,54 @@ class HubAbsent(Absent):
 
 
 def hub_paths(files: HubFiles) -> tuple[Path, Path]:
-    """The (train, test) files on this machine: from the cache, else downloaded into it.
+    """The (train, test) files on this machine; raises as `repo_paths`."""
+    train, test = repo_paths(files.repo, (files.train, files.test), files.revision)
+    return train, test
+
+
+def repo_paths(repo: str, names: Sequence[str], revision: str = "main") -> list[Path]:
+    """Files of a data set repository on this machine: from the cache, else downloaded into it.
 
     The network is touched only where a short probe answers: huggingface_hub itself retries for some
     twenty seconds on a machine without a network.
+
+    Args:
+        repo: the data set repository.
+        names: the files' paths in it.
+        revision: branch of the repository.
 
     Raises:
         HubAbsent: not cached, and the hub is off (HF_HUB_OFFLINE), does not answer or refuses.
     """
     try:
-        return _fetch(files, cached=True)
+        return _fetch(repo, names, revision, cached=True)
     except OSError:
-        not_cached = f"the Hugging Face cache (no {files.repo})"
+        not_cached = f"the Hugging Face cache (no {repo})"
     if _offline():
         raise HubAbsent(f"{not_cached}, the hub (HF_HUB_OFFLINE is set)")
     if not _answers(constants.ENDPOINT):
         raise HubAbsent(f"{not_cached}, the hub ({constants.ENDPOINT} does not answer)")
     try:
         with _quiet_retries():
-            return _fetch(files, cached=False)
+            return _fetch(repo, names, revision, cached=False)
     except Exception as error:  # the transport's errors differ between releases of the hub client
         # The client wraps a refusal in advice about the cache; the refusal itself is the cause.
         why = first_line(error.__cause__ or error)
-        raise HubAbsent(f"{not_cached}, the hub ({files.repo}: {why})") from error
+        raise HubAbsent(f"{not_cached}, the hub ({repo}: {why})") from error
 
 
-def _fetch(files: HubFiles, cached: bool) -> tuple[Path, Path]:
+def _fetch(repo: str, names: Sequence[str], revision: str, cached: bool) -> list[Path]:
     def fetch(name: str) -> Path:
         path = hf_hub_download(
-            files.repo,
+            repo,
             name,
             repo_type="dataset",
-            revision=files.revision,
+            revision=revision,
             local_files_only=cached,
         )
         return Path(str(path))
 
-    return fetch(files.train), fetch(files.test)
+    return [fetch(name) for name in names]
 
 
 def _offline() -> bool:

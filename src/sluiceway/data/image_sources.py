@@ -16,11 +16,7 @@ from sluiceway.data.image_files import read_csv_images, read_idx
 from sluiceway.data.image_parquet import read_parquet_images
 from sluiceway.data.image_tables import ImageData, ImageTable, Shape
 from sluiceway.data.places import WheelFiles, data_files, first_found
-from sluiceway.data.tables import holdout
-
-TEST_FRACTION = 0.2
-"""The share held out of a data set that comes without a test part."""
-_HOLDOUT_SEED = 0
+from sluiceway.data.tables import HOLDOUT_SEED, TEST_FRACTION, holdout
 
 _DIGITS = tuple("0123456789")
 
@@ -144,7 +140,7 @@ def load_images(name: str) -> ImageData:
     for part in (train, test) if test is not None else (train,):
         _check(known, source, part, names)
     if test is None:
-        train, test = holdout(train, TEST_FRACTION, _HOLDOUT_SEED)
+        train, test = holdout(train, TEST_FRACTION, HOLDOUT_SEED)
         source = f"{source} ({TEST_FRACTION:.0%} held out to test)"
     return ImageData(
         known.name, source, train, test, names, known.mean, known.std, known.augmentation

@@ -33,11 +33,22 @@ class WheelFiles:
             raise Absent(f"the {self.source} ({first_line(error)})") from error
 
 
+TRAIN_AND_TEST = ("train.parquet", "test.parquet")
+"""The files of a data set that comes with a test part."""
+
+
 def data_files(folder: str) -> tuple[Path, Path]:
-    """The paths of train.parquet and test.parquet in `$SLUICEWAY_DATA/folder`.
+    """The paths of `TRAIN_AND_TEST` in `$SLUICEWAY_DATA/folder`; raises as `data_folder`."""
+    path = data_folder(folder)
+    train, test = (path / name for name in TRAIN_AND_TEST)
+    return train, test
+
+
+def data_folder(folder: str) -> Path:
+    """`$SLUICEWAY_DATA/folder`.
 
     Raises:
-        Absent: the variable is not set or there is no such folder; the files are not looked at.
+        Absent: the variable is not set or there is no such folder; its files are not looked at.
     """
     root = os.environ.get("SLUICEWAY_DATA")
     if not root:
@@ -45,16 +56,22 @@ def data_files(folder: str) -> tuple[Path, Path]:
     path = Path(root).expanduser() / folder
     if not path.is_dir():
         raise Absent(f"SLUICEWAY_DATA (no folder {path})")
-    return path / "train.parquet", path / "test.parquet"
+    return path
 
 
-def first_found(name: str, folder: str, sources: Sequence[Callable[[], Found]]) -> Found:
+def first_found(
+    name: str,
+    folder: str,
+    sources: Sequence[Callable[[], Found]],
+    files: Sequence[str] = TRAIN_AND_TEST,
+) -> Found:
     """What the first source returns that does not raise `Absent`.
 
     Args:
         name: the data set, for the message.
         folder: its folder below `$SLUICEWAY_DATA`, for the message.
         sources: in the order of their preference.
+        files: what that folder would have to hold, for the message.
 
     Raises:
         DataError: all are absent (the line names every place looked at), or a source has the data
@@ -66,8 +83,8 @@ def first_found(name: str, folder: str, sources: Sequence[Callable[[], Found]]) 
             return source()
         except Absent as absence:
             absences.append(str(absence))
+    wanted = " and ".join(f"{folder}/{file}" for file in files)
     raise DataError(
         f"data set {name!r} was found nowhere; looked in {', '.join(absences)}; "
-        f"set SLUICEWAY_DATA to a folder that holds {folder}/train.parquet "
-        f"and {folder}/test.parquet"
+        f"set SLUICEWAY_DATA to a folder that holds {wanted}"
     )

@@ -11,6 +11,11 @@ from sluiceway.data.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 
+TEST_FRACTION = 0.2
+"""The share held out of a data set that comes without a test part."""
+HOLDOUT_SEED = 0
+"""Draws it, so that everybody tests on the same rows."""
+
 
 class Table(Protocol):
     """N labelled rows of whatever kind."""
@@ -113,17 +118,21 @@ def limit(table: AnyTable, n: int, seed: int) -> AnyTable:
     return table.take(_draw(table.labels, values, _shares(counts, n), seed))
 
 
-def holdout(table: AnyTable, fraction: float, seed: int) -> tuple[AnyTable, AnyTable]:
+def holdout(
+    table: AnyTable, fraction: float, seed: int, by: IntArray | None = None
+) -> tuple[AnyTable, AnyTable]:
     """Split a table into a train and a test part; both keep every label's share.
 
     The test part has round(fraction * N) rows (at least 1), rounded per label by largest
     remainder. The train part always keeps one row of every label, so labels with a single row are
     never tested, and the test part is smaller than asked where too few rows are left.
+    With `by`, all this holds for its values instead of the labels.
 
     Args:
         table: N rows.
         fraction: the test part's share, above 0 and below 1.
         seed: 0 or more.
+        by: int64 [N], such as a group column of the table.
 
     Returns:
         (train, test), disjoint and together the whole table, each in the table's row order.
@@ -135,7 +144,8 @@ def holdout(table: AnyTable, fraction: float, seed: int) -> tuple[AnyTable, AnyT
         raise DataError(
             f"a test fraction of {fraction} is out of range: it must be between 0 and 1"
         )
-    values, counts = np.unique(table.labels, return_counts=True)
+    strata = table.labels if by is None else by
+    values, counts = np.unique(strata, return_counts=True)
     spare = counts - 1
     if spare.sum() == 0:
         raise DataError(
@@ -147,7 +157,7 @@ def holdout(table: AnyTable, fraction: float, seed: int) -> tuple[AnyTable, AnyT
     # What single-row labels may not give, the labels with most rows to spare give instead.
     for _ in range(min(wanted, int(spare.sum())) - int(quotas.sum())):
         quotas[np.argmax(spare - quotas)] += 1
-    test_rows = _draw(table.labels, values, quotas, seed)
+    test_rows = _draw(strata, values, quotas, seed)
     train_rows = np.setdiff1d(np.arange(len(table)), test_rows)
     return table.take(train_rows), table.take(test_rows)
 
