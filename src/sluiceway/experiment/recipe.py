@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from sluiceway.data import IMAGE_NAMES, TEXT_NAMES
+from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
 from sluiceway.experiment.errors import InputError, first_fault
 from sluiceway.federated.client import Optimisation, Training
 from sluiceway.split.compress import Compressor
@@ -89,10 +89,8 @@ class Data(BaseModel):
     @model_validator(mode="after")
     def one_source(self) -> Data:
         if (self.name is None) == (self.path is None):
-            raise ValueError(
-                f"give either data.name (one of {', '.join(TEXT_NAMES + IMAGE_NAMES)}) "
-                "or data.path (a file)"
-            )
+            names = ", ".join(TEXT_NAMES + CHOICE_NAMES + IMAGE_NAMES)
+            raise ValueError(f"give either data.name (one of {names}) or data.path (a file)")
         if self.partition == "dirichlet" and self.alpha is None:
             raise ValueError("data.partition = 'dirichlet' needs data.alpha, a number above 0")
         return self
@@ -101,7 +99,12 @@ class Data(BaseModel):
 class Model(BaseModel):
     """Which model, and what of it is trained.
 
-    Texts: name: "minilm", a folder, or a name on the Hugging Face hub. experts: number of experts
+    Texts: name: "minilm", "smollm2", a folder, or a name on the Hugging Face hub; gguf: the file's
+    name, of a model in a GGUF file. dtype: of the parameters, "auto" as saved. answer: "head", a
+    linear layer on the mean hidden state, or "likelihood": a language model says which ending, or
+    which label word (words; default the labels' names) after the prompt, is likeliest. lora: rank
+    of adapters that are trained instead of whole matrices, 0 for none, with scale lora_alpha /
+    lora; lora_gate: on routers too, which are else trained whole. experts: number of experts
     that each chosen dense feed-forward layer is copied into, 0 to take the model as it is. top_k:
     experts a token. layers: how many of the last layers become mixtures. noise: of the copies,
     relative to their weights' deviation. scale: a token's output is scaled by its gate's
@@ -114,6 +117,14 @@ class Model(BaseModel):
 
     model_config = TABLE
     name: str = "minilm"
+    gguf: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    answer: Literal["head", "likelihood"] = "head"
+    prompt: str = "{text}\nTopic:"
+    words: list[str] | None = None
+    lora: int = Field(default=0, ge=0)
+    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_gate: bool = False
     width: int = Field(default=32, ge=1)
     cut: str | None = None
     tail: str | None = None
@@ -123,6 +134,16 @@ class Model(BaseModel):
     noise: float = Field(default=0.01, ge=0)
     scale: bool = False
     train: Literal["moe", "experts", "layers", "all"] = "moe"
+
+    @model_validator(mode="after")
+    def one_text(self) -> Model:
+        try:
+            shown = self.prompt.format(text="\0")
+        except (KeyError, IndexError, ValueError):
+            shown = ""
+        if shown.count("\0") != 1:
+            raise ValueError(f"model.prompt = {self.prompt!r}: it must have {{text}} once")
+        return self
 
 
 class Compare(BaseModel):
@@ -148,7 +169,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def one_kind(self) -> Recipe:
         split = self.run.kind == "split"
-        names = IMAGE_NAMES if split else TEXT_NAMES
+        names = IMAGE_NAMES if split else TEXT_NAMES + CHOICE_NAMES
         if self.data.name is not None and self.data.name not in names:
             raise ValueError(
                 f"data.name = {self.data.name!r}: a {self.run.kind} run takes {', '.join(names)}"

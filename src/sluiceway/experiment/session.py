@@ -6,19 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from sluiceway.data import (
+    CHOICE_NAMES,
+    ChoiceData,
     ImageData,
     ImageDataset,
     TextData,
     TextDataset,
-    encode,
     image_datasets,
     limit,
+    load_choices,
     load_images,
     load_own,
     load_text,
 )
+from sluiceway.data.tables import AnyTable
 from sluiceway.experiment.models import Pretrained
-from sluiceway.experiment.recipe import Data
+from sluiceway.experiment.readings import read
+from sluiceway.experiment.recipe import Data, Model
 from sluiceway.federated.features import FeatureCache
 from sluiceway.federated.rounds import Record
 
@@ -41,13 +45,13 @@ class Progress:
 class Session:
     """Keeps what several runs share: loaded data, tokens, and frozen layers' outputs."""
 
-    texts: dict[Data, TextData] = field(default_factory=dict)
-    tokens: dict[tuple[Data, str], tuple[TextDataset, TextDataset]] = field(default_factory=dict)
+    texts: dict[Data, TextData | ChoiceData] = field(default_factory=dict)
+    tokens: dict[tuple[str, ...], tuple[TextDataset, TextDataset]] = field(default_factory=dict)
     pictures: dict[Data, tuple[ImageData, ImageDataset, ImageDataset]] = field(default_factory=dict)
     features: FeatureCache | None = None
 
-    def data(self, wanted: Data, say: Say) -> TextData:
-        """The texts of [data], capped as it says. Raises DataError."""
+    def data(self, wanted: Data, say: Say) -> TextData | ChoiceData:
+        """The texts or questions of [data], capped as it says. Raises DataError."""
         key = without_partition(wanted)
         if key not in self.texts:
             self.texts[key] = load_texts(wanted)
@@ -64,21 +68,16 @@ class Session:
         return self.pictures[key]
 
     def encoded(
-        self, wanted: Data, texts: TextData, loaded: Pretrained
+        self, wanted: Data, data: TextData | ChoiceData, loaded: Pretrained, model: Model
     ) -> tuple[TextDataset, TextDataset]:
-        """Train and test texts as tokens of that model."""
-        key = (without_partition(wanted), loaded.source)
+        """Train and test examples as tokens of that model, for the answer that it is to give."""
+        asked = without_partition(wanted).model_dump_json()
+        key = (asked, loaded.source, model.answer, model.prompt)
         if key not in self.tokens:
-            self.tokens[key] = (
-                TextDataset(
-                    encode(texts.train.texts, loaded.tokenizer, wanted.max_tokens),
-                    texts.train.labels,
-                ),
-                TextDataset(
-                    encode(texts.test.texts, loaded.tokenizer, wanted.max_tokens),
-                    texts.test.labels,
-                ),
+            train, test = (
+                read(table, loaded, model, wanted.max_tokens) for table in (data.train, data.test)
             )
+            self.tokens[key] = train, test
         return self.tokens[key]
 
     def feature_cache(self, megabytes: int) -> FeatureCache:
@@ -88,31 +87,46 @@ class Session:
         return self.features
 
 
-def load_texts(wanted: Data) -> TextData:
-    """Texts by name or from the user's file, with the caps applied. Raises DataError."""
-    if wanted.path is not None:
-        found = load_own(
-            wanted.path,
-            text_column=wanted.text_column,
-            label_column=wanted.label_column,
-            test_path=wanted.test_path,
-            test_fraction=wanted.test_fraction,
-            seed=wanted.seed,
-        )
-    else:
-        assert wanted.name is not None
-        found = load_text(wanted.name)
-    train = limit(found.train, wanted.limit, wanted.seed) if wanted.limit else found.train
-    test = limit(found.test, wanted.test_limit, wanted.seed) if wanted.test_limit else found.test
-    return TextData(found.name, found.source, train, test, found.label_names)
+def load_texts(wanted: Data) -> TextData | ChoiceData:
+    """Texts or questions by name, or from the user's file, with the caps applied.
+
+    Raises:
+        DataError: they are not to be had.
+    """
+    if wanted.name in CHOICE_NAMES:
+        found = load_choices(wanted.name)
+        asked, held = capped(found.train, found.test, wanted)
+        return replace(found, train=asked, test=held)
+    texts = load_own_texts(wanted) if wanted.path is not None else load_text(str(wanted.name))
+    train, test = capped(texts.train, texts.test, wanted)
+    return replace(texts, train=train, test=test)
+
+
+def load_own_texts(wanted: Data) -> TextData:
+    """Texts from the user's file. Raises DataError."""
+    return load_own(
+        str(wanted.path),
+        text_column=wanted.text_column,
+        label_column=wanted.label_column,
+        test_path=wanted.test_path,
+        test_fraction=wanted.test_fraction,
+        seed=wanted.seed,
+    )
+
+
+def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, AnyTable]:
+    """Both tables with the caps that [data] sets."""
+    return (
+        limit(train, wanted.limit, wanted.seed) if wanted.limit else train,
+        limit(test, wanted.test_limit, wanted.seed) if wanted.test_limit else test,
+    )
 
 
 def load_pictures(wanted: Data) -> ImageData:
     """Images by name, with the caps applied. Raises DataError."""
     assert wanted.name is not None
     found = load_images(wanted.name)
-    train = limit(found.train, wanted.limit, wanted.seed) if wanted.limit else found.train
-    test = limit(found.test, wanted.test_limit, wanted.seed) if wanted.test_limit else found.test
+    train, test = capped(found.train, found.test, wanted)
     return replace(found, train=train, test=test)
 
 
@@ -121,7 +135,7 @@ def without_partition(wanted: Data) -> Data:
     return wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None})
 
 
-def described(found: TextData | ImageData) -> str:
+def described(found: TextData | ChoiceData | ImageData) -> str:
     """A data set in a line."""
     return (
         f"data: {found.name} from {found.source}, {len(found.train)} to train, "

@@ -48,7 +48,10 @@ class Trunk:
 
     @torch.no_grad()
     def compute(self, batch: Batch) -> Tensor:
-        """Hidden states that enter the first trained layer, [B, ...]; padding is zeroed."""
+        """Hidden states that enter the first trained layer, [B, ...]; padding is zeroed.
+
+        Of texts they are [*mask, d], whatever the shape of the mask that comes with them.
+        """
         found: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,14 +66,20 @@ class Trunk:
         finally:
             hook.remove()
         hidden = found[0].detach()
-        return hidden if batch.mask is None else hidden * batch.mask.unsqueeze(-1).to(hidden)
+        if batch.mask is None:
+            return hidden
+        hidden = hidden.view(*batch.mask.shape, -1)
+        return hidden * batch.mask.unsqueeze(-1).to(hidden)
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
         """Inside, a batch that carries features runs past the frozen layers."""
 
         def take(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            self._hidden = kwargs.pop(FEATURES)
+            known: Tensor = kwargs.pop(FEATURES)
+            # The layers see each option of an example as a sequence of its own.
+            options = kwargs["attention_mask"].ndim == 3 if "attention_mask" in kwargs else False
+            self._hidden = known.flatten(0, 1) if options else known
             return args, kwargs
 
         def inject(*_: Any, **__: Any) -> Tensor:
@@ -187,7 +196,7 @@ class FeatureStore:
         return FeatureStore(flat, starts, lengths, where)
 
     def gather(self, indices: Tensor, mask: Tensor | None) -> Tensor:
-        """Features of these examples: [B, S, ...] with zeros for padding, or [B, ...]."""
+        """Features of these examples: [*mask, ...] with zeros for padding, or [B, ...]."""
         found = self.flat[ranges(self.starts[indices], self.lengths[indices])]
         if mask is None:
             return found
@@ -208,7 +217,7 @@ def token_counts(examples: Examples, rows: Tensor) -> Tensor:
     counts = []
     for part in rows.split(256):
         mask = Batch.of(examples, part, torch.device("cpu")).mask
-        counts.append(torch.ones_like(part) if mask is None else mask.sum(1))
+        counts.append(torch.ones_like(part) if mask is None else mask.flatten(1).sum(1))
     return torch.cat(counts).to(torch.int64)
 
 

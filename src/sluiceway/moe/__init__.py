@@ -7,6 +7,7 @@ from sluiceway.moe.layout import BlockRow, Layout, TensorRow, layout
 from sluiceway.moe.observe import BlockRouting, BlockStep, Observer
 from sluiceway.moe.pieces import Piece
 from sluiceway.moe.received import received_logits
+from sluiceway.moe.repair import repair
 from sluiceway.moe.upcycle import upcycle
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 
@@ -33,5 +34,6 @@ __all__ = [
     "find_anatomy",
     "layout",
     "received_logits",
+    "repair",
     "upcycle",
 ]

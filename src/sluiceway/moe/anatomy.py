@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Block:
         hidden: d, width of the hidden states that enter the router.
         pieces: [E] tuples, the pieces that belong to each expert.
         gate_rest: names of the router parameters without that axis (A of a LoRA pair).
+        row: how the router's output is read.
     """
 
     position: int
@@ -59,6 +60,7 @@ class Block:
     hidden: int
     pieces: tuple[tuple[Piece, ...], ...]
     gate_rest: tuple[str, ...] = ()
+    row: Family = field(default_factory=lambda: Family("", ""), repr=False)
 
     def expert(self, e: int) -> tuple[Piece, ...]:
         """The pieces of expert ``e``, 0 <= e < E; IndexError otherwise."""
@@ -190,6 +192,7 @@ def _block(
         position=position,
         name=name,
         family=family.name,
+        row=family,
         router=router_name,
         experts=experts_name,
         gate=gate,

@@ -8,7 +8,7 @@ Model classes are compared by name, so that no model code is imported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.moe.adapters import unwrapped
+from sluiceway.moe.nllb import repair_nllb
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,20 @@ class Family:
         name: the family's name, as reported by ``Block.family``.
         router_class: class name of the router module (a subclass matches too).
         router: attribute name of the router in the block.
-        experts: attribute name of the experts container in the block.
-        logits: position of the raw logits, [T, E] or [B, S, E], in the router's output.
-        selected: position of the chosen experts in the router's output.
-        one_hot: the chosen experts come as a mask [..., E] (a row is all zero when the token was
-            dropped for lack of capacity) and not as indices [T, k].
-        num_experts: attribute of the router that holds E.
+        experts: attribute name of the experts container in the block; "" where the block itself
+            holds the experts' parameters, beside the router.
+        logits: position of the raw logits, [T, E] or [B, S, E], in the router's output; negative
+            ones count from its end.
+        selected: position of the chosen experts in the router's output; None where it has none:
+            they are then the k greatest logits.
+        one_hot: the chosen experts come as a mask or as weights [..., E], nonzero where the token
+            enters the expert (a row is all zero when the token was dropped for lack of capacity),
+            and not as indices [T, k].
+        num_experts: attribute of the router that holds E, or E itself.
         top_k: attribute of the router that holds k, or k itself where the family fixes it.
+        repair: mends a block, given with the config nearest above it (or None), where the
+            installed release computes something else than the family's definition. None: no such
+            release is known.
     """
 
     name: str
@@ -40,18 +48,77 @@ class Family:
     router: str = "gate"
     experts: str = "experts"
     logits: int = 0
-    selected: int = 2
+    selected: int | None = 2
     one_hot: bool = False
-    num_experts: str = "num_experts"
+    num_experts: str | int = "num_experts"
     top_k: str | int = "top_k"
+    repair: Callable[[nn.Module, Any], None] | None = None
 
     def matches(self, block: nn.Module) -> bool:
         """Whether ``block`` is a mixture-of-experts block of this family."""
         router = block._modules.get(self.router)
-        if router is None or block._modules.get(self.experts) is None:
+        if router is None or (self.experts and block._modules.get(self.experts) is None):
             return False
         kinds = type(unwrapped(router)).__mro__
         return any(kind.__name__ == self.router_class for kind in kinds)
+
+    def sizes(self, router: nn.Module) -> tuple[int, int]:
+        """(E, k) of a block with this router."""
+        experts, top_k = (
+            int(value if isinstance(value, int) else getattr(router, value))
+            for value in (self.num_experts, self.top_k)
+        )
+        return experts, top_k
+
+    def read_logits(self, output: Any) -> Tensor:
+        """The raw logits [T, E] in a router's ``output``, graph kept."""
+        logits: Tensor = output[self.logits]
+        return logits.reshape(-1, logits.shape[-1])
+
+    def read(self, output: Any, top_k: int) -> RouterOutput:
+        """Read logits and chosen experts from a router's ``output``.
+
+        Args:
+            output: what the router's forward returned.
+            top_k: k of the block.
+
+        Returns:
+            A ``RouterOutput`` with T = all tokens of the batch, padding included.
+        """
+        logits = self.read_logits(output)
+        if self.selected is None:
+            return RouterOutput(logits, greatest(logits, top_k), None)
+        chosen: Tensor = output[self.selected]
+        chosen = chosen.reshape(-1, chosen.shape[-1])
+        if not self.one_hot:
+            return RouterOutput(logits, chosen, None)
+        # A dropped token's row is all zero, so the choice itself has to come from the logits.
+        return RouterOutput(logits, greatest(logits, top_k), chosen.detach() != 0)
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """What one run of a router said.
+
+    Attributes:
+        logits: [T, E], raw, with the graph they came with.
+        selected: [T, k] int64, the chosen experts, in the router's order (most families put the
+            first choice first, DeepSeek does not). Where the family drops tokens (Switch, NLLB),
+            this is the choice before dropping.
+        dispatched: [T, E] bool, the tokens that really enter each expert, where that differs
+            from ``selected``; None where nothing is dropped.
+    """
+
+    logits: Tensor
+    selected: Tensor
+    dispatched: Tensor | None
+
+
+def greatest(logits: Tensor, top_k: int) -> Tensor:
+    """[T, k] int64, the experts of the k greatest among the logits [T, E], greatest first."""
+    if top_k == 1:  # In a tie arg max and topk may differ, and routers of one choice use arg max.
+        return torch.argmax(logits.detach(), dim=-1, keepdim=True)
+    return torch.topk(logits.detach(), top_k, dim=-1).indices
 
 
 FAMILIES: dict[str, Family] = {
@@ -62,6 +129,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_moe", "Qwen2MoeTopKRouter"),
         Family("qwen3_moe", "Qwen3MoeTopKRouter"),
         Family("deepseek_v2", "DeepseekV2TopkRouter"),
+        Family("deepseek_v3", "DeepseekV3TopkRouter"),
         Family("granite_moe", "GraniteMoeTopKRouter", router="router"),
         Family("phimoe", "PhimoeTopKRouter", router="router"),
         Family("gpt_oss", "GptOssTopKRouter", router="router"),
@@ -74,50 +142,23 @@ FAMILIES: dict[str, Family] = {
             one_hot=True,
             top_k=1,
         ),
+        Family(
+            "nllb_moe",
+            "NllbMoeTop2Router",
+            router="router",
+            logits=2,
+            selected=1,
+            one_hot=True,
+            top_k=2,
+            repair=repair_nllb,
+        ),
+        # Its feed-forward and its attention blocks: both keep the experts beside the router.
+        Family("jetmoe", "JetMoeTopKGating", router="router", experts="", logits=-1, selected=None),
         Family("sluiceway", "UpcycledRouter", router="router"),
     )
 }
 
 
-@dataclass(frozen=True)
-class RouterOutput:
-    """What one run of a router said.
-
-    Attributes:
-        logits: [T, E], raw, with the graph they came with.
-        selected: [T, k] int64, the chosen experts, in the router's order (most families put the
-            first choice first, DeepSeek does not). Where the family drops tokens (Switch), this
-            is the choice before dropping.
-        dispatched: [T, E] mask of the tokens that really enter each expert, where that differs
-            from ``selected``; None where nothing is dropped.
-    """
-
-    logits: Tensor
-    selected: Tensor
-    dispatched: Tensor | None
-
-
 def family_of(block: nn.Module) -> Family | None:
     """The row that recognises ``block``, or None."""
     return next((family for family in FAMILIES.values() if family.matches(block)), None)
-
-
-def read_logits(family: Family, output: Sequence[Any]) -> Tensor:
-    """The raw logits [T, E] in a router's ``output``, graph kept."""
-    logits: Tensor = output[family.logits]
-    return logits.reshape(-1, logits.shape[-1])
-
-
-def read_output(family: Family, output: Sequence[Any]) -> RouterOutput:
-    """Read logits and chosen experts from a router's ``output`` by the family's row.
-
-    Returns:
-        A ``RouterOutput`` with T = all tokens of the batch, padding included.
-    """
-    logits = read_logits(family, output)
-    chosen: Tensor = output[family.selected]
-    if not family.one_hot:
-        return RouterOutput(logits, chosen.reshape(-1, chosen.shape[-1]), None)
-    # A dropped token's row is all zero, so the choice itself has to come from the logits.
-    selected = torch.argmax(logits.detach(), dim=-1, keepdim=True)
-    return RouterOutput(logits, selected, chosen.reshape(-1, chosen.shape[-1]))

@@ -6,7 +6,7 @@ are in docs/methods.md. Shapes: B sequences of S tokens, T = B * S, E experts, k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sluiceway.fedalign.routing import routing_statistics
 from sluiceway.moe.anatomy import Anatomy, Block
-from sluiceway.moe.families import FAMILIES, RouterOutput, read_output
+from sluiceway.moe.families import RouterOutput
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BlockRouting:
 
     Attributes:
         load: [E], c(e): tokens that entered expert e  [ours]. Where the family drops tokens above
-            an expert's capacity (Switch), dropped tokens are not in it; elsewhere it sums to
+            an expert's capacity (Switch, NLLB), dropped tokens are not in it; elsewhere it sums to
             k * tokens.
         routing: [E], r(e): mean of p(e|x) over tokens  [paper; soft mean ours]. In [0, 1], sums to
             1; all zero if no token was observed.
@@ -52,7 +52,8 @@ class BlockStep:
     Attributes:
         hidden: [T, d], what entered the router, with graph.
         logits: [T, E], raw, with graph.
-        selected: [T, k] int64, in the router's order. For Switch the choice before dropping.
+        selected: [T, k] int64, in the router's order. For Switch and NLLB the choice before
+            dropping.
         mask: [T] bool, True for tokens that count; None if all do.
     """
 
@@ -199,18 +200,20 @@ class Observer:
         self.close()
 
     def _hook(self, block: Block) -> Any:
-        family = FAMILIES[block.family]
-
         def hook(
-            router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Sequence[Any]
+            router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             # A recompute belongs to a backward pass, even where that runs inside observing().
             if not self._active or torch._C._current_graph_task_id() != -1:
                 return
             if self._grad_at_entry and router.training and not torch.is_grad_enabled():
-                raise RuntimeError(_REENTRANT.format(router=block.router))
+                raise RuntimeError(
+                    f"router {block.router} ran without gradients in a training step: {REENTRANT} "
+                    "(or observe under torch.no_grad() if no gradient is wanted)"
+                )
             hidden = args[0] if args else next(iter(kwargs.values()))
-            self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read_output(family, output))
+            read = block.row.read(output, block.top_k)
+            self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read)
 
         return hook
 
@@ -232,11 +235,10 @@ class Observer:
         self.last[block.position] = BlockStep(hidden, output.logits, output.selected, mask)
 
 
-_REENTRANT = (
-    "router {router} ran without gradients in a training step: reentrant gradient checkpointing "
-    "detaches the router logits, so that a loss on them would be silently ignored; enable it with "
-    'gradient_checkpointing_kwargs={{"use_reentrant": False}} (or observe under torch.no_grad() '
-    "if no gradient is wanted)"
+#: Why a model with experts must not be trained under reentrant checkpointing, and what to do.
+REENTRANT = (
+    "reentrant gradient checkpointing detaches the router logits, so that a loss on them would be "
+    'silently ignored; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
 )
 
 

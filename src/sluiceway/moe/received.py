@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.moe.anatomy import Block
-from sluiceway.moe.families import FAMILIES, read_logits
 
 
 class _Bare(nn.Module):
@@ -62,4 +61,4 @@ def received_logits(
         output = torch.func.functional_call(_Bare(router_module), values, (hidden,))
     finally:
         router_module.train(training)
-    return read_logits(FAMILIES[block.family], output)
+    return block.row.read_logits(output)
