@@ -173,7 +173,8 @@ def _block(
     router = unwrapped(module.get_submodule(family.router))
     experts = unwrapped(module.get_submodule(family.experts))
     router_name, experts_name = _join(name, family.router), _join(name, family.experts)
-    num_experts = int(getattr(router, family.num_experts))
+    held = family.num_experts
+    num_experts = held if isinstance(held, int) else int(getattr(router, held))
     top_k = family.top_k if isinstance(family.top_k, int) else int(getattr(router, family.top_k))
     low_rank = {pair.a.param for pair in adapters}, {pair.b.param for pair in adapters}
     routing = _under(params, router_name)
