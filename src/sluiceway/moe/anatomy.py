@@ -1,6 +1,7 @@
 """Where routers and experts live in a model.
 
-``anatomy(model)`` walks the modules once, recognises blocks by the table in ``families.py``, and
+``anatomy(model)`` walks the modules once, recognises blocks by the table in ``families.py`` (or,
+where that finds nothing, by their structure, see ``search.py``), and
 names every tensor that belongs to a gate or to one expert. Names are those of
 ``model.named_parameters()``: ``save_pretrained`` renames and un-fuses, so saved names never match.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from sluiceway.moe.adapters import Adapter, find_adapters, unwrapped
 from sluiceway.moe.families import FAMILIES, Family, family_of
 from sluiceway.moe.pieces import Piece
+from sluiceway.moe.search import search
 
 
 class NoExpertsError(ValueError):
-    """The model has no mixture-of-experts block of a known family."""
+    """The model has no mixture-of-experts block that could be found."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Block:
     Attributes:
         position: 0, 1, ... in order of appearance in the model.
         name: module name of the block, the parent of router and experts ("" if it is the model).
-        family: name of the family, a key of ``families.FAMILIES``.
+        family: name of the family, a key of ``families.FAMILIES``, or "structural".
         router: module name of the router, the module whose forward gives the logits.
-        experts: module name of the experts container.
+        experts: module name of the experts container; the block's where it holds them itself.
         gate: names of the router parameters with leading axis E (B of a LoRA pair included).
         num_experts: E.
         top_k: k, experts chosen per token.
@@ -47,6 +49,7 @@ class Block:
         pieces: [E] tuples, the pieces that belong to each expert.
         gate_rest: names of the router parameters without that axis (A of a LoRA pair).
         row: how the router's output is read.
+        found: how the block was found by its structure, for people; "" for a known family.
     """
 
     position: int
@@ -61,6 +64,7 @@ class Block:
     pieces: tuple[tuple[Piece, ...], ...]
     gate_rest: tuple[str, ...] = ()
     row: Family = field(default_factory=lambda: Family("", ""), repr=False)
+    found: str = ""
 
     def expert(self, e: int) -> tuple[Piece, ...]:
         """The pieces of expert ``e``, 0 <= e < E; IndexError otherwise."""
@@ -138,20 +142,20 @@ def anatomy(model: nn.Module) -> Anatomy:
     """Find the mixture-of-experts blocks of ``model``, which may be wrapped or on the meta device.
 
     Raises:
-        NoExpertsError: the model has no block of a known family.
+        NoExpertsError: the model has no block of a known family, and none was found by structure.
         ValueError: a block of a known family has shapes that contradict its number of experts.
     """
     found = find_anatomy(model)
     if found is None:
-        known = ", ".join(FAMILIES)
         raise NoExpertsError(
-            f"model {type(model).__name__} has no mixture-of-experts block; known families: {known}"
+            f"model {type(model).__name__} has no mixture-of-experts block: no known family "
+            f"({', '.join(FAMILIES)}), and {search(model).nothing}"
         )
     return found
 
 
 def find_anatomy(model: nn.Module) -> Anatomy | None:
-    """Like ``anatomy``, but None for a model without a known mixture-of-experts block."""
+    """Like ``anatomy``, but None for a model in which no mixture-of-experts block was found."""
     params = dict(model.named_parameters())
     adapters = find_adapters(model)
     blocks: list[Block] = []
@@ -159,6 +163,10 @@ def find_anatomy(model: nn.Module) -> Anatomy | None:
         family = family_of(module)
         if family is not None:
             blocks.append(_block(len(blocks), name, module, family, params, adapters))
+    if not blocks:
+        for i, match in enumerate(search(model).matches):
+            block = _block(i, match.name, match.block, match.row, params, adapters)
+            blocks.append(replace(block, found=match.found))
     return Anatomy(tuple(blocks), adapters) if blocks else None
 
 
@@ -172,10 +180,9 @@ def _block(
 ) -> Block:
     router = unwrapped(module.get_submodule(family.router))
     experts = unwrapped(module.get_submodule(family.experts))
-    router_name, experts_name = _join(name, family.router), _join(name, family.experts)
-    held = family.num_experts
-    num_experts = held if isinstance(held, int) else int(getattr(router, held))
-    top_k = family.top_k if isinstance(family.top_k, int) else int(getattr(router, family.top_k))
+    router_name = _join(name, family.router)
+    experts_name = _join(name, family.experts) if family.experts else name
+    num_experts, top_k = family.sizes(router)
     low_rank = {pair.a.param for pair in adapters}, {pair.b.param for pair in adapters}
     routing = _under(params, router_name)
     gate = tuple(n for n in routing if n not in low_rank[0] and _leads(params[n], num_experts))
@@ -186,7 +193,8 @@ def _block(
     if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         pieces = _module_pieces(experts_name, experts, params)
     else:
-        pieces = _fused_pieces(experts_name, num_experts, params, adapters)
+        inside = params if family.experts else _beside(params, name, router_name)
+        pieces = _fused_pieces(experts_name, num_experts, inside, adapters)
     if len(pieces) != num_experts or not all(pieces):
         raise ValueError(f"{experts_name}: parameters do not make {num_experts} experts")
     return Block(
@@ -247,7 +255,17 @@ def _leads(tensor: Tensor, num_experts: int) -> bool:
 
 
 def _under(params: Mapping[str, Tensor], module: str) -> list[str]:
-    return [param for param in params if param.startswith(f"{module}.")]
+    return [param for param in params if not module or param.startswith(f"{module}.")]
+
+
+def _beside(params: Mapping[str, Tensor], block: str, router: str) -> dict[str, Tensor]:
+    """Parameters of a block that may hold experts: not the router's, and no bias [H] of its own."""
+    own = [name for name in _under(params, block) if not name.startswith(f"{router}.")]
+    return {
+        name: params[name]
+        for name in own
+        if params[name].ndim >= 3 or "." in name[len(block) :].removeprefix(".")
+    }
 
 
 def _join(parent: str, child: str) -> str:

@@ -31,6 +31,7 @@ class BlockRow:
             of expert 0 stand for all.
         parameters_per_expert: number of values in one expert.
         bytes_per_expert: their bytes, in the dtype that they have now.
+        found: as in ``Block``: how a block of no known family was found.
     """
 
     name: str
@@ -41,6 +42,7 @@ class BlockRow:
     experts: tuple[TensorRow, ...]
     parameters_per_expert: int
     bytes_per_expert: int
+    found: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def layout(model: nn.Module) -> Layout:
     """Describe the mixture-of-experts blocks of ``model``; the meta device is enough.
 
     Raises:
-        NoExpertsError: the model has no block of a known family.
+        NoExpertsError: the model has no mixture-of-experts block that could be found.
     """
     found = anatomy(model)
     params: dict[str, Tensor] = dict(model.named_parameters())
@@ -105,6 +107,7 @@ def _row(block: Block, params: Mapping[str, Tensor]) -> BlockRow:
         ),
         parameters_per_expert=_count(one),
         bytes_per_expert=_bytes(one),
+        found=block.found,
     )
 
 

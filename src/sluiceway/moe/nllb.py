@@ -18,7 +18,6 @@ along with copies, pickles and forked processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -36,8 +35,10 @@ def repair_nllb(block: nn.Module, config: Any) -> None:
         config: the model's config, whose ``expert_capacity`` is put back (a forward before the
             mend may have overwritten it); None: the router keeps the capacity that it has now.
     """
-    experts, router = block.get_submodule("experts"), block.get_submodule("router")
-    wrong_dispatch, wrong_capacity = _faults(type(block))
+    experts: Any = block.get_submodule("experts")
+    router: Any = block.get_submodule("router")
+    kind: Any = type(block)
+    wrong_dispatch, wrong_capacity = _faults(kind)
     if wrong_dispatch and not isinstance(experts, _Dispatch):
         experts.__class__ = _mended(_Dispatch, type(experts))
     if wrong_capacity and not isinstance(router, _Capacity):
@@ -91,12 +92,12 @@ def _mended(mixin: type, original: type) -> type:
 
 
 def _new(mixin: type, original: type) -> Any:
-    made = _mended(mixin, original)
+    made: Any = _mended(mixin, original)
     return made.__new__(made)
 
 
 @cache
-def _faults(kind: Callable[..., nn.Module]) -> tuple[bool, bool]:
+def _faults(kind: Any) -> tuple[bool, bool]:
     """(wrong dispatch, capacity overwritten) of a block class, by the behaviour of a tiny one."""
     from transformers import NllbMoeConfig
 
