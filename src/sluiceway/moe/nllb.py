@@ -40,9 +40,9 @@ def repair_nllb(block: nn.Module, config: Any) -> None:
     kind: Any = type(block)
     wrong_dispatch, wrong_capacity = _faults(kind)
     if wrong_dispatch and not isinstance(experts, _Dispatch):
-        experts.__class__ = _mended(_Dispatch, type(experts))
+        experts.__class__ = _mended(_Dispatch, experts.__class__)
     if wrong_capacity and not isinstance(router, _Capacity):
-        router.__class__ = _mended(_Capacity, type(router))
+        router.__class__ = _mended(_Capacity, router.__class__)
         if config is not None:
             router.expert_capacity = config.expert_capacity
 
