@@ -11,7 +11,7 @@ import tomli_w
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import load_recipe, parsed, recipe_from, shipped_recipes
 
-FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains"}
+FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains", "mmlu", "hellaswag"}
 SPLIT = {"split-quickstart", "fashion-split", "cifar10-split"}
 
 
