@@ -39,7 +39,7 @@ def test_overrides_reach_every_table() -> None:
         ["data.alpha=0.5", "method.name=fedprox", "method.mu=0.3", "train.lr=2e-4", "run.seed=7"],
     )
     assert recipe.data.alpha == 0.5
-    assert recipe.resolved()["method"] == {"name": "fedprox", "mu": 0.3}
+    assert recipe.resolved()["method"] == {"name": "fedprox", "lora": "frozen-a", "mu": 0.3}
     assert recipe.training().lr == 2e-4
     assert recipe.run.seed == 7
 
@@ -64,7 +64,7 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("data.name=cifar10", r"data\.name = 'cifar10': a federated run takes 20newsgroups"),
         ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
         ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
-        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, align"),
+        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, lora, align"),
         ("method.lambda=-1", r"method\.lambda = -1: must be greater than or equal to 0"),
         ("method.gate=open", r"method\.gate = 'open': must be 'consistency', 'average'"),
         ("train.lr=0", r"train\.lr = 0: must be greater than 0"),
