@@ -216,7 +216,11 @@ def _block(
 def _module_pieces(
     name: str, experts: nn.ModuleList | nn.ModuleDict, params: Mapping[str, Tensor]
 ) -> tuple[tuple[Piece, ...], ...]:
-    children = sorted((child for child, _ in experts.named_children()), key=_number)
+    # A dropout that all experts share has no parameters.
+    named = [
+        child for child, inner in experts.named_children() if any(True for _ in inner.parameters())
+    ]
+    children = sorted(named, key=_number)
     return tuple(
         tuple(Piece.whole(param) for param in _under(params, _join(name, child)))
         for child in children

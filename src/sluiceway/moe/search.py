@@ -258,16 +258,11 @@ def _fused_widths(module: nn.Module, count: int) -> frozenset[int]:
 def _top_k(router: _Router, block: nn.Module, config: Any) -> tuple[int, str] | None:
     """(k, where it stands), or None."""
     inner = unwrapped(router.module)
-    places = (
-        (inner, f"router.{{}} of {router.path!r}"),
-        (block, "block.{}"),
-        (config, "config.{}"),
-    )
-    for place, origin in places:
+    for place, origin in ((inner, router.path), (block, "block"), (config, "config")):
         for name in _TOP_K:
             if place is config and name in _NOT_OF_CONFIGS:
                 continue
             value = getattr(place, name, None)
             if type(value) is int and 1 <= value <= router.experts:
-                return value, origin.format(name)
+                return value, f"{origin}.{name}"
     return None

@@ -22,7 +22,8 @@ class StructuralFamily(Family):
 
     The router's output may be a tensor of logits [..., E], or a tuple with one. An item whose rows
     are all probability distributions is taken for probabilities, and their log for the logits,
-    if there are no others. The choice is an integer item [..., k], or else the k greatest logits.
+    if there are no others; other scores (sigmoids) are taken as they are. The choice is an integer
+    item [..., k], or else the k greatest logits.
 
     Attributes:
         path: the router's module name in the model, for messages.
@@ -46,13 +47,13 @@ class StructuralFamily(Family):
             for item in _tensors(output)
             if item.is_floating_point() and item.ndim > 1 and item.shape[-1] == experts
         ]
-        raw = [item for item in wide if not _are_probabilities(item)]
-        # Weights of the chosen experts sum to 1 too, but the choice has set the others to zero.
+        # Weights of the chosen experts say nothing of the others: those are 0 there.
         full = [item for item in wide if top_k == experts or not _are_sparse(item, top_k)]
-        for item in (found for found in raw if any(found is other for other in full)):
-            return item
-        for item in full:
-            return item.clamp(min=torch.finfo(item.dtype).tiny).log()
+        raw = [item for item in full if not _are_probabilities(item)]
+        if raw:
+            return raw[0]
+        if full:  # softmax(log p) = p
+            return full[0].clamp(min=torch.finfo(full[0].dtype).tiny).log()
         shapes = [f"{item.dtype} {list(item.shape)}" for item in _tensors(output)]
         raise ValueError(
             f"router {self.path}: its output has no logits or probabilities [..., {experts}]; it "
@@ -99,4 +100,7 @@ def _are_probabilities(rows: Tensor) -> bool:
 
 
 def _are_sparse(rows: Tensor, top_k: int) -> bool:
-    return bool(((rows.detach() != 0).sum(-1) <= top_k).all())
+    """Whether no row has more than k values (a choice made them 0, or -inf before a softmax)."""
+    values = rows.detach()
+    held = ((values != 0) & ~values.isneginf()).sum(-1)
+    return bool(held.any() and (held <= top_k).all())  # All zero: the logits of a zero gate.
