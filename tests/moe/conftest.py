@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sluiceway.moe import anatomy, upcycle
+from sluiceway.moe import anatomy, repair, upcycle
 
 SMALL = {
     "vocab_size": 50,
@@ -76,6 +76,27 @@ def deepseek_v2() -> nn.Module:
     return DeepseekV2Model(config)
 
 
+def deepseek_v3() -> nn.Module:
+    from transformers import DeepseekV3Config, DeepseekV3Model
+
+    config = DeepseekV3Config(
+        **SMALL,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=12,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_group=2,
+        topk_group=1,
+    )
+    return DeepseekV3Model(config)
+
+
 def granite() -> nn.Module:
     from transformers import GraniteMoeConfig, GraniteMoeModel
 
@@ -129,6 +150,53 @@ def switch() -> nn.Module:
     return SwitchTransformersForConditionalGeneration(switch_config())
 
 
+def nllb_unmended() -> nn.Module:
+    from transformers import NllbMoeConfig, NllbMoeModel
+
+    config = NllbMoeConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        encoder_sparse_step=2,
+        decoder_sparse_step=2,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        num_experts=4,
+        expert_capacity=5,
+        moe_eval_capacity_token_fraction=0.3,
+        moe_token_dropout=0.0,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+    )
+    return NllbMoeModel(config)
+
+
+def nllb() -> nn.Module:
+    return repair(nllb_unmended())
+
+
+def jetmoe() -> nn.Module:
+    from transformers import JetMoeConfig, JetMoeModel
+
+    config = JetMoeConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        kv_channels=8,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return JetMoeModel(config)
+
+
 def bert(layers: int = 2) -> nn.Module:
     from transformers import BertConfig, BertModel
 
@@ -163,11 +231,14 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
         qwen2,
         qwen3,
         deepseek_v2,
+        deepseek_v3,
         granite,
         phimoe,
         gpt_oss,
         switch_encoder,
         switch,
+        nllb,
+        jetmoe,
         upcycled,
     )
 }

@@ -38,11 +38,15 @@ def recorded(model: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> list[list
         row = block.row
         decoder = block.name.startswith("decoder")
 
-        def hook(_m, args, output, seen=seen, row=row, decoder=decoder) -> None:
+        def hook(_m, args, output, seen=seen, block=block, row=row, decoder=decoder) -> None:
             hidden = args[0].reshape(-1, 16)
             keep = [True] * len(hidden) if decoder else masks[-1].flatten().bool().tolist()
             logits = output[row.logits].reshape(-1, 4)
-            raw = output[row.selected].reshape(len(hidden), -1)
+            if row.selected is None:
+                k = block.top_k
+                raw = torch.tensor([sorted(range(4), key=lambda e: -z[e])[:k] for z in logits])
+            else:
+                raw = output[row.selected].reshape(len(hidden), -1)
             for t, counts in enumerate(keep):
                 if counts:
                     entered = raw[t].nonzero().flatten() if row.one_hot else raw[t]

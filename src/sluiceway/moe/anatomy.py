@@ -180,15 +180,13 @@ def _block(
 ) -> Block:
     router = unwrapped(module.get_submodule(family.router))
     experts = unwrapped(module.get_submodule(family.experts))
-    router_name = _join(name, family.router)
-    experts_name = _join(name, family.experts) if family.experts else name
+    router_name, experts_name = _join(name, family.router), _join(name, family.experts)
     num_experts, top_k = family.sizes(router)
     low_rank = {pair.a.param for pair in adapters}, {pair.b.param for pair in adapters}
     routing = _under(params, router_name)
     gate = tuple(n for n in routing if n not in low_rank[0] and _leads(params[n], num_experts))
-    full = [params[n] for n in gate if n not in low_rank[1]]
-    hidden = next((param.shape[1] for param in full if param.ndim == 2), None)
-    if hidden is None:
+    full = [n for n in gate if n not in low_rank[1] and params[n].ndim == 2]
+    if not full:
         raise ValueError(f"router {router_name}: no [{num_experts}, hidden] parameter")
     if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         pieces = _module_pieces(experts_name, experts, params)
@@ -207,7 +205,7 @@ def _block(
         gate=gate,
         num_experts=num_experts,
         top_k=top_k,
-        hidden=hidden,
+        hidden=params[full[0]].shape[1],
         pieces=pieces,
         gate_rest=tuple(n for n in routing if n in low_rank[0]),
     )
@@ -273,4 +271,4 @@ def _beside(params: Mapping[str, Tensor], block: str, router: str) -> dict[str, 
 
 
 def _join(parent: str, child: str) -> str:
-    return f"{parent}.{child}" if parent else child
+    return ".".join(part for part in (parent, child) if part)

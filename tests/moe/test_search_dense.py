@@ -1,0 +1,117 @@
+"""Dense models in which the search by structure must find nothing, look-alikes above all."""
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from sluiceway.moe import NoExpertsError, anatomy, find_anatomy
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+        self.heads = nn.ModuleList(nn.Linear(16, 4) for _ in range(4))
+        self.fc = nn.Linear(16, 4)
+
+
+class Layered(nn.Module):
+    """A linear map to 2 values beside 2 identical layers."""
+
+    def __init__(self, layer: Callable[[], nn.Module], name: str, **more: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(2))
+        self.add_module(name, nn.Linear(16, 2))
+        for key, value in more.items():
+            setattr(self, key, value)
+
+
+class Biaffine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.gate, self.k = nn.Bilinear(16, 16, 3), nn.Linear(16, 3), 1
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.k = nn.Conv1d(16, 4, 3), nn.Linear(16, 4), 1
+
+
+def transformer_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 24)
+
+
+def resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=2)
+    )
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    )
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    return GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, num_labels=2, pad_token_id=0)
+    )
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=2,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        bert,
+        resnet,
+        t5,
+        gpt2,
+        lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)),
+        lambda: nn.TransformerEncoder(transformer_layer(), 2),
+        lambda: nn.LSTM(16, 4, 2),
+        Heads,
+        Biaffine,
+        Convolution,
+        lambda: Layered(lambda: nn.Linear(16, 16), "head"),
+        lambda: Layered(lambda: nn.Linear(16, 16), "head", top_k=2),
+        lambda: Layered(lambda: nn.Linear(16, 16), "proj"),
+        lambda: Layered(transformer_layer, "gate", top_k=2),
+        lambda: Layered(lambda: nn.Linear(8, 8), "gate", top_k=2),
+        lambda: Layered(lambda: nn.Embedding(16, 16), "gate", top_k=2),
+        lambda: Layered(lambda: nn.GRU(16, 16), "gate", top_k=2),
+    ],
+)
+def test_dense_models_have_no_block(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    assert find_anatomy(model) is None
+    with pytest.raises(NoExpertsError, match=r"none was found by structure \(a router \[E, H\]"):
+        anatomy(model)
+
+
+def test_dense_families_have_no_block(dense: Callable[[str], nn.Module]) -> None:
+    for name in ("bert", "llama"):
+        with pytest.raises(NoExpertsError, match=r"no known family .*mixtral.*none was found"):
+            anatomy(dense(name))
