@@ -59,7 +59,7 @@ class TinyClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        weights = attention_mask.unsqueeze(-1).float()
+        weights = attention_mask.unsqueeze(-1).to(out.last_hidden_state.dtype)
         pooled = (out.last_hidden_state * weights).sum(1) / weights.sum(1)
         logits: Tensor = self.head(pooled)
         return logits

@@ -70,14 +70,17 @@ class Batch:
         return self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
 
     def run(self, model: nn.Module) -> Tensor:
-        """The model's logits [B, C], whether it returns a tensor or an object that holds one."""
+        """The model's logits [B, C], whether it returns a tensor or an object that holds one.
+
+        Half precision is widened to float32, so that no loss is summed in it.
+        """
         known = {} if self.features is None else {FEATURES: self.features}
         if isinstance(self.inputs, dict):
             out = model(**self.inputs, **known)
         else:
             out = model(self.inputs, **known)
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def labels_of(examples: Examples) -> Tensor:

@@ -9,61 +9,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
 from sluiceway.federated.batches import Batch, Examples, labels_of
 from sluiceway.federated.evaluation import Evaluation, evaluate
+from sluiceway.federated.settings import Optimisation as Optimisation
+from sluiceway.federated.settings import Training as Training
+from sluiceway.federated.stepping import (
+    Stepper,
+    checkpointable,
+    checkpointed,
+    masters_of,
+    refuse_reentrant,
+)
 from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
-from sluiceway.strategies.base import PARAMETERS
 
 #: Test examples that a client's own model is judged by, about.
 PERSONAL = 500
 
 #: From (logits [B, C], labels [B]) to a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@checked(config=PARAMETERS, kw_only=True, frozen=True)
-class Optimisation:
-    """How layers are trained.
-
-    lr: learning rate, > 0. batch_size: examples a step, >= 1. local_epochs: passes over the
-    client's data in a round, >= 1. optimizer: "adamw" or "sgd". momentum: of sgd, in [0, 1).
-    weight_decay: >= 0.
-    """
-
-    lr: float = Field(default=1e-3, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-    local_epochs: int = Field(default=1, ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-
-    def optimiser(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimiser over the parameters."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-        return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-
-
-@checked(config=PARAMETERS, kw_only=True, frozen=True)
-class Training(Optimisation):
-    """How a client trains a whole model; its optimiser is new in every round.
-
-    max_grad_norm: clipping, > 0; 0 for none. The rest is as of `Optimisation`.
-    """
-
-    max_grad_norm: float = Field(default=1.0, ge=0)
 
 
 def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
@@ -75,9 +46,11 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
 
     Raises:
         NoExpertsError: the strategy needs experts and the model has none.
-        ValueError: nothing is left to train.
+        ValueError: nothing is left to train, or experts are under reentrant checkpointing.
     """
     anatomy = find_anatomy(model) or Anatomy((), find_adapters(model))
+    if anatomy.blocks:
+        refuse_reentrant(model)
     for name, param in model.named_parameters():
         param.requires_grad_(param.requires_grad and strategy.trains(name, anatomy))
     if not any(param.requires_grad for param in model.parameters()):
@@ -155,6 +128,8 @@ class Worker:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
+        if training.checkpointing:
+            checkpointable(model)  # so that it fails before the first round and not in it
         self.model = model.to(device)
         self.clients = clients
         self.test = test
@@ -194,6 +169,7 @@ class Worker:
                 anatomy=self.anatomy,
                 observer=seen,
                 state=state,
+                masters=masters_of(self.params),
             )
             self.strategy.start(client)
             metrics = self.fit(client, examples)
@@ -212,38 +188,57 @@ class Worker:
         )
 
     def fit(self, client: Client, examples: Examples) -> dict[str, float]:
-        """Local training, in place; returns its mean loss and penalty."""
-        training = self.training
-        optimiser = training.optimiser(list(self.params.values()))
+        """Local training, in place; returns its mean loss and penalty.
+
+        And the number of `skipped_steps`, where gradients overflowed float16.
+        """
+        stepper = Stepper(client, self.training, self.device)
         self.training_mode()
         losses, penalties = [], []
-        for batch in self.batches(examples):
-            optimiser.zero_grad(set_to_none=True)
-            observing = client.observer.observing(batch.mask) if client.observer else None
-            with observing or contextlib.nullcontext():
-                logits = batch.run(self.model)
-            loss = self.loss(logits, batch.labels)
-            penalty = self.strategy.penalty(client)
-            (loss if penalty is None else loss + penalty).backward()
-            self.strategy.correct(client)
-            if training.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(self.params.values(), training.max_grad_norm)
-            optimiser.step()
-            client.steps += 1
-            losses.append(loss.detach())
-            if penalty is not None:
-                penalties.append(penalty.detach())
+        recomputing = checkpointed(self.model) if self.training.checkpointing else None
+        with recomputing or contextlib.nullcontext():
+            for rows in self.steps(examples):
+                terms = []
+                for part in rows.split(self.training.batch_size):
+                    batch = Batch.of(examples, part, self.device)
+                    terms.append(self.descend(client, stepper, batch, len(part) / len(rows)))
+                stepper.step(self.strategy.correct)
+                losses.append(torch.stack([loss for loss, _ in terms]).sum())
+                if held := [penalty for _, penalty in terms if penalty is not None]:
+                    penalties.append(torch.stack(held).sum())
         metrics = {"loss": float(torch.stack(losses).mean())}
         if penalties:
             metrics["penalty"] = float(torch.stack(penalties).mean())
+        if stepper.skipped:
+            metrics["skipped_steps"] = float(stepper.skipped)
         return metrics
 
-    def batches(self, examples: Examples) -> Iterator[Batch]:
-        """The client's batches of one round, shuffled anew in every epoch."""
+    def steps(self, examples: Examples) -> Iterator[Tensor]:
+        """Rows of each of the round's steps, shuffled anew in every epoch."""
         for _ in range(self.training.local_epochs):
             order = torch.randperm(len(examples))
-            for part in order.split(self.training.batch_size):
-                yield Batch.of(examples, part, self.device)
+            yield from order.split(self.training.batch_size * self.training.accumulate)
+
+    def descend(
+        self, client: Client, stepper: Stepper, batch: Batch, share: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward of a batch that is `share` of its step, in (0, 1].
+
+        Returns:
+            Loss and penalty (None if there is none), weighted by the share, without graph.
+        """
+        observing = client.observer.observing(batch.mask) if client.observer else None
+        with self.training.precision(self.device):
+            with observing or contextlib.nullcontext():
+                logits = batch.run(self.model)
+            loss = self.loss(logits, batch.labels) * share
+            penalty = self.strategy.penalty(client)
+        if penalty is None:
+            stepper.backward(loss)
+            return loss.detach(), None
+        penalty = penalty * share
+        stepper.backward(loss + penalty)
+        return loss.detach(), penalty.detach()
 
     def training_mode(self) -> None:
         """Training mode, but for modules that are wholly frozen."""
@@ -258,9 +253,10 @@ class Worker:
             self.exchanged[name].copy_(value)
 
     def evaluate(self, tensors: Mapping[str, Tensor], indices: Sequence[int]) -> Evaluation:
-        """The model with these values on some of the test set."""
+        """The model with these values on some of the test set, in the precision of training."""
         self.load(tensors)
-        return evaluate(self.model, self.test, indices, self.loss, self.device)
+        with self.training.precision(self.device):
+            return evaluate(self.model, self.test, indices, self.loss, self.device)
 
     def personal_accuracy(self, examples: Examples) -> float:
         """Accuracy of the model as it stands, classes weighted as the client holds them.
@@ -272,7 +268,8 @@ class Worker:
         labels = labels_of(self.test)
         each = -(-PERSONAL // len(held))
         indices = torch.cat([(labels == y).nonzero().flatten()[:each] for y in held]).tolist()
-        found = evaluate(self.model, self.test, indices, self.loss, self.device)
+        with self.training.precision(self.device):
+            found = evaluate(self.model, self.test, indices, self.loss, self.device)
         return found.weighted_accuracy(counts)
 
     @contextlib.contextmanager

@@ -71,12 +71,14 @@ class Client:
 
     Attributes:
         model: the model being trained, in place.
-        params: the trained parameters by name.
+        params: the trained parameters by name, which the model computes with.
         received: the values they had when the round began, by name (same shapes).
         broadcast: the server's message.
         anatomy: where routers and experts are; no blocks for a dense model.
         observer: routing of the training forwards; `observer.last` is the newest step.
         state: tensors that stay with this client from round to round and never cross.
+        masters: what the optimiser steps, by name: the parameters themselves, or float32 copies
+            of half-precision ones, which follow each step. `correct` finds gradients here.
         steps: optimiser steps taken in this round.
         scratch: room for the strategy within this round.
     """
@@ -88,8 +90,12 @@ class Client:
     anatomy: Anatomy
     observer: Observer | None
     state: dict[str, Tensor]
+    masters: dict[str, nn.Parameter] = field(default_factory=dict)
     steps: int = 0
     scratch: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.masters = self.masters or self.params
 
 
 class Strategy:
@@ -192,7 +198,11 @@ class Strategy:
         return None
 
     def correct(self, client: Client) -> None:
-        """Called after backward, before clipping and the optimiser's step."""
+        """Called after backward, before clipping and the optimiser's step.
+
+        Gradients are in `client.masters`; it is not called for a step that is left out because
+        they overflowed.
+        """
 
     def finish(self, client: Client) -> Mapping[str, Tensor]:
         """What the update carries beside the model, at the end of local training."""

@@ -219,7 +219,9 @@ class FedAlignMoE(FedAvg):
     def own_routing(self, client: Client, block: Block, step: BlockStep) -> Tensor:
         """r_i so far in this round, this step included, [E]."""
         p = step.logits.detach().float().softmax(-1)
-        total = p.sum(0) if step.mask is None else step.mask.to(p.dtype) @ p
+        # Autocast would make this product a half-precision one.
+        with torch.autocast(p.device.type, enabled=False):
+            total = p.sum(0) if step.mask is None else step.mask.to(p.dtype) @ p
         sums: dict[int, Tensor] = client.scratch.setdefault("routing", {})
         sums[block.position] = sums.get(block.position, 0) + total
         return sums[block.position] / sums[block.position].sum().clamp_min(1e-12)

@@ -26,7 +26,9 @@ class FedProx(FedAvg):
     def penalty(self, client: Client) -> Tensor | None:
         if self.mu == 0:
             return None
+        # The masters, since half-precision parameters cannot tell small distances.
         distances = [
-            torch.sum((param - client.received[name]) ** 2) for name, param in client.params.items()
+            torch.sum((value - client.received[name]) ** 2)
+            for name, value in client.masters.items()
         ]
         return 0.5 * self.mu * torch.stack(distances).sum()

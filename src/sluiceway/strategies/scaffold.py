@@ -28,7 +28,11 @@ class Scaffold(FedAvg):
 
     def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
         super().setup(tensors, anatomy, clients)
-        self.control = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
+        # A sum of small steps in half precision would stand still.
+        self.control = {
+            name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            for name, t in self.tensors.items()
+        }
 
     def server_extra(self) -> Mapping[str, Tensor]:
         return {f"control/{name}": tensor for name, tensor in self.control.items()}
@@ -63,13 +67,13 @@ class Scaffold(FedAvg):
         own = {name: client.state.get(f"control/{name}") for name in client.params}
         server = {name: client.broadcast.extra[f"control/{name}"] for name in client.params}
         client.scratch["shift"] = {
-            name: (server[name] if c is None else server[name] - c).to(client.params[name])
+            name: (server[name] if c is None else server[name] - c).to(client.masters[name])
             for name, c in own.items()
         }
-        client.scratch["sum"] = {name: torch.zeros_like(p) for name, p in client.params.items()}
+        client.scratch["sum"] = {name: torch.zeros_like(p) for name, p in client.masters.items()}
 
     def correct(self, client: Client) -> None:
-        for name, param in client.params.items():
+        for name, param in client.masters.items():
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             client.scratch["sum"][name].add_(param.grad)

@@ -1,0 +1,72 @@
+"""How layers are trained, as settings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
+from torch import nn
+
+from sluiceway.strategies.base import PARAMETERS
+
+
+@checked(config=PARAMETERS, kw_only=True, frozen=True)
+class Optimisation:
+    """How layers are trained.
+
+    lr: learning rate, > 0. batch_size: examples a step, >= 1. local_epochs: passes over the
+    client's data in a round, >= 1. optimizer: "adamw" or "sgd". momentum: of sgd, in [0, 1).
+    weight_decay: >= 0.
+    """
+
+    lr: float = Field(default=1e-3, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    local_epochs: int = Field(default=1, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+    def optimiser(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimiser over the parameters."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
+
+@checked(config=PARAMETERS, kw_only=True, frozen=True)
+class Training(Optimisation):
+    """How a client trains a whole model; its optimiser is new in every round.
+
+    max_grad_norm: clipping, > 0; 0 for none.
+    accumulate: batches for each step of the optimiser, >= 1. Every example of a step counts alike:
+        k batches of b make the step that one batch of k * b would, up to rounding, where the loss
+        is a mean over examples. What an epoch's last step lacks in batches it does without.
+    mixed: "bfloat16" or "float16" runs forward passes and losses in that type where PyTorch's
+        autocast holds it to be safe, in training and in evaluation alike; "no" in the
+        parameters' own.
+    checkpointing: gradient checkpointing: layers keep their inputs only and run again in the
+        backward pass. Wholly frozen layers are left as they are. The model must offer it, as
+        those of Hugging Face do.
+
+    Parameters in half precision are stepped through float32 copies, made anew in every round
+    (4 bytes a trained value, beside what the optimiser holds); they cross in their own type.
+    With float16 anywhere the loss is scaled, and a step whose gradients overflow is left out.
+    The rest is as of `Optimisation`.
+    """
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    accumulate: int = Field(default=1, ge=1)
+    mixed: Literal["no", "bfloat16", "float16"] = "no"
+    checkpointing: bool = False
+
+    def precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """The context that a forward pass runs in; `mixed` "no" leaves everything as it is."""
+        if self.mixed == "no":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=getattr(torch, self.mixed))
