@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +107,8 @@ def loaded(name: str, place: Place, language: bool, dtype: str) -> tuple[Any, An
         config = AutoConfig.from_pretrained(place.where, **place.arguments)
         tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
         kind = auto_class(name, config, language)
-        return tokenizer, kind.from_pretrained(place.where, dtype=dtype, **place.arguments)
+        with contextlib.redirect_stderr(io.StringIO()):  # GGUF files bring a bar of their own
+            return tokenizer, kind.from_pretrained(place.where, dtype=dtype, **place.arguments)
     except InputError:
         raise
     except Exception as error:

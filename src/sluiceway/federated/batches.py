@@ -66,8 +66,13 @@ class Batch:
 
     @property
     def mask(self) -> Tensor | None:
-        """The attention mask [B, S], where there is one."""
+        """The attention mask [B, S] (or [B, C, S], of C options), where there is one."""
         return self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
+
+    @property
+    def decoder_mask(self) -> Tensor | None:
+        """The mask of an encoder-decoder's decoder, [B, C, T], where there is one."""
+        return self.inputs.get("decoder_attention_mask") if isinstance(self.inputs, dict) else None
 
     def run(self, model: nn.Module) -> Tensor:
         """The model's logits [B, C], whether it returns a tensor or an object that holds one.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sluiceway.federated.batches import Batch, Examples, labels_of
 from sluiceway.federated.evaluation import Evaluation, evaluate
+from sluiceway.federated.joining import Card, check_joining
 from sluiceway.federated.settings import Optimisation as Optimisation
 from sluiceway.federated.settings import Training as Training
 from sluiceway.federated.stepping import (
@@ -27,7 +28,7 @@ from sluiceway.federated.stepping import (
     masters_of,
     refuse_reentrant,
 )
-from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy
+from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy, repair
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
 
 #: Test examples that a client's own model is judged by, about.
@@ -48,6 +49,7 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
         NoExpertsError: the strategy needs experts and the model has none.
         ValueError: nothing is left to train, or experts are under reentrant checkpointing.
     """
+    repair(model)
     anatomy = find_anatomy(model) or Anatomy((), find_adapters(model))
     if anatomy.blocks:
         refuse_reentrant(model)
@@ -141,6 +143,7 @@ class Worker:
         self.anatomy = strategy.anatomy
         owned = sorted(strategy.server_owned(self.anatomy))
         self.exchanged = exchanged(model) | {name: model.get_parameter(name) for name in owned}
+        check_joining(Card.of(strategy.tensors), Card.of(self.exchanged))
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {n: t.clone() for n, t in strategy.tensors.items() if strategy.private(n)}
         self.still = frozen_modules(model)
@@ -227,7 +230,8 @@ class Worker:
         Returns:
             Loss and penalty (None if there is none), weighted by the share, without graph.
         """
-        observing = client.observer.observing(batch.mask) if client.observer else None
+        seen = client.observer
+        observing = seen.observing(batch.mask, batch.decoder_mask) if seen else None
         with self.training.precision(self.device):
             with observing or contextlib.nullcontext():
                 logits = batch.run(self.model)
