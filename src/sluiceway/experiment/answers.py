@@ -120,7 +120,7 @@ class Endings(nn.Module):
         labels, label_mask = labels.flatten(0, 1), label_mask.flatten(0, 1)
         encoded = self.lm.get_encoder()(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
         # The context is read once and stands before each of its endings.
-        encoded = (encoded.last_hidden_state.repeat_interleave(shape[1], 0),)
+        encoded["last_hidden_state"] = encoded.last_hidden_state.repeat_interleave(shape[1], 0)
         shifted = torch.full_like(labels, start_token(self.lm))
         shifted[:, 1:] = labels[:, :-1]
         rows, at = label_mask.nonzero(as_tuple=True)
