@@ -78,13 +78,15 @@ def parser() -> argparse.ArgumentParser:
     inspect = add("inspect", inspect_command)
     inspect.add_argument(
         "model",
-        help='"minilm", a folder or a hub name; for images "conv4", "resnet18" or "vgg11"',
+        help="minilm, smollm2, a folder or a hub name; for images conv4, resnet18 or vgg11",
     )
     inspect.add_argument("--width", type=int, default=32, help="of a network for images")
     inspect.add_argument("--image", default="3x32x32", metavar="CxHxW", help="what it is shown")
     inspect.add_argument("--experts", type=int, default=0, help="upcycle first, into this many")
     inspect.add_argument("--top-k", type=int, default=2)
     inspect.add_argument("--layers", type=int, default=1, help="last layers to upcycle")
+    inspect.add_argument("--lora", type=int, default=0, metavar="RANK", help="show adapters too")
+    inspect.add_argument("--gguf", default="", metavar="FILE", help="of a model in a GGUF file")
 
     add("recipes", recipes_command)
     return top
@@ -194,7 +196,7 @@ def inspect_command(args: argparse.Namespace) -> None:
     if args.model in NETWORKS:
         show_cuts(args.model, args.width, args.image)
         return
-    show_layout(args.model, args.experts, args.top_k, args.layers)
+    show_layout(args.model, args.experts, args.top_k, args.layers, args.lora, args.gguf)
 
 
 def recipes_command(args: argparse.Namespace) -> None:

@@ -196,7 +196,23 @@ def test_inspect_shows_routers_experts_and_traffic(
     assert "across the wire" in shown
     # up 32 * 16 + 32, down 16 * 32 + 16, times four experts of four bytes, and the router
     assert f"{(4 * (2 * 512 + 48) + 4 * 16) * 4 / 1e6:.1f} MB" in shown
-    assert "dense" in refused(["inspect", str(model_folder)], capsys)
+    assert "--experts 8 shows a dense model" in refused(["inspect", str(model_folder)], capsys)
+
+
+def test_inspect_shows_what_adapters_make_of_the_traffic(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(model_folder), "--experts", "4", "--lora", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    lines = {words[0]: words[1:] for line in shown if (words := line.split())}
+    # of rank 2 and 4 experts, up and down: A 2 * (16 + 32), B 2 * (32 + 16); a router of 4 * 16
+    a, b, router, base = (4 * n for n in (4 * 2 * 48, 4 * 2 * 48, 64, 4 * 2 * 512))
+    for name, up, down in (
+        ("frozen-a", b, a + b),
+        ("residual", a + b, a + b + base),
+        ("average", a + b, a + b),
+    ):
+        assert lines[name] == [f"{(n + router) / 1e6:.2f}" for n in (up, down)]
 
 
 def test_recipes_lists_what_ships(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,37 +5,57 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.kinds import network
-from sluiceway.experiment.models import load_pretrained
-from sluiceway.moe import BlockRow, Layout, NoExpertsError, find_anatomy, layout, upcycle
+from sluiceway.experiment.models import outlined
+from sluiceway.moe import (
+    BlockRow,
+    Layout,
+    NoExpertsError,
+    add_lora,
+    anatomy,
+    find_adapters,
+    layout,
+    upcycle,
+)
 from sluiceway.split.cut import cut_points
 
 
-def show_layout(name: str, experts: int, top_k: int, layers: int) -> None:
+def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, gguf: str) -> None:
     """Print blocks, routers, experts, sizes, and what would cross the wire per round.
+
+    Args:
+        name: of the model; its weights are not read.
+        experts: experts to upcycle a dense model into, 0 for none; with top_k, layers.
+        lora: rank of adapters on the experts, 0 for none.
+        gguf: the file's name, of a model in a GGUF file; "" for none.
 
     Raises:
         InputError: there is no such model.
         NoExpertsError: it has no mixture-of-experts block and `experts` is 0.
     """
-    loaded = load_pretrained(name)
+    model, source = outlined(name, gguf or None)
     if experts:
         try:
-            upcycle(loaded.backbone, layers, experts, top_k)
+            upcycle(model, layers, experts, top_k)
         except ValueError as error:
             raise InputError(str(error)) from None
-    if find_anatomy(loaded.backbone) is None:
-        raise NoExpertsError(
-            f"{name} is dense: no mixture-of-experts block was found; --experts 8 shows it upcycled"
-        )
-    found = layout(loaded.backbone)
+    try:
+        found = layout(model)
+    except NoExpertsError as error:
+        raise NoExpertsError(f"{name}: {error}; --experts 8 shows a dense model upcycled") from None
     console = wide_console()
-    console.print(f"{name} from {loaded.source}", highlight=False)
+    console.print(f"{name} from {source}", highlight=False)
     console.print(blocks_table(found))
+    for why in sorted({row.found for row in found.rows if row.found}):
+        console.print(f"found by structure: {why}", highlight=False)
     for line in totals(found):
         console.print(line, highlight=False)
+    if lora:
+        line = f"the same with adapters of rank {lora} on the experts, routers whole:"
+        console.print(line, adapters_table(model, lora), sep="\n", highlight=False)
 
 
 def wide_console() -> Console:
@@ -76,8 +96,10 @@ def show_cuts(name: str, width: int, image: str) -> None:
 def blocks_table(found: Layout) -> Table:
     """One row a block."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("block", "family", "E", "k", "router", "expert tensors", "MB an expert"):
+    for heading in ("block", "family", "E", "k", "router", "expert tensors"):
         table.add_column(heading, overflow="fold")
+    for heading in ("parameters an expert", "MB an expert"):
+        table.add_column(heading, justify="right")
     for row in found.rows:
         table.add_row(
             row.name,
@@ -85,6 +107,7 @@ def blocks_table(found: Layout) -> Table:
             str(row.num_experts),
             str(row.top_k),
             *tensors(row),
+            f"{row.parameters_per_expert:,}",
             f"{row.bytes_per_expert / 1e6:.2f}",
         )
     return table
@@ -115,3 +138,33 @@ def totals(found: Layout) -> list[str]:
         f"across the wire, each client each round and each way, experts and routers trained: "
         f"at most {moved / 1e6:.1f} MB (experts without a token stay)",
     ]
+
+
+def adapters_table(model: nn.Module, rank: int) -> Table:
+    """What a client sends and gets in a round with adapters on all experts, by `method.lora`."""
+    gates = anatomy(model).gate_params
+    params = dict(model.named_parameters())
+    routers = sum(params[name].nbytes for name in gates)
+    experts = {n: p for n, p in params.items() if n in anatomy(model).expert_params}
+    try:
+        add_lora(model, experts, rank, rank)
+    except ImportError:
+        raise InputError("--lora needs a package: pip install 'sluiceway[lora]'") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    params = dict(model.named_parameters())
+    a, b, base = (
+        sum(params[name].nbytes for name in {getattr(pair, part).param for pair in pairs})
+        for pairs in [find_adapters(model)]
+        for part in ("a", "b", "base")
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("method.lora", "MB up", "MB down"):
+        table.add_column(heading, justify="left" if heading == "method.lora" else "right")
+    for name, up, down in (
+        ("frozen-a", b, a + b),
+        ("residual", a + b, a + b + base),
+        ("average", a + b, a + b),
+    ):
+        table.add_row(name, f"{(up + routers) / 1e6:.2f}", f"{(down + routers) / 1e6:.2f}")
+    return table

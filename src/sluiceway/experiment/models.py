@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,16 +99,43 @@ def load_pretrained(
 
 def loaded(name: str, place: Place, language: bool, dtype: str) -> tuple[Any, Any]:
     """Tokenizer and model. Raises InputError."""
-    from transformers import AutoConfig, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoTokenizer
+
+    with readable(name, place):
+        config = AutoConfig.from_pretrained(place.where, **place.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
+        kind = auto_class(name, config, language)
+        return tokenizer, kind.from_pretrained(place.where, dtype=dtype, **place.arguments)
+
+
+def outlined(name: str, gguf: str | None = None) -> tuple[nn.Module, str]:
+    """The model's modules and shapes without its weights (on the meta device), and its source.
+
+    Only the configuration is read, so that a model of any size can be looked at.
+
+    Raises:
+        InputError: as `load_pretrained`.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    place = model_place(name, gguf)
+    with readable(name, place):
+        config = AutoConfig.from_pretrained(place.where, **place.arguments)
+        dtype = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            return AutoModel.from_config(config, dtype=dtype), place.source
+
+
+@contextlib.contextmanager
+def readable(name: str, place: Place) -> Iterator[None]:
+    """What goes wrong inside, as one line about `model.name`."""
+    from transformers import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(place.where, **place.arguments)
-        tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
-        kind = auto_class(name, config, language)
         with contextlib.redirect_stderr(io.StringIO()):  # GGUF files bring a bar of their own
-            return tokenizer, kind.from_pretrained(place.where, dtype=dtype, **place.arguments)
+            yield
     except InputError:
         raise
     except Exception as error:
