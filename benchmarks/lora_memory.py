@@ -83,9 +83,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         measure(int(sys.argv[1]), sys.argv[2])
         return
-    print(
-        "| method | clients | base MB | peak MB | peak / base | growth a client / base | message MB |"
-    )
+    print("| method | clients | base MB | peak MB | peak / base | growth a client | message MB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for method in METHODS:
         first = 0.0
