@@ -171,9 +171,8 @@ def model_place(name: str, gguf: str | None = None) -> Place:
         except DataError as error:
             raise InputError(f"model.name = {name!r}: {error}") from None
         return Place(str(folder), f"package {known.package} {known.version}", known.gguf)
-    if Path(name).is_dir():
-        return Place(name, f"folder {name}", gguf)
-    return Place(name, f"hub {name}", gguf)
+    kind = "folder" if Path(name).is_dir() else "hub"
+    return Place(name, f"{kind} {name}" + (f" ({gguf})" if gguf else ""), gguf)
 
 
 def classifier(loaded: Pretrained, model: Model, classes: int, seed: int) -> nn.Module:

@@ -62,8 +62,8 @@ class Block:
     top_k: int
     hidden: int
     pieces: tuple[tuple[Piece, ...], ...]
-    gate_rest: tuple[str, ...] = ()
-    row: Family = field(default_factory=lambda: Family("", ""), repr=False)
+    gate_rest: tuple[str, ...]
+    row: Family = field(repr=False)
     found: str = ""
 
     def expert(self, e: int) -> tuple[Piece, ...]:
