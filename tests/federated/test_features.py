@@ -132,6 +132,37 @@ def test_plain_sequential_with_tensor_inputs_and_subsets_share_one_store() -> No
     assert model(whole.x).shape == (40, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options_of_an_example_and_half_precision_run_past_the_trunk(dtype: torch.dtype) -> None:
+    class Options(TinyClassifier):
+        """Scores each of 2 options [B, 2, S] by itself."""
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            flat = super().forward(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+            return flat[:, 0].view(-1, 2)
+
+    class Pairs(TinyText):
+        def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+            rows = torch.tensor([index, (index + 1) % len(self)])
+            inputs = {"input_ids": self.ids[rows], "attention_mask": self.mask[rows]}
+            return inputs, self.labels[index] % 2
+
+    model = frozen_below(Options(layers=3)).to(dtype).eval()
+    clients = [Pairs(12, 1), Pairs(9, 2)]
+    trunk = usable_trunk(model, clients, CPU)
+    assert trunk is not None
+    (examples, _) = FeatureCache(1 << 20).wrap(trunk, clients, CPU)
+    rows = torch.tensor([3, 0, 7])
+    plain, known = (Batch.of(data, rows, CPU) for data in (clients[0], examples))
+    assert known.features is not None
+    assert known.features.shape == (3, 2, 8, 16)
+    with torch.no_grad():
+        wanted = plain.run(model)
+        with trunk.skipped():
+            got = known.run(model)
+    torch.testing.assert_close(got, wanted, atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
 def test_no_trunk_where_the_first_layer_is_trained() -> None:
     assert find_trunk(TinyClassifier(layers=2)) is None
 
