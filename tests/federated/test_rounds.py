@@ -16,6 +16,7 @@ from sluiceway.engines.local import federate
 from sluiceway.federated import Checkpoint, CheckpointError, Record, Result, Rounds, Training
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.evaluation import Evaluation
+from sluiceway.federated.guards import TooFewUpdates
 from sluiceway.strategies import STRATEGIES, Client, FedAvg
 
 TRAINING = Training(lr=0.02, batch_size=8)
@@ -114,22 +115,22 @@ def test_an_update_with_nan_is_named_left_out_and_counted(
     assert all(bool(t.isfinite().all()) for t in result.tensors.values())
 
 
-def test_when_all_updates_are_refused_the_model_stays(
+def test_when_all_updates_are_refused_the_run_ends_and_the_model_stays(
     moe_model: TinyClassifier, text_test: TinyText
 ) -> None:
     for strategy in ("fedavg", "fedalign-moe", "fedadam"):
         poisoned = Training(lr=1e30, optimizer="sgd", local_epochs=2, max_grad_norm=0.0)
         before = {n: p.detach().clone() for n, p in moe_model.named_parameters()}
-        result = federate(
-            moe_model,
-            [TinyText(16, 1)],
-            text_test,
-            strategy,
-            rounds=1,
-            training=poisoned,
-            device="cpu",
-        )
-        assert result.refused == 1, strategy
+        with pytest.raises(TooFewUpdates, match="0 of 1 updates could be used"):
+            federate(
+                moe_model,
+                [TinyText(16, 1)],
+                text_test,
+                strategy,
+                rounds=1,
+                training=poisoned,
+                device="cpu",
+            )
         for name, param in moe_model.named_parameters():
             assert torch.equal(param, before[name]), strategy
 

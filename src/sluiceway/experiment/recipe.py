@@ -35,11 +35,15 @@ class Run(BaseModel):
     """What is run, for how long, and where.
 
     kind: "federated" or "split". rounds: >= 1. seed: >= 0. participation: share of clients a
-    round, (0, 1]. device: "auto", "cpu", "cuda", ... engine: "local".
+    round, (0, 1]. device: "auto", "cpu", "cuda", ... engine: "local". min_clients: usable updates
+    that a round needs, >= 1. checkpoint_every: rounds between checkpoints, >= 1; checkpoint_keep:
+    how many stay, >= 1.
 
     Federated runs: workers: processes, 0 for one a core (one on a GPU). threads: torch threads a
     worker. feature_memory_mb: of frozen layers' outputs that may be held in memory, the rest goes
-    to a file. Split runs: form: "sequential", "parallel" (one server model), "copies" (a server
+    to a file. repeats: how often a round with too few usable updates is played again. timeout:
+    seconds that a client may train before the round goes on without it, 0 for any; needs the CPU.
+    Split runs: form: "sequential", "parallel" (one server model), "copies" (a server
     model per client) or "u" (labels stay). fronts: the strategy that averages clients' layers.
     """
 
@@ -55,6 +59,11 @@ class Run(BaseModel):
     feature_memory_mb: int = Field(default=2048, ge=0)
     form: Literal["sequential", "parallel", "copies", "u"] = "parallel"
     fronts: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
+    min_clients: int = Field(default=1, ge=1)
+    repeats: int = Field(default=1, ge=0)
+    timeout: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    checkpoint_every: int = Field(default=1, ge=1)
+    checkpoint_keep: int = Field(default=2, ge=1)
 
 
 class Data(BaseModel):

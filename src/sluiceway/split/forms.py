@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sluiceway.federated.batches import Batch
+from sluiceway.federated.stopping import check_stop
 from sluiceway.split.client import ClientSide
 from sluiceway.split.header import BatchId
 from sluiceway.split.server import ServerSide
@@ -33,6 +34,7 @@ def side_by_side(
 ) -> None:
     """In every step some clients send a batch each, and the server steps on all of them."""
     for chosen in spread([client.batch_count for client in clients]):
+        check_stop()
         ready = [(clients[i], *next(turns[clients[i].number])) for i in chosen]
         if sum(len(batch.labels) for _, _, batch in ready) < server.smallest:
             continue

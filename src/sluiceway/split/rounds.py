@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.federated.client import exchanged, mix
-from sluiceway.federated.rounds import Record, fault
+from sluiceway.federated.guards import fault
+from sluiceway.federated.rounds import Record
 from sluiceway.federated.wire import message_of, parts_of
 from sluiceway.moe import Anatomy
 from sluiceway.split.choosing import ALL, Masks
@@ -104,7 +105,10 @@ class Split:
         else:
             side_by_side(clients, turns, self.servers[ALL], self.traffic)
         updates = [self.closed(number, client) for client in clients]
-        self.refused |= {u.client: why for u in updates if (why := fault(u, self.strategy))}
+        asked = [client.number for client in clients]
+        for update in updates:
+            if why := fault(update, self.strategy, number, asked):
+                self.refused[update.client] = why
         self.strategy.aggregate(u for u in updates if u.client not in self.refused)
 
     def generator(self, number: int, client: int) -> torch.Generator:

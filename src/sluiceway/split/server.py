@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from sluiceway.federated.client import frozen_modules
 from sluiceway.split.header import BatchId
 from sluiceway.split.packing import Smashed
-from sluiceway.split.terms import Terms, optimiser_of, training_mode
+from sluiceway.split.terms import (
+    Terms,
+    load_optimiser,
+    optimiser_of,
+    optimiser_state,
+    training_mode,
+)
 
 
 class ServerSide:
@@ -29,6 +35,14 @@ class ServerSide:
         self.smallest = smallest
         self.optimiser = optimiser_of(back, terms.training)
         self.losses: list[tuple[int, Tensor]] = []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step depends on but the layers; not copied."""
+        return optimiser_state(self.optimiser)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        load_optimiser(self.optimiser, state)
 
     def step(self, messages: Sequence[bytes]) -> list[bytes]:
         """One optimiser step on the mean loss over all the batches, as if they were one.
