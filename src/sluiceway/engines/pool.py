@@ -29,10 +29,17 @@ TICK = 0.1
 
 @dataclass(frozen=True)
 class Lost:
-    """A task without a result: why, in a few words, and what it raised if it raised."""
+    """A task without a result.
+
+    Attributes:
+        why: in a few words.
+        error: what it raised, if it did; its cause is the traceback in the worker.
+        trace: that traceback, as text.
+    """
 
     why: str
     error: BaseException | None = None
+    trace: str = ""
 
 
 class RemoteError(Exception):
@@ -133,6 +140,8 @@ class Pool(Generic[T]):
             if seat.connection.poll():
                 found = pickle.loads(seat.connection.recv_bytes())
                 seat.task = None
+                if isinstance(found, Lost) and found.error is not None:
+                    found.error.__cause__ = RemoteError(found.trace)  # pickle leaves it out
                 return found
         except (EOFError, OSError):
             pass
@@ -194,12 +203,12 @@ def work(
 
 def lost(error: Exception) -> Lost:
     """What a worker says of an error."""
-    error.__cause__ = RemoteError(traceback.format_exc())
-    said = Lost(described(error), error)
+    trace = traceback.format_exc()
+    said = Lost(described(error), error, trace)
     try:
         pickle.loads(pickle.dumps(said))
     except Exception:
-        return Lost(said.why, RemoteError(traceback.format_exc()))
+        return Lost(said.why, RemoteError(trace), trace)
     return said
 
 

@@ -219,7 +219,8 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor.contiguous()
+        contiguous = tensor.contiguous()
+        found[name] = contiguous.clone() if place in seen else contiguous
         seen.add(place)
     return found
 
