@@ -19,32 +19,6 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, model_folder: Path, csv_file: Path) -> Path:
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        f"""
-        [run]
-        rounds = 3
-        workers = 1
-        device = "cpu"
-        [data]
-        path = "{csv_file}"
-        clients = 4
-        alpha = 0.5
-        max_tokens = 12
-        [model]
-        name = "{model_folder}"
-        experts = 4
-        [method]
-        name = "fedalign-moe"
-        [train]
-        lr = 0.02
-        """
-    )
-    return path
-
-
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_run_leaves_a_run_folder(recipe: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"

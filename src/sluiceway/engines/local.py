@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sluiceway.engines.pool import Lost, Pool, described
 from sluiceway.federated.batches import Batch, Examples
-from sluiceway.federated.checkpoints import Checkpoint
+from sluiceway.federated.checkpoints import Checkpoint, StorageError
 from sluiceway.federated.client import Loss, Training, Worker, prepare
 from sluiceway.federated.evaluation import Evaluation, label_counts
 from sluiceway.federated.features import FeatureCache, Trunk, agrees, find_trunk
@@ -134,7 +134,13 @@ class LocalEngine:
 
 
 def answer(number: int, done: Path | Lost) -> Update | Failure:
-    """A client's update from the file it was packed to."""
+    """A client's update from the file it was packed to.
+
+    Raises:
+        StorageError: this machine has no room for it, which is no failure of the client.
+    """
+    if isinstance(done, Lost) and isinstance(done.error, StorageError):
+        raise done.error
     if isinstance(done, Lost):
         return Failure(number, done.why, error=done.error)
     try:

@@ -21,8 +21,8 @@ from sluiceway.federated.rounds import Record, Result
 
 T = TypeVar("T")
 
-#: Seconds to wait for a folder: worker processes of a run that was killed hold it for a moment.
-PATIENCE = 3
+#: Seconds to wait for a folder: a run that was just killed may need a moment to be gone.
+PATIENCE = 1
 
 #: Keys of [run] that change no number of a round that was played.
 FREE = ("rounds", "workers", "feature_memory_mb", "checkpoint_every", "checkpoint_keep")
