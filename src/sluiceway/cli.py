@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sluiceway.data import DataError
     from sluiceway.experiment.errors import InputError
     from sluiceway.federated.checkpoints import CheckpointError, StorageError
-    from sluiceway.federated.guards import TooFewUpdates
+    from sluiceway.federated.guards import RunFailed
     from sluiceway.moe import NoExpertsError
 
     action: Callable[[argparse.Namespace], None] = args.action
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, DataError, NoExpertsError, CheckpointError) as error:
         print(f"sluiceway: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (StorageError, TooFewUpdates) as error:
+    except (StorageError, RunFailed) as error:
         print(f"sluiceway: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as stop:

@@ -12,7 +12,7 @@ from tests.split.small import ADAMW, SGD, Pictures, clients, normed, plain, tail
 from torch import nn
 
 from sluiceway.federated import Checkpoint, CheckpointError, Record, Result, Training
-from sluiceway.federated.guards import TooFewUpdates
+from sluiceway.federated.guards import RunFailed
 from sluiceway.split import split_train
 from sluiceway.split.forms import FORMS
 from sluiceway.split.methods import ACPSL, METHODS
@@ -115,7 +115,12 @@ def test_a_damaged_checkpoint_is_survived(tmp_path: Path) -> None:
     require_equal(history(None), again)
 
 
-def test_a_run_whose_layers_diverge_ends_with_a_line() -> None:
-    wild = Training(lr=1e30, batch_size=8, optimizer="sgd")
-    with pytest.raises(TooFewUpdates, match=r"round \d: the layers of 0 of 3 clients"):
-        history(None, training=wild, method="sl", participation=1.0)
+def test_a_run_whose_layers_diverge_ends_with_a_line(tmp_path: Path) -> None:
+    for lr, line in (
+        (1e5, r"round \d: the layers of 0 of 3 clients could be used"),
+        (1e30, r"round 1: NaN or Inf in conv\d.* on the server"),
+    ):
+        wild = Training(lr=lr, batch_size=8, optimizer="sgd")
+        with pytest.raises(RunFailed, match=line):
+            history(Checkpoint(tmp_path), training=wild, method="sl", participation=1.0)
+    assert not list(tmp_path.glob("round-*"))

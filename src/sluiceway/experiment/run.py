@@ -47,7 +47,7 @@ def run(
 
     Raises:
         InputError, DataError, NoExpertsError, CheckpointError: bad input, one line each.
-        StorageError, TooFewUpdates: the run cannot go on, one line each.
+        StorageError, RunFailed: the run cannot go on, one line each.
         Stopped: see `graceful_stop`.
     """
     session = session or Session()

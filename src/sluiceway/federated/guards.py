@@ -12,8 +12,16 @@ from sluiceway.moe import BlockRouting
 from sluiceway.strategies import Strategy, Update
 
 
-class TooFewUpdates(RuntimeError):
-    """A round had fewer usable updates than it needs; the message is one line."""
+class RunFailed(RuntimeError):
+    """A run that cannot go on; what was saved before stays. The message is one line."""
+
+
+class TooFewUpdates(RunFailed):
+    """A round had fewer usable updates than it needs."""
+
+
+class Diverged(RunFailed):
+    """What the server itself trains is not finite any more."""
 
 
 @dataclass(frozen=True)

@@ -100,15 +100,16 @@ class Split:
         turns = {c.number: c.batches(number, self.generator(number, c.number)) for c in clients}
         if self.form == "copies":
             for client in clients:
-                side_by_side([client], turns, self.servers[client.number], self.traffic)
-            self.average_copies(clients)
+                server = self.servers[client.number]
+                self.refused |= side_by_side([client], turns, server, self.traffic)
+            self.average_copies([c for c in clients if c.number not in self.refused])
         else:
-            side_by_side(clients, turns, self.servers[ALL], self.traffic)
+            self.refused |= side_by_side(clients, turns, self.servers[ALL], self.traffic)
         updates = [self.closed(number, client) for client in clients]
         asked = [client.number for client in clients]
         for update in updates:
             if why := fault(update, self.strategy, number, asked):
-                self.refused[update.client] = why
+                self.refused.setdefault(update.client, why)
         self.strategy.aggregate(u for u in updates if u.client not in self.refused)
 
     def generator(self, number: int, client: int) -> torch.Generator:
@@ -131,7 +132,7 @@ class Split:
         parts = parts_of(message)
         if self.masks.crossing and "scores" in parts:
             scores = parts["scores"]["channels"]
-        if scores is not None:
+        if scores is not None and client.number not in self.refused:
             self.masks.rate(client.number, scores)
         return Update(
             client.number,

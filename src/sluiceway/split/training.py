@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from sluiceway.federated.batches import Examples
 from sluiceway.federated.checkpoints import Checkpoint, Snapshot
 from sluiceway.federated.client import Loss, Optimisation, exchanged, mix
-from sluiceway.federated.guards import TooFewUpdates
+from sluiceway.federated.guards import Diverged, TooFewUpdates, finite
 from sluiceway.federated.rounds import Result, Rounds
 from sluiceway.federated.stopping import check_stop
 from sluiceway.split.compress import Compressor
@@ -83,7 +83,8 @@ def split_train(
     Raises:
         ValueError: a cut that is not there, a form or a method that is not known, a strategy that
             the form cannot use, a budget below one channel, too few clients with examples.
-        TooFewUpdates: see `min_clients`; CheckpointError, StorageError: see `Checkpoint`.
+        TooFewUpdates: see `min_clients`. Diverged: the server's layers are not finite any more.
+        CheckpointError, StorageError: see `Checkpoint`.
     """
     chosen_device = torch.device(device)
     plan = Rounds(
@@ -134,25 +135,36 @@ def run(
             check_stop()
             torch.manual_seed(mix(plan.seed, number))
             record = built.play(number, plan.chosen(number, with_examples))
-            require(record, plan.min_clients)
+            tensors = trained(built)
+            require(record, tensors, plan.min_clients)
             result.records.append(record)
-            result.tensors = trained(built)
+            result.tensors = tensors
             if checkpoint:
                 checkpoint.after(Snapshot(number, state_of(built), result.facts()), plan.rounds)
             on_round(record)
     return result
 
 
-def require(record: SplitRecord, least: int) -> None:
-    """Raise TooFewUpdates if fewer clients' layers could be used in a round."""
+def require(record: SplitRecord, tensors: Mapping[str, torch.Tensor], least: int) -> None:
+    """Check that a round left something to go on with.
+
+    Raises:
+        TooFewUpdates: fewer than `least` clients' layers could be used.
+        Diverged: a layer, which must be the server's, is not finite.
+    """
     used = len(record.clients) - len(record.refused)
-    if used >= least:
-        return
-    client, why = min(record.refused.items())
-    raise TooFewUpdates(
-        f"round {record.round}: the layers of {used} of {len(record.clients)} clients could be "
-        f"used, run.min_clients = {least} (client {client}: {why})"
-    )
+    first = "".join(f" (client {c}: {why})" for c, why in sorted(record.refused.items())[:1])
+    if used < least:
+        raise TooFewUpdates(
+            f"round {record.round}: the layers of {used} of {len(record.clients)} clients could be "
+            f"used, run.min_clients = {least}{first}"
+        )
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise Diverged(
+                f"round {record.round}: NaN or Inf in {name} on the server{first}; "
+                "a lower train.lr may help"
+            )
 
 
 def check(form: str, tail_at: str | None, fronts: Strategy | None) -> None:
