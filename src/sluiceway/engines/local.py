@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sluiceway.engines.pool import Lost, Pool, described
+from sluiceway.engines.scratch import scratch_folder
 from sluiceway.federated.batches import Batch, Examples
 from sluiceway.federated.checkpoints import Checkpoint, StorageError
 from sluiceway.federated.client import Loss, Training, Worker, prepare
@@ -67,9 +67,7 @@ class LocalEngine:
         self._down = 0
 
     def __enter__(self) -> Self:
-        self.folder = Path(
-            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sluiceway-"))
-        )
+        self.folder = self._stack.enter_context(scratch_folder())
         self.states = self.folder / "clients"
         self.states.mkdir()
         self._pool: Pool[Worker] | None = None
