@@ -107,6 +107,21 @@ def test_compare_pairs_by_seed_and_keeps_what_is_done(
     assert set(again) == {"0", "1", "2"}
 
 
+def test_compare_with_and_without_a_robust_rule(recipe: Path, tmp_path: Path) -> None:
+    out, vary = tmp_path / "out", "method.robust.name=none,median,norm-clipping"
+    assert main(["compare", str(recipe), "--vary", vary, "--out", str(out)]) == 0
+    variants = json.loads((out / "compare.json").read_text())["variants"]
+    assert [v["name"] for v in variants] == [
+        f"method.robust.name={name}" for name in ("none", "median", "norm-clipping")
+    ]
+    assert {v["runs"]["0"]["method"] for v in variants} == {"fedalign-moe"}
+    plain = tmp_path / "plain"
+    assert main(["run", str(recipe), "--out", str(plain)]) == 0
+    found = json.loads((plain / "summary.json").read_text())
+    for key in ("accuracy_by_round", "bytes_up", "bytes_down"):
+        assert found[key] == variants[0]["runs"]["0"][key]
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a refused command says."""
     assert main(arguments) == 2

@@ -186,6 +186,16 @@ def test_a_comparison_with_seeds(tmp_path: Path) -> None:
     assert 'href="fedalign-moe/seed-2/"' in path.read_text(encoding="utf-8")
 
 
+def test_runs_with_and_without_a_robust_rule_are_not_seeds_of_one_variant(tmp_path: Path) -> None:
+    tables = recipe_of().model_dump(exclude_none=True)
+    tables["run"]["seed"] = 1
+    tables["method"]["robust"] = {"name": "median"}
+    plain = write_run(tmp_path / "plain", recipe_of(), result_of())
+    robust = write_run(tmp_path / "robust", recipe_from(tables), result_of(seed=1))
+    (path,) = write_report([plain, robust])
+    assert "method.robust.name=median" in words(path)
+
+
 def test_a_comparison_of_one_seed_claims_no_interval(tmp_path: Path) -> None:
     gains = {"fedavg": {0: 0.0}, "fedalign-moe": {0: 0.1}}
     seen = words(write_report([write_comparison(tmp_path, gains)])[0])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pydantic import ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
 
 class InputError(ValueError):
@@ -28,3 +32,20 @@ def first_fault(error: ValidationError, where: str, allowed: dict[str, list[str]
     message = fault["msg"][0].lower() + fault["msg"][1:]
     message = message.removeprefix("value error, ").replace("input should", "must")
     return f"{key} = {fault['input']!r}: {message}"
+
+
+def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
+    """An object of a checked dataclass; its faults as one line that names the table."""
+    assert is_pydantic_dataclass(cls)
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise InputError(first_fault(error, table, {table: [*more, *keys_of(cls)]})) from None
+
+
+def keys_of(cls: type[Any]) -> list[str]:
+    """The parameters of a checked dataclass, by the names that a recipe uses."""
+    described = cls.__pydantic_fields__
+    return [
+        str(info.validation_alias or name) for name, info in described.items() if not info.exclude
+    ]

@@ -16,14 +16,13 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.dataclasses import is_pydantic_dataclass
 
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
-from sluiceway.experiment.errors import InputError, first_fault
+from sluiceway.experiment.errors import InputError, checked, first_fault
+from sluiceway.experiment.methods import method_of, method_table
 from sluiceway.federated.client import Optimisation, Training
 from sluiceway.split.compress import Compressor
-from sluiceway.split.methods import METHODS
-from sluiceway.strategies import STRATEGIES, Strategy
+from sluiceway.strategies import Strategy
 
 #: Networks for images, by the name that `model.name` uses.
 NETWORKS = ("conv4", "resnet18", "vgg11")
@@ -164,7 +163,12 @@ class Compare(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run. `method` has `name` and the parameters of that strategy."""
+    """A whole run.
+
+    `method` has `name` and the parameters of that strategy. In a federated run it may have a table
+    `robust`: `name` ("none", "median", "trimmed-mean" or "norm-clipping") and the parameters of
+    that rule, which hardens the aggregation.
+    """
 
     model_config = TABLE
     description: str = ""
@@ -197,13 +201,7 @@ class Recipe(BaseModel):
 
     def built(self) -> Strategy | Compressor:
         """What [method] names: a strategy, or in a split run a compressor. Raises InputError."""
-        name = self.method.get("name")
-        known: dict[str, type[Any]] = {**METHODS} if self.run.kind == "split" else {**STRATEGIES}
-        if name not in known:
-            raise InputError(f"method.name = {name!r}; allowed: {', '.join(known)}")
-        parameters = {key: value for key, value in self.method.items() if key != "name"}
-        made: Strategy | Compressor = checked("method", known[name], parameters, ["name"])
-        return made
+        return method_of(self.method, split=self.run.kind == "split")
 
     def training(self) -> Optimisation:
         """What [train] says; a `Training` in a federated run. Raises InputError."""
@@ -214,26 +212,9 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, defaults included, ready to be written as TOML."""
         tables = self.model_dump(exclude_none=True)
-        method = self.built()
-        parameters = TypeAdapter(type(method)).dump_python(method, by_alias=True, exclude_none=True)
-        tables["method"] = {"name": self.method["name"], **parameters}
+        tables["method"] = method_table(self.method, self.built())
         tables["train"] = TypeAdapter(type(self.training())).dump_python(self.training())
         return tables
-
-
-def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
-    """An object of a checked dataclass; its faults as one line that names the table."""
-    assert is_pydantic_dataclass(cls)
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        raise InputError(first_fault(error, table, {table: [*more, *keys_of(cls)]})) from None
-
-
-def keys_of(cls: type[Any]) -> list[str]:
-    """The parameters of a checked dataclass, by the names that a recipe uses."""
-    described = cls.__pydantic_fields__
-    return [str(info.validation_alias or name) for name, info in described.items()]
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
