@@ -53,6 +53,9 @@ class Robust(Strategy):
     def server_extra(self) -> Mapping[str, Tensor]:
         return self.inner.server_extra()
 
+    def client_extra(self) -> Mapping[str, Tensor] | None:
+        return self.inner.client_extra()
+
     def aggregate(self, updates: Iterable[Update]) -> None:
         self.inner.aggregate(updates)
 
