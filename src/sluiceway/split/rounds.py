@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from sluiceway.federated.client import exchanged, mix
 from sluiceway.federated.rounds import Record, fault
-from sluiceway.federated.wire import message_of, parts_of
+from sluiceway.federated.wire import message_of
 from sluiceway.moe import Anatomy
 from sluiceway.split.choosing import ALL, Masks
 from sluiceway.split.client import ClientSide
 from sluiceway.split.forms import Traffic, side_by_side
 from sluiceway.split.judging import Judge
+from sluiceway.split.messages import read_closing
 from sluiceway.split.server import ServerSide
 from sluiceway.split.terms import client_layers
 from sluiceway.strategies import FedAvg, Strategy, Update
@@ -124,7 +125,7 @@ class Split:
         scores = client.meter.scores() if client.meter is not None else None
         message = client.end(number, scores if self.masks.crossing else None)
         self.traffic.up += len(message)
-        parts = parts_of(message)
+        parts = read_closing(message, client.number, number, self.crossing)
         if self.masks.crossing and "scores" in parts:
             scores = parts["scores"]["channels"]
         if scores is not None:
