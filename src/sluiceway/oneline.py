@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def shown(value: object, most: int = 80) -> str:
+def quoted(value: object, most: int = 80) -> str:
     """A value as Python writes it, on one line and cut after `most` characters."""
     try:
         text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)

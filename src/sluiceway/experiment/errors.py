@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
+
+from sluiceway.oneline import line, quoted
 
 
 class InputError(ValueError):
@@ -18,13 +22,14 @@ def first_fault(error: ValidationError, where: str, allowed: dict[str, list[str]
     """
     fault = error.errors(include_url=False)[0]
     location = [str(part) for part in fault["loc"]]
-    key = ".".join([*([where] if where else []), *location])
-    table = ".".join(key.split(".")[:-1])
+    path = [*([where] if where else []), *location]
+    key, table = line(".".join(path), 80), ".".join(path[:-1])
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = ", ".join(allowed.get(table, []))
-        return f"unknown key {key}; allowed{f' in [{table}]' if table else ''}: {known}"
+        return f"unknown key {key}; allowed{f' in [{line(table, 80)}]' if table else ''}: {known}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     message = fault["msg"][0].lower() + fault["msg"][1:]
-    message = message.removeprefix("value error, ").replace("input should", "must")
-    return f"{key} = {fault['input']!r}: {message}"
+    message = re.sub("^(input|string|list|dictionary) should", "must", message)
+    message = line(message.removeprefix("value error, "), 1000)
+    return f"{key} = {quoted(fault['input'])}: {message}" if key else message

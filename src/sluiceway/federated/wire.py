@@ -24,7 +24,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from sluiceway.moe import BlockRouting
-from sluiceway.oneline import line, shown
+from sluiceway.oneline import line, quoted
 from sluiceway.strategies import Broadcast, Update
 
 #: Of the message layout; a reader refuses any other.
@@ -167,7 +167,7 @@ def contents(
         prefix, _, name = key.partition("/")
         if prefix not in names or not name:
             wanted = ", ".join(f"{known}/..." for known in prefixes)
-            raise WireError(f"{where}: tensor {shown(key)}; expected {wanted}")
+            raise WireError(f"{where}: tensor {quoted(key)}; expected {wanted}")
         check_entry(key, entry, where)
         names[prefix][name] = key
     return facts_of(metadata, where), names
@@ -199,13 +199,13 @@ def check_entry(key: str, entry: object, where: str) -> None:
     kind, shape = (entry.get(k) for k in ("dtype", "shape")) if isinstance(entry, dict) else (0, 0)
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise WireError(
-            f"{where}: tensor {shown(key)} has type {shown(kind)}; expected {', '.join(_DTYPES)}"
+            f"{where}: tensor {quoted(key)} has type {quoted(kind)}; expected {', '.join(_DTYPES)}"
         )
     sizes = shape if isinstance(shape, list) and len(shape) <= _DIMENSIONS else [-1]
     # The product with 1 for 0: of an empty tensor too torch computes how far rows are apart.
     if any(type(n) is not int or n < 0 for n in sizes) or prod(n or 1 for n in sizes) >= 1 << 60:
         raise WireError(
-            f"{where}: tensor {shown(key)} has shape {shown(shape)}; expected at most "
+            f"{where}: tensor {quoted(key)} has shape {quoted(shape)}; expected at most "
             f"{_DIMENSIONS} sizes from 0, below 2^60 in all"
         )
 
@@ -222,10 +222,10 @@ def facts_of(metadata: object, where: str) -> Facts:
     except (ValueError, RecursionError) as error:
         raise unreadable(where, error) from None
     if not isinstance(facts, dict):
-        raise WireError(f"{where}: facts are {shown(facts)}; expected a JSON object")
+        raise WireError(f"{where}: facts are {quoted(facts)}; expected a JSON object")
     version = facts.get("version")
     if type(version) is not int or version != VERSION:
-        raise WireError(f"{where} has message version {shown(version)}, this side reads {VERSION}")
+        raise WireError(f"{where} has message version {quoted(version)}, this side reads {VERSION}")
     return facts
 
 
@@ -238,7 +238,7 @@ def integer(facts: Facts, name: str, where: str) -> int:
     """A fact that is an integer of 64 bits. Raises WireError."""
     value = facts.get(name)
     if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
-        raise WireError(f"{where}: {name} is {shown(value)}; expected an integer of 64 bits")
+        raise WireError(f"{where}: {name} is {quoted(value)}; expected an integer of 64 bits")
     return value
 
 
@@ -246,10 +246,10 @@ def metrics_of(facts: Facts, where: str) -> dict[str, float]:
     """The fact `metrics`: numbers by name, NaN and infinity among them. Raises WireError."""
     metrics = facts.get("metrics")
     if not isinstance(metrics, dict):
-        raise WireError(f"{where}: metrics are {shown(metrics)}; expected numbers by name")
+        raise WireError(f"{where}: metrics are {quoted(metrics)}; expected numbers by name")
     for name, value in metrics.items():
         if type(value) not in (int, float) or (type(value) is int and abs(value) >= 1 << 63):
-            raise WireError(f"{where}: metric {shown(name)} is {shown(value)}; expected a number")
+            raise WireError(f"{where}: metric {quoted(name)} is {quoted(value)}; expected a number")
     return metrics
 
 
@@ -373,7 +373,7 @@ def report_of(packed: Mapping[str, Tensor], block: int, where: str) -> BlockRout
 
 def described(tensor: Tensor) -> str:
     """Type and shape, such as "float32 [4, 16]"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {shown(list(tensor.shape))}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {quoted(list(tensor.shape))}"
 
 
 @torch.no_grad()
@@ -393,7 +393,7 @@ def take_values(
     given = dict(values.items())
     for name, value in given.items():
         if name not in tensors:
-            raise WireError(f"received {shown(name)}; no tensor of that name is exchanged")
+            raise WireError(f"received {quoted(name)}; no tensor of that name is exchanged")
         if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
             raise WireError(
                 f"received {name} as {described(value)}; expected {described(tensors[name])}"

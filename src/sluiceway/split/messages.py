@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sluiceway.federated.wire import WireError, described, integer, parts_of
-from sluiceway.oneline import shown
+from sluiceway.oneline import quoted
 from sluiceway.strategies import Broadcast
 
 #: What the tensors of the two messages may be.
@@ -85,5 +85,5 @@ def only(where: str, part: str, name: str, tensors: Mapping[str, Tensor]) -> Ten
     """The one tensor that a part may have; None without any."""
     for other in tensors:
         if other != name:
-            raise WireError(f"{where}: tensor {shown(f'{part}/{other}')}; expected {part}/{name}")
+            raise WireError(f"{where}: tensor {quoted(f'{part}/{other}')}; expected {part}/{name}")
     return tensors.get(name)
