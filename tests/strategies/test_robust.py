@@ -422,18 +422,18 @@ def test_it_learns_though_two_of_ten_clients_send_nonsense(rule: str) -> None:
     clients = [TinyText(24 if i < 2 else 32, i) for i in range(10)]
     parameters: dict[str, float] = {"share": 0.2} if rule == "trimmed-mean" else {}
 
-    def run(made: Strategy) -> Result:
+    def run(made: Strategy, rounds: int) -> Result:
         return federate(
             TinyClassifier(),
             clients,
             TinyText(60, 99),
             made,
-            rounds=6,
+            rounds=rounds,
             training=replace(TRAINING, local_epochs=2),
             device="cpu",
         )
 
     # three balanced classes
-    assert run(ROBUST[rule](Poisoned(), **parameters)).accuracy > 0.75
-    if rule == "median":
-        assert run(Poisoned()).best_accuracy < 0.5
+    assert run(ROBUST[rule](Poisoned(), **parameters), 6).accuracy > 0.75
+    if rule == "median":  # without it, all have diverged after a few rounds more
+        assert run(Poisoned(), 3).best_accuracy < 0.5

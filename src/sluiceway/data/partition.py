@@ -4,6 +4,7 @@ Every partition is a list with one array of sorted row indices (int64) for each 
 are disjoint and together cover every row; they depend on the arguments alone.
 """
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +15,11 @@ from sluiceway.data.errors import DataError
 from sluiceway.data.tables import IntArray
 
 Parts = list[IntArray]
+
+#: Labels or groups times clients, at most, and shards of a pathological partition: more would take
+#: minutes or more memory than a machine has.
+SHARES_LIMIT = 50_000_000
+SHARDS_LIMIT = 1_000_000
 
 PARTITION_KINDS = ("iid", "dirichlet", "pathological", "natural")
 
@@ -91,20 +97,28 @@ def dirichlet(labels: IntArray, clients: int, alpha: float, seed: int) -> Parts:
         seed: 0 or more.
 
     Raises:
-        DataError: `clients` or `alpha` is out of range.
+        DataError: `clients` or `alpha` is out of range, or labels times clients are more than
+            `SHARES_LIMIT`.
     """
     _check_clients(len(labels), clients)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise DataError(f"alpha is {alpha}: it must be a finite number above 0")
+    groups = _rows_by_value(labels)
+    if len(groups) * clients > SHARES_LIMIT:
+        raise DataError(
+            f"{clients} clients for {len(groups)} labels or groups: their product must be at most "
+            f"{SHARES_LIMIT}"
+        )
     rng = np.random.default_rng(seed)
     pieces: list[list[IntArray]] = [[] for _ in range(clients)]
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
+    for group in groups:
+        rows = rng.permutation(group)
         shares = _dirichlet_shares(rng, clients, alpha)
         # Rounded, not floored: flooring every boundary hands the leftovers to the last client.
         cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
-        for client, piece in enumerate(np.split(rows, cuts)):
-            pieces[client].append(piece)
+        edges = np.concatenate([[0], cuts, [len(rows)]])
+        for client in np.flatnonzero(np.diff(edges)):
+            pieces[client].append(rows[edges[client] : edges[client + 1]])
     return _join(pieces)
 
 
@@ -118,7 +132,7 @@ def pathological(labels: IntArray, clients: int, classes_per_client: int, seed: 
     Args:
         labels: int64 [N] with C distinct values.
         clients: 1..N, and at least C / classes_per_client, for every label needs a client.
-        classes_per_client: 1..C.
+        classes_per_client: 1..C; times `clients` at most `SHARDS_LIMIT`.
         seed: 0 or more.
 
     Raises:
@@ -136,7 +150,14 @@ def pathological(labels: IntArray, clients: int, classes_per_client: int, seed: 
             f"{clients} clients with {classes_per_client} labels each cannot hold "
             f"{len(values)} labels: clients * classes_per_client must be {len(values)} or more"
         )
+    if clients * classes_per_client > SHARDS_LIMIT or clients * len(values) > SHARES_LIMIT:
+        raise DataError(
+            f"{clients} clients with {classes_per_client} of {len(values)} labels each: "
+            f"clients * classes_per_client must be at most {SHARDS_LIMIT}, and clients * labels "
+            f"{SHARES_LIMIT}"
+        )
     rng = np.random.default_rng(seed)
+    groups = _rows_by_value(labels)
     shards = _shard_numbers(counts, clients, classes_per_client)
     free = np.full(clients, classes_per_client)
     pieces: list[list[IntArray]] = [[] for _ in range(clients)]
@@ -144,7 +165,7 @@ def pathological(labels: IntArray, clients: int, classes_per_client: int, seed: 
         # The clients with most shards still to get: then none is left that needs one label twice.
         holders = np.lexsort((rng.random(clients), -free))[: shards[i]]
         free[holders] -= 1
-        rows = rng.permutation(np.flatnonzero(labels == values[i]))
+        rows = rng.permutation(groups[i])
         for client, piece in zip(holders, np.array_split(rows, shards[i]), strict=True):
             pieces[client].append(piece)
     return _join(pieces)
@@ -173,11 +194,11 @@ def natural(groups: IntArray, clients: int, alpha: float | None = None, seed: in
     rng = np.random.default_rng(seed)
     values, counts = np.unique(groups, return_counts=True)
     order = np.lexsort((rng.random(len(values)), -counts))
+    members = _rows_by_value(groups)
     pieces: list[list[IntArray]] = [[] for _ in range(clients)]
     for rank, i in enumerate(order):
-        rows = np.flatnonzero(groups == values[i])
         holders = range(rank, clients, len(values)) or [rank % clients]
-        shuffled = rng.permutation(rows)
+        shuffled = rng.permutation(members[i])
         for client, piece in zip(holders, np.array_split(shuffled, len(holders)), strict=True):
             pieces[client].append(piece)
     return _join(pieces)
@@ -239,10 +260,23 @@ def _dirichlet_shares(
 def _shard_numbers(counts: IntArray, clients: int, classes_per_client: int) -> IntArray:
     """Shards of each label [C]: 1..clients each, in proportion to `counts`, all shards dealt."""
     shards = np.ones(len(counts), dtype=np.int64)
+    # The largest rows per shard first, of equals the lowest label.
+    loads = [(-float(count), i) for i, count in enumerate(counts)] if clients > 1 else []
+    heapq.heapify(loads)
     for _ in range(clients * classes_per_client - len(counts)):
-        load = np.where(shards < clients, counts / shards, -1.0)
-        shards[np.argmax(load)] += 1
+        _, i = loads[0]
+        shards[i] += 1
+        if shards[i] < clients:
+            heapq.heapreplace(loads, (-float(counts[i] / shards[i]), i))
+        else:
+            heapq.heappop(loads)
     return shards
+
+
+def _rows_by_value(column: IntArray) -> list[IntArray]:
+    """The rows of each distinct value, values and rows in ascending order."""
+    _, counts = np.unique(column, return_counts=True)
+    return np.split(np.argsort(column, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def _join(pieces: Sequence[Sequence[IntArray]]) -> Parts:

@@ -20,10 +20,12 @@ from sluiceway.experiment.recipe import (
     overridden_tables,
     parsed,
     recipe_from,
+    require_few,
     set_key,
 )
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress, Session
+from sluiceway.oneline import quoted
 
 #: What is compared, by its key in summary.json.
 MEASURES = (
@@ -59,7 +61,7 @@ def parse_vary(given: Sequence[str]) -> dict[str, list[Any]]:
     for text in given:
         key, sign, values = text.partition("=")
         if not sign or "." not in key or not values:
-            raise InputError(f"cannot vary {text!r}; write table.key=a,b,c")
+            raise InputError(f"cannot vary {quoted(text)}; write table.key=a,b,c")
         vary[key.strip()] = [parsed(value.strip()) for value in values.split(",")]
     return vary
 
@@ -97,6 +99,10 @@ def compare(
     seeds = list(seeds or base.compare.seeds)
     if not vary:
         raise InputError("nothing to compare: give --vary key=a,b,c, or [compare] in the recipe")
+    try:
+        require_few(vary, seeds)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     progress = progress or Progress()
     session = Session()
     combinations = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
+
+from sluiceway.oneline import line, quoted
 
 
 class InputError(ValueError):
@@ -22,23 +25,24 @@ def first_fault(error: ValidationError, where: str, allowed: dict[str, list[str]
     """
     fault = error.errors(include_url=False)[0]
     location = [str(part) for part in fault["loc"]]
-    key = ".".join([*([where] if where else []), *location])
-    table = ".".join(key.split(".")[:-1])
+    path = [*([where] if where else []), *location]
+    key, table = line(".".join(path), 80), ".".join(path[:-1])
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = ", ".join(allowed.get(table, []))
-        return f"unknown key {key}; allowed{f' in [{table}]' if table else ''}: {known}"
+        return f"unknown key {key}; allowed{f' in [{line(table, 80)}]' if table else ''}: {known}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     message = fault["msg"][0].lower() + fault["msg"][1:]
-    message = message.removeprefix("value error, ").replace("input should", "must")
-    return f"{key} = {fault['input']!r}: {message}"
+    message = re.sub("^(input|string|list|dictionary) should", "must", message)
+    message = line(message.removeprefix("value error, "), 1000)
+    return f"{key} = {quoted(fault['input'])}: {message}" if key else message
 
 
 def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
     """An object of a checked dataclass; its faults as one line that names the table."""
     assert is_pydantic_dataclass(cls)
     try:
-        return cls(**values)
+        return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         raise InputError(first_fault(error, table, {table: [*more, *keys_of(cls)]})) from None
 

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sluiceway.experiment.errors import InputError, checked
+from sluiceway.oneline import quoted
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.strategies import ROBUST, STRATEGIES, Strategy
@@ -22,7 +23,7 @@ def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor
     known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES}
     name, apart = table.get("name"), {"name"} if split else {"name", "robust"}
     if not isinstance(name, str) or name not in known:  # a list is not even hashable
-        raise InputError(f"method.name = {name!r}; allowed: {', '.join(known)}")
+        raise InputError(f"method.name = {quoted(name)}; allowed: {', '.join(known)}")
     parameters = {key: value for key, value in table.items() if key not in apart}
     made: Strategy | Compressor = checked("method", known[name], parameters, sorted(apart))
     if isinstance(made, Strategy) and "robust" in table:
@@ -33,10 +34,10 @@ def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor
 def hardened(inner: Strategy, table: Any) -> Robust:
     """A strategy inside of the rule that [method.robust] names. Raises InputError."""
     if not isinstance(table, Mapping):
-        raise InputError(f"method.robust = {table!r}: must be a table with a name")
+        raise InputError(f"method.robust = {quoted(table)}: must be a table with a name")
     name = table.get("name")
     if not isinstance(name, str) or name not in RULES:
-        raise InputError(f"method.robust.name = {name!r}; allowed: {', '.join(RULES)}")
+        raise InputError(f"method.robust.name = {quoted(name)}; allowed: {', '.join(RULES)}")
     parameters = {key: value for key, value in table.items() if key != "name"}
     made: Robust = checked("method.robust", RULES[name], {"inner": inner} | parameters, ["name"])
     return made

@@ -5,13 +5,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from string import Formatter
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StringConstraints,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -21,48 +24,68 @@ from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
 from sluiceway.experiment.errors import InputError, checked, first_fault
 from sluiceway.experiment.methods import method_of, method_table
 from sluiceway.federated.client import Optimisation, Training
+from sluiceway.oneline import line, quoted
 from sluiceway.split.compress import Compressor
 from sluiceway.strategies import Strategy
+from sluiceway.strategies.base import LARGEST_SEED
 
 #: Networks for images, by the name that `model.name` uses.
 NETWORKS = ("conv4", "resnet18", "vgg11")
 
-TABLE = ConfigDict(extra="forbid", frozen=True)
+#: Largest recipe file and largest `key=value`, in bytes and characters.
+RECIPE_LIMIT: Final = 256 << 10
+OVERRIDE_LIMIT: Final = 16 << 10
+#: Tables and lists in each other, at most; and dots in a line, for reading a key of n parts takes
+#: time by n^2.
+DEPTH_LIMIT: Final = 16
+DOTS_LIMIT: Final = 100
+#: Rounds times clients, at most: who takes part in later rounds is looked up in every round.
+TURNS_LIMIT: Final = 20_000_000
+#: Runs of one comparison, at most: all their recipes are checked before the first.
+RUNS_LIMIT: Final = 10_000
+
+TABLE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+#: A name, a path, a word: at most 4,096 characters.
+Text = Annotated[str, StringConstraints(max_length=4096)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 class Run(BaseModel):
     """What is run, for how long, and where.
 
-    kind: "federated" or "split". rounds: >= 1. seed: >= 0. participation: share of clients a
-    round, (0, 1]. device: "auto", "cpu", "cuda", ... engine: "local". min_clients: usable updates
-    that a round needs, >= 1. checkpoint_every: rounds between checkpoints, >= 1; checkpoint_keep:
-    how many stay, >= 1.
+    kind: "federated" or "split". rounds: 1 to 99,999; times data.clients at most 20 million. seed:
+    in [0, 2^63). participation: share of clients a round, (0, 1]. device: "auto", "cpu", "cuda",
+    ... engine: "local". min_clients: usable updates that a round needs, >= 1. checkpoint_every:
+    rounds between checkpoints, >= 1; checkpoint_keep: how many stay, >= 1.
 
-    Federated runs: workers: processes, 0 for one a core (one on a GPU). threads: torch threads a
-    worker. feature_memory_mb: of frozen layers' outputs that may be held in memory, the rest goes
-    to a file. repeats: how often a round with too few usable updates is played again. timeout:
-    seconds that a client may train before the round goes on without it, 0 for any; needs the CPU.
-    Split runs: form: "sequential", "parallel" (one server model), "copies" (a server
-    model per client) or "u" (labels stay). fronts: the strategy that averages clients' layers.
+    Federated runs: workers: processes, at most 1,024, 0 for one a core (one on a GPU). threads:
+    torch threads a worker, 1 to 1,024. feature_memory_mb: of frozen layers' outputs that may be
+    held in memory, at most 10^9, the rest goes to a file. repeats: how often a round with too few
+    usable updates is played again, at most 1,000. timeout: seconds that a client may train before
+    the round goes on without it, 0 for any; needs the CPU.
+
+    Split runs: form: "sequential", "parallel" (one server model), "copies" (a server model per
+    client) or "u" (labels stay). fronts: the strategy that averages clients' layers.
     """
 
     model_config = TABLE
     kind: Literal["federated", "split"] = "federated"
-    rounds: int = Field(default=10, ge=1)
-    seed: int = Field(default=0, ge=0)
+    rounds: int = Field(default=10, ge=1, le=99_999)
+    seed: Seed = 0
     participation: float = Field(default=1.0, gt=0, le=1)
-    device: str = "auto"
+    device: Text = "auto"
     engine: Literal["local"] = "local"
-    workers: int = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
-    feature_memory_mb: int = Field(default=2048, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
+    threads: int = Field(default=1, ge=1, le=1024)
+    feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
     form: Literal["sequential", "parallel", "copies", "u"] = "parallel"
     fronts: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
-    min_clients: int = Field(default=1, ge=1)
-    repeats: int = Field(default=1, ge=0)
-    timeout: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    checkpoint_every: int = Field(default=1, ge=1)
-    checkpoint_keep: int = Field(default=2, ge=1)
+    min_clients: int = Field(default=1, ge=1, le=100_000)
+    repeats: int = Field(default=1, ge=0, le=1000)
+    timeout: float = Field(default=0.0, ge=0)
+    checkpoint_every: int = Field(default=1, ge=1, le=99_999)
+    checkpoint_keep: int = Field(default=2, ge=1, le=99_999)
 
 
 class Data(BaseModel):
@@ -70,29 +93,30 @@ class Data(BaseModel):
 
     name: a known data set, or path: a file of one's own (parquet, csv, jsonl) with text_column
     and label_column, and test_path or a held-out test_fraction. limit, test_limit: caps on the
-    examples, stratified, 0 for none. clients: >= 1. partition: "iid", "dirichlet" (alpha > 0),
-    "pathological" (classes_per_client) or "natural" (group: a column; with alpha also a Dirichlet
-    over its values). seed: of the caps and the hold-out. max_tokens: of a text. augment: random
-    crops and mirror images of training images.
+    examples, stratified, at most 10^12, 0 for none. clients: 1 to 100,000. partition: "iid",
+    "dirichlet" (alpha > 0), "pathological" (classes_per_client, 1 to 100,000) or "natural" (group:
+    a column; with alpha also a Dirichlet over its values). seed: of the caps and the hold-out, in
+    [0, 2^63). max_tokens: of a text, 3 to 2^20. augment: random crops and mirror images of training
+    images. Names and paths have at most 4,096 characters.
     """
 
     model_config = TABLE
-    name: str | None = None
-    path: str | None = None
-    test_path: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
+    name: Text | None = None
+    path: Text | None = None
+    test_path: Text | None = None
+    text_column: Text = "text"
+    label_column: Text = "label"
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    limit: int = Field(default=0, ge=0)
-    test_limit: int = Field(default=0, ge=0)
-    clients: int = Field(default=10, ge=1)
+    limit: int = Field(default=0, ge=0, le=10**12)
+    test_limit: int = Field(default=0, ge=0, le=10**12)
+    clients: int = Field(default=10, ge=1, le=100_000)
     partition: Literal["iid", "dirichlet", "pathological", "natural"] = "dirichlet"
     alpha: float | None = Field(default=None, gt=0)
-    classes_per_client: int = Field(default=2, ge=1)
-    group: str | None = None
-    max_tokens: int = Field(default=64, ge=3)
+    classes_per_client: int = Field(default=2, ge=1, le=100_000)
+    group: Text | None = None
+    max_tokens: int = Field(default=64, ge=3, le=1 << 20)
     augment: bool = True
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def one_source(self) -> Data:
@@ -110,35 +134,36 @@ class Model(BaseModel):
     Texts: name: "minilm", "smollm2", a folder, or a name on the Hugging Face hub; gguf: the file's
     name, of a model in a GGUF file. dtype: of the parameters, "auto" as saved. answer: "head", a
     linear layer on the mean hidden state, or "likelihood": a language model says which ending, or
-    which label word (words; default the labels' names) after the prompt, is likeliest. lora: rank
-    of adapters that are trained instead of whole matrices, 0 for none, with scale lora_alpha /
-    lora; lora_gate: on routers too, which are else trained whole. experts: number of experts
-    that each chosen dense feed-forward layer is copied into, 0 to take the model as it is. top_k:
-    experts a token. layers: how many of the last layers become mixtures. noise: of the copies,
+    which label word (words, at most 10,000; default the labels' names) after the prompt (at most
+    10,000 characters, with {text} once), is likeliest. lora: rank of adapters that are trained
+    instead of whole matrices, at most 4,096, 0 for none, with scale lora_alpha / lora; lora_gate:
+    on routers too, which are else trained whole. experts: number of experts that each chosen dense
+    feed-forward layer is copied into, at most 512, 0 to take the model as it is. top_k: experts a
+    token. layers: how many of the last layers become mixtures, at most 1,024. noise: of the copies,
     relative to their weights' deviation. scale: a token's output is scaled by its gate's
     probabilities, needed for top_k = 1. train: "moe" the mixture blocks and the head, "experts",
     "layers" everything from the first mixture upward, "all".
 
-    Images: name: "conv4", "resnet18" or "vgg11"; width: channels of the first layers. cut: the last
-    layer that clients hold. tail: in a U-shape, the last layer that the server holds.
+    Images: name: "conv4", "resnet18" or "vgg11"; width: channels of the first layers, at most 512.
+    cut: the last layer that clients hold. tail: in a U-shape, the last layer that the server holds.
     """
 
     model_config = TABLE
-    name: str = "minilm"
-    gguf: str | None = None
+    name: Text = "minilm"
+    gguf: Text | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     answer: Literal["head", "likelihood"] = "head"
-    prompt: str = "{text}\nTopic:"
-    words: list[str] | None = None
-    lora: int = Field(default=0, ge=0)
+    prompt: str = Field(default="{text}\nTopic:", max_length=10_000)
+    words: list[Text] | None = Field(default=None, max_length=10_000)
+    lora: int = Field(default=0, ge=0, le=4096)
     lora_alpha: float = Field(default=16.0, gt=0)
     lora_gate: bool = False
-    width: int = Field(default=32, ge=1)
-    cut: str | None = None
-    tail: str | None = None
-    experts: int = Field(default=8, ge=0)
-    top_k: int = Field(default=2, ge=1)
-    layers: int = Field(default=1, ge=1)
+    width: int = Field(default=32, ge=1, le=512)
+    cut: Text | None = None
+    tail: Text | None = None
+    experts: int = Field(default=8, ge=0, le=512)
+    top_k: int = Field(default=2, ge=1, le=512)
+    layers: int = Field(default=1, ge=1, le=1024)
     noise: float = Field(default=0.01, ge=0)
     scale: bool = False
     train: Literal["moe", "experts", "layers", "all"] = "moe"
@@ -146,20 +171,44 @@ class Model(BaseModel):
     @model_validator(mode="after")
     def one_text(self) -> Model:
         try:
-            shown = self.prompt.format(text="\0")
-        except (KeyError, IndexError, ValueError):
-            shown = ""
-        if shown.count("\0") != 1:
-            raise ValueError(f"model.prompt = {self.prompt!r}: it must have {{text}} once")
+            fields = [part[1:] for part in Formatter().parse(self.prompt) if part[1] is not None]
+        except ValueError:
+            fields = []
+        # A width, as in {text:>999999999}, would make a text of that many characters.
+        if fields != [("text", "", None)]:
+            raise ValueError(f"model.prompt = {quoted(self.prompt)}: it must have {{text}} once")
         return self
 
 
 class Compare(BaseModel):
-    """What `sluiceway compare` varies when it is not told: key = list of values; and the seeds."""
+    """What `sluiceway compare` varies when it is not told: key = list of values; and the seeds.
+
+    Values are numbers, texts, true or false, or lists of them; at most 10,000 runs in all.
+    """
 
     model_config = TABLE
-    vary: dict[str, list[Any]] = Field(default_factory=dict)
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    vary: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
+
+    @model_validator(mode="after")
+    def plain_values(self) -> Compare:
+        for key, values in self.vary.items():
+            for value in values:
+                parts = value if isinstance(value, list) else [value]
+                if not all(isinstance(part, str | int | float) for part in parts):
+                    raise ValueError(
+                        f"compare.vary has {line(key, 80)} = {quoted(value)}; expected a number, "
+                        "a text, true or false, or a list of them"
+                    )
+        require_few(self.vary, self.seeds)
+        return self
+
+
+def require_few(vary: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> None:
+    """Raise ValueError for a comparison of too many runs."""
+    count = prod(map(len, vary.values())) * len(seeds)
+    if count > RUNS_LIMIT:
+        raise ValueError(f"a comparison of {quoted(count)} runs; at most {RUNS_LIMIT} can be made")
 
 
 class Recipe(BaseModel):
@@ -171,7 +220,7 @@ class Recipe(BaseModel):
     """
 
     model_config = TABLE
-    description: str = ""
+    description: str = Field(default="", max_length=10_000)
     run: Run = Field(default_factory=Run)
     data: Data
     model: Model = Field(default_factory=Model)
@@ -185,18 +234,24 @@ class Recipe(BaseModel):
         names = IMAGE_NAMES if split else TEXT_NAMES + CHOICE_NAMES
         if self.data.name is not None and self.data.name not in names:
             raise ValueError(
-                f"data.name = {self.data.name!r}: a {self.run.kind} run takes {', '.join(names)}"
+                f"data.name = {quoted(self.data.name)}: a {self.run.kind} run takes "
+                f"{', '.join(names)}"
             )
         if split and self.data.path is not None:
             raise ValueError("data.path takes texts; a split run takes data.name")
         if split and self.model.name not in NETWORKS:
             raise ValueError(
-                f"model.name = {self.model.name!r}: a split run takes {', '.join(NETWORKS)}"
+                f"model.name = {quoted(self.model.name)}: a split run takes {', '.join(NETWORKS)}"
             )
         if split and self.model.cut is None:
             raise ValueError("a split run needs model.cut, the last layer that clients hold")
         if (self.run.form == "u") != (self.model.tail is not None):
             raise ValueError("run.form = 'u' and model.tail go together, one needs the other")
+        if self.run.rounds * self.data.clients > TURNS_LIMIT:
+            raise ValueError(
+                f"run.rounds = {self.run.rounds} of data.clients = {self.data.clients}: their "
+                f"product must be at most {TURNS_LIMIT}"
+            )
         return self
 
     def built(self) -> Strategy | Compressor:
@@ -221,7 +276,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name or a TOML file, apply `key=value` overrides, check it.
 
     Raises:
-        InputError: no such recipe, not TOML, an unknown key, a value out of range.
+        InputError: no such recipe, not TOML, larger than `RECIPE_LIMIT`, an unknown key, a value
+            out of range.
     """
     return recipe_from(overridden_tables(recipe, overrides))
 
@@ -230,6 +286,11 @@ def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str,
     """The raw tables of a recipe with `key=value` overrides, not checked yet. Raises InputError."""
     tables = read_tables(recipe)
     for override in overrides:
+        if len(override) > OVERRIDE_LIMIT:
+            raise InputError(
+                f"cannot set {quoted(override)}: it has {len(override)} characters, "
+                f"the limit is {OVERRIDE_LIMIT}"
+            )
         key, _, value = override.partition("=")
         set_key(tables, key.strip(), parsed(value.strip()), override)
     return tables
@@ -237,13 +298,31 @@ def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str,
 
 def recipe_from(tables: Mapping[str, Any]) -> Recipe:
     """Check the tables of a recipe. Raises InputError."""
+    if not isinstance(tables, Mapping):
+        raise InputError(f"a recipe is made of tables, not of {quoted(tables)}")
+    require_shallow(tables)
     try:
-        recipe = Recipe(**tables)
+        recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         raise InputError(first_fault(error, "", known_keys())) from None
     recipe.built()
     recipe.training()
     return recipe
+
+
+def require_shallow(tables: Mapping[str, Any]) -> None:
+    """Raise InputError for what is nested deeper than any recipe: to print it could fail."""
+    level: list[Any] = [tables]
+    for _ in range(DEPTH_LIMIT):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, Mapping | list | tuple)
+        ]
+        if not level:
+            return
+    raise InputError(f"tables and lists are more than {DEPTH_LIMIT} deep in each other")
 
 
 def known_keys() -> dict[str, list[str]]:
@@ -263,14 +342,33 @@ def read_tables(recipe: str | Path) -> dict[str, Any]:
     """The raw tables of a recipe by name or path. Raises InputError."""
     shipped = shipped_recipes()
     path = shipped.get(str(recipe)) or Path(recipe)
-    if not path.is_file():
-        raise InputError(
-            f"no recipe {str(recipe)!r}: not a file, and the shipped ones are {', '.join(shipped)}"
-        )
+    name = line(str(path))
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
+        if not path.is_file():
+            raise InputError(
+                f"no recipe {quoted(str(recipe))}: not a file, and the shipped ones are "
+                f"{', '.join(shipped)}"
+            )
+        with path.open("rb") as file:
+            content = file.read(RECIPE_LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    if len(content) > RECIPE_LIMIT:
+        raise InputError(f"{name} is larger than {RECIPE_LIMIT} bytes, the limit of a recipe")
+    if any(part.count(b".") > DOTS_LIMIT for part in content.splitlines()):
+        raise InputError(f"{name} has a line with more than {DOTS_LIMIT} dots")
+    try:
+        return tables_of(content.decode())
+    except ValueError as error:
+        raise InputError(f"{name} is not TOML: {line(str(error))}") from None
+
+
+def tables_of(text: str) -> dict[str, Any]:
+    """TOML as tables. Raises ValueError."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("tables and lists are too deep in each other") from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -283,17 +381,20 @@ def set_key(tables: dict[str, Any], key: str, value: Any, said: str) -> None:
     """Set `table.key` (or deeper) in place."""
     *path, last = key.split(".")
     if not last or not path or "=" not in said:
-        raise InputError(f"cannot set {said!r}; write table.key=value, such as data.alpha=0.1")
+        raise InputError(
+            f"cannot set {quoted(said)}; write table.key=value, such as data.alpha=0.1"
+        )
     for part in path:
         tables = tables.setdefault(part, {})
         if not isinstance(tables, dict):
-            raise InputError(f"cannot set {key}: {part} is not a table")
+            raise InputError(f"cannot set {line(key, 80)}: {line(part, 80)} is not a table")
     tables[last] = value
 
 
 def parsed(value: str) -> Any:
     """A value as TOML reads it; what TOML does not read is a string."""
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tables_of(f"value = {value}") if value.count(".") <= DOTS_LIMIT else {}
+    except ValueError:
         return value
+    return found["value"] if list(found) == ["value"] else value

@@ -7,7 +7,7 @@ it, it trains in place, and the trained values go out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from sluiceway.federated.stepping import (
     refuse_reentrant,
 )
 from sluiceway.federated.stopping import check_stop
+from sluiceway.federated.wire import take_values
 from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy, repair
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
 
@@ -160,9 +161,12 @@ class Worker:
             state: what the client keeps; changed in place.
             personal: also evaluate the client's own model after training, on the test examples
                 of the classes it holds, weighted as it holds them.
+
+        Raises:
+            WireError: the message's tensors are not those that are exchanged.
         """
         examples = self.clients[number]
-        self.load(broadcast.tensors)
+        self.load(broadcast.tensors, needed=self.exchanged.keys() - self.initial.keys())
         self.load({n: state.get(f"private/{n}", t) for n, t in self.initial.items()})
         with self.randomness(mix(self.seed, broadcast.round, number)), self.observation() as seen:
             client = Client(
@@ -252,11 +256,9 @@ class Worker:
         for module in self.still:
             module.eval()
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the named values into the model."""
-        for name, value in tensors.items():
-            self.exchanged[name].copy_(value)
+    def load(self, tensors: Mapping[str, Tensor], needed: Iterable[str] = ()) -> None:
+        """Write the named values into the model; see `take_values`. Raises WireError."""
+        take_values(self.exchanged, tensors, needed)
 
     def evaluate(self, tensors: Mapping[str, Tensor], indices: Sequence[int]) -> Evaluation:
         """The model with these values on some of the test set, in the precision of training."""

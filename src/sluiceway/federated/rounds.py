@@ -25,22 +25,22 @@ from sluiceway.federated.evaluation import Evaluation
 from sluiceway.federated.guards import Failure, Tally, TooFewUpdates
 from sluiceway.federated.stopping import check_stop
 from sluiceway.strategies import Broadcast, Strategy, Update
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)
 class Rounds:
     """How many rounds there are, and who takes part.
 
-    rounds: >= 1. participation: share of the clients that train in a round, in (0, 1]; at least
-    one does. seed: everything random in the run comes from it. min_clients: usable updates that a
-    round needs, >= 1. repeats: how often a round that has fewer is played again, >= 0, with
-    clients drawn anew; then the run ends.
+    rounds: in [1, 99999]. participation: share of the clients that train in a round, in (0, 1]; at
+    least one does. seed: in [0, 2^63); everything random in the run comes from it. min_clients:
+    usable updates that a round needs, >= 1. repeats: how often a round that has fewer is played
+    again, >= 0, with clients drawn anew; then the run ends.
     """
 
-    rounds: int = Field(default=10, ge=1)
+    rounds: int = Field(default=10, ge=1, le=99_999)
     participation: float = Field(default=1.0, gt=0, le=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     min_clients: int = Field(default=1, ge=1)
     repeats: int = Field(default=1, ge=0)
 

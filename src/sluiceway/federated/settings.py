@@ -18,14 +18,14 @@ from sluiceway.strategies.base import PARAMETERS
 class Optimisation:
     """How layers are trained.
 
-    lr: learning rate, > 0. batch_size: examples a step, >= 1. local_epochs: passes over the
-    client's data in a round, >= 1. optimizer: "adamw" or "sgd". momentum: of sgd, in [0, 1).
-    weight_decay: >= 0.
+    lr: learning rate, > 0. batch_size: examples a step, in [1, 10^6]. local_epochs: passes over the
+    client's data in a round, in [1, 10^4]. optimizer: "adamw" or "sgd". momentum: of sgd, in
+    [0, 1). weight_decay: >= 0.
     """
 
     lr: float = Field(default=1e-3, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-    local_epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=16, ge=1, le=1_000_000)
+    local_epochs: int = Field(default=1, ge=1, le=10_000)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -44,9 +44,10 @@ class Training(Optimisation):
     """How a client trains a whole model; its optimiser is new in every round.
 
     max_grad_norm: clipping, > 0; 0 for none.
-    accumulate: batches for each step of the optimiser, >= 1. Every example of a step counts alike:
-        k batches of b make the step that one batch of k * b would, up to rounding, where the loss
-        is a mean over examples. What an epoch's last step lacks in batches it does without.
+    accumulate: batches for each step of the optimiser, in [1, 10^6]. Every example of a step
+        counts alike: k batches of b make the step that one batch of k * b would, up to rounding,
+        where the loss is a mean over examples. What an epoch's last step lacks in batches it does
+        without.
     mixed: "bfloat16" or "float16" runs forward passes and losses in that type where PyTorch's
         autocast holds it to be safe, in training and in evaluation alike; "no" in the
         parameters' own.
@@ -61,7 +62,7 @@ class Training(Optimisation):
     """
 
     max_grad_norm: float = Field(default=1.0, ge=0)
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=1_000_000)
     mixed: Literal["no", "bfloat16", "float16"] = "no"
     checkpointing: bool = False
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sluiceway.channels import share_count
 from sluiceway.split.compress import Compressor
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
 _LAYERS: Final = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
 
@@ -29,7 +29,7 @@ class Bottleneck(Compressor):
 
     name: ClassVar[str] = "bottleneck"
     share: float = Field(default=0.25, gt=0, le=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     def attach(
         self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int

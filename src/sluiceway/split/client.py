@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sluiceway.federated.batches import Batch, Examples
 from sluiceway.federated.client import exchanged, frozen_modules
-from sluiceway.federated.wire import message_of, parts_of
+from sluiceway.federated.wire import message_of, take_values
 from sluiceway.split.header import BatchId
+from sluiceway.split.messages import read_opening
 from sluiceway.split.meters import Meter
 from sluiceway.split.packing import Ticket
 from sluiceway.split.terms import (
@@ -25,7 +26,7 @@ from sluiceway.split.terms import (
     optimiser_state,
     training_mode,
 )
-from sluiceway.strategies import Broadcast, Client, Strategy
+from sluiceway.strategies import Client, Strategy
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,14 @@ class ClientSide:
         Args:
             message: the server's: layers, what the strategy sends beside them, a merged mask.
             mask: where it does not cross, because the client knows it by itself.
+
+        Raises:
+            WireError: it is no such message, of another round, or its tensors or mask do not fit
+                the client's layers.
         """
-        parts = parts_of(message)
-        broadcast = Broadcast(number, parts.get("model", {}), parts.get("extra", {}))
-        self.mask = parts["mask"]["kept"] if "mask" in parts else mask
-        self.load(broadcast.tensors)
+        broadcast, merged = read_opening(message, number, self.terms.shape[0])
+        take_values(self.owned, broadcast.tensors, needed=self.owned)
+        self.mask = mask if merged is None else merged
         self.strategy = strategy
         self.role = Client(
             model=self.layers,
@@ -122,12 +126,6 @@ class ClientSide:
             state=self.state,
         )
         strategy.start(self.role)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the named values into the client's layers."""
-        for name, value in tensors.items():
-            self.owned[name].copy_(value)
 
     @property
     def batch_count(self) -> int:

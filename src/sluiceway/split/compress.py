@@ -45,7 +45,7 @@ class Compressor:
             behind a ReLU, for four more bytes a channel. Gradients are always symmetric.
         error_feedback: what rounding took from a client's gradient goes into its next one; see
             `feedback`.
-        limit: in bytes, of a message and of the dense float32 tensor it opens to, at least 1.
+        limit: in bytes, of a message and of the dense float32 tensor it opens to, in [1, 2^40].
     """
 
     name: ClassVar[str] = "sl"
@@ -56,7 +56,7 @@ class Compressor:
     quantize_gradient: Quantize | None = None
     affine: bool = True
     error_feedback: bool = False
-    limit: int = Field(default=LIMIT, ge=1)
+    limit: int = Field(default=LIMIT, ge=1, le=1 << 40)
 
     def __post_init__(self) -> None:
         self._feedback = ErrorFeedback()

@@ -13,7 +13,7 @@ from sluiceway.channels import share_count
 from sluiceway.split.compress import Compressor
 from sluiceway.split.header import BatchId
 from sluiceway.split.places import KeptElements, Places
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -48,7 +48,7 @@ class RandTopK(TopK):
 
     name: ClassVar[str] = "randtopk"
     alpha: float = Field(default=0.1, ge=0, le=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
         if not training or mask is not None:

@@ -1,5 +1,5 @@
 """What can go wrong between the halves."""
 
+from sluiceway.federated.wire import WireError
 
-class WireError(ValueError):
-    """A message between the halves that cannot be read, or that does not belong here."""
+__all__ = ["WireError"]

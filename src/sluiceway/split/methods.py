@@ -34,6 +34,7 @@ class ChannelChoice(Channels):
         directions, masks, labels and front averaging included, once the ramp is over).
     warmup: rounds that send everything, >= 1 (nothing is rated before). ramp_rounds: rounds over
         which the share falls to its end. every, growth: re-choices, and how they become rarer.
+        Numbers of rounds are at most 10^6.
     margin: a channel is swapped only for one that is better by this share. decay: of scores.
     masks: "merged" for one mask of all clients' merged scores, "client" for one each, chosen where
         the scores are: neither crosses. A client that was not rated yet sends everything.
@@ -44,9 +45,9 @@ class ChannelChoice(Channels):
     tau: float = Field(default=0.9, gt=0, le=1)
     kappa: float = Field(default=0.0, allow_inf_nan=False)
     budget_mb: float = Field(default=1.0, gt=0)
-    warmup: int = Field(default=1, ge=1)
-    ramp_rounds: int = Field(default=4, ge=0)
-    every: int = Field(default=1, ge=1)
+    warmup: int = Field(default=1, ge=1, le=1_000_000)
+    ramp_rounds: int = Field(default=4, ge=0, le=1_000_000)
+    every: int = Field(default=1, ge=1, le=1_000_000)
     growth: float = Field(default=1.5, ge=1, allow_inf_nan=False)
     margin: float = Field(default=0.2, ge=0)
     decay: float = Field(default=0.5, ge=0, lt=1)
@@ -103,12 +104,12 @@ class ACPSL(ChannelChoice):
     """ACP-SL (arXiv 2603.09792): label-aware scores decide which channels cross.
 
     score: "fisher", "between" or "similarity" [ours]. grid: cells a side that channels are pooled
-    to. memory: how much of earlier batches' class statistics stays, in [0, 1].
+    to, at most 1024. memory: how much of earlier batches' class statistics stays, in [0, 1].
     """
 
     name: ClassVar[str] = "acp-sl"
     score: Literal["fisher", "between", "similarity"] = "fisher"
-    grid: int = Field(default=4, ge=1)
+    grid: int = Field(default=4, ge=1, le=1024)
     memory: float = Field(default=0.9, ge=0, le=1)
 
     def meter(self, count: int, classes: int, seed: int) -> Meter:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from sluiceway.federated.client import exchanged, mix
 from sluiceway.federated.guards import fault
 from sluiceway.federated.rounds import Record
-from sluiceway.federated.wire import message_of, parts_of
+from sluiceway.federated.wire import WireError, message_of
 from sluiceway.moe import Anatomy
 from sluiceway.split.choosing import ALL, Masks
 from sluiceway.split.client import ClientSide
 from sluiceway.split.forms import Traffic, side_by_side
 from sluiceway.split.judging import Judge
+from sluiceway.split.messages import read_closing
 from sluiceway.split.server import ServerSide
 from sluiceway.split.terms import client_layers
 from sluiceway.strategies import FedAvg, Strategy, Update
@@ -105,12 +106,18 @@ class Split:
             self.average_copies([c for c in clients if c.number not in self.refused])
         else:
             self.refused |= side_by_side(clients, turns, self.servers[ALL], self.traffic)
-        updates = [self.closed(number, client) for client in clients]
-        asked = [client.number for client in clients]
-        for update in updates:
-            if why := fault(update, self.strategy, number, asked):
-                self.refused.setdefault(update.client, why)
-        self.strategy.aggregate(u for u in updates if u.client not in self.refused)
+        updates = []
+        for client in clients:
+            try:
+                update = self.closed(number, client)
+                why = fault(update, self.strategy, number, [client.number])
+            except WireError as error:
+                why = str(error)
+            if why is not None:
+                self.refused.setdefault(client.number, why)
+            elif client.number not in self.refused:
+                updates.append(update)
+        self.strategy.aggregate(updates)
 
     def generator(self, number: int, client: int) -> torch.Generator:
         """What shuffles and augments a client's batches of a round."""
@@ -129,7 +136,7 @@ class Split:
         scores = client.meter.scores() if client.meter is not None else None
         message = client.end(number, scores if self.masks.crossing else None)
         self.traffic.up += len(message)
-        parts = parts_of(message)
+        parts = read_closing(message, client.number, number, self.crossing)
         if self.masks.crossing and "scores" in parts:
             scores = parts["scores"]["channels"]
         if scores is not None and client.number not in self.refused:

@@ -20,8 +20,13 @@ from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, Observer, Piece
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: How every strategy's parameters are checked: unknown names and values out of range are errors.
-PARAMETERS = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True)
+#: How every strategy's parameters are checked: unknown names, values out of range, and numbers
+#: that are infinite or NaN are errors.
+PARAMETERS = ConfigDict(
+    extra="forbid", validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
+)
+#: Largest seed that torch and numpy take alike.
+LARGEST_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class FedAlignMoE(FedAvg):
     reference: Literal["marginal", "conditional"] = "conditional"
     gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
     beta: float = Field(default=1.0, ge=0)
-    sample: int = Field(default=32768, ge=0)
+    sample: int = Field(default=32768, ge=0, le=1 << 40)
 
     def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
         super().setup(tensors, anatomy, clients)

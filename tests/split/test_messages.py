@@ -1,0 +1,100 @@
+"""The messages that open and close a client's round: what does not belong there is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.split.small import clients as sets
+from tests.split.small import normed, set_up
+from torch import Tensor
+
+from sluiceway.federated import wire
+from sluiceway.federated.wire import message_of
+from sluiceway.split import METHODS, WireError
+from sluiceway.split.messages import read_closing, read_opening
+
+KEPT = torch.tensor([True, False, True])
+
+
+def opening(mask: Tensor | None = KEPT, number: int = 2) -> bytes:
+    parts = {"model": {"w": torch.ones(2)}, "extra": {}}
+    if mask is not None:
+        parts["mask"] = {"kept": mask}
+    return message_of(parts, {"round": number})
+
+
+def closing(scores: Tensor, **facts: object) -> bytes:
+    parts = {"model": {"w": torch.ones(2)}, "scores": {"channels": scores}}
+    return message_of(parts, {"client": 1, "round": 2, "examples": 5} | facts)
+
+
+def test_one_class_of_errors() -> None:
+    assert WireError is wire.WireError
+
+
+def test_an_opening_message() -> None:
+    broadcast, mask = read_opening(opening(), 2, 3)
+    assert (broadcast.round, list(broadcast.tensors)) == (2, ["w"])
+    assert mask is not None
+    assert mask.tolist() == KEPT.tolist()
+    assert read_opening(opening(None), 2, 3)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (opening(number=3), r"round is 3; expected 2"),
+        (opening(~torch.ones(3, dtype=torch.bool)), "at least one channel kept"),
+        (opening(torch.ones(4, dtype=torch.bool)), r"is bool \[4\]; expected bool \[3\]"),
+        (opening(torch.ones(3, dtype=torch.uint8)), r"is uint8 \[3\]; expected bool \[3\]"),
+        (opening()[:-3] + b"\1\2\1", r"expected bool \[3\]"),
+        (opening()[:-1], "not a readable message"),
+        (message_of({"mask": {"other": KEPT}}, {"round": 2}), "expected mask/kept"),
+        (message_of({"scores": {"channels": KEPT}}, {"round": 2}), "expected model/"),
+        (message_of({}, {}), "round is None; expected an integer"),
+        (b"", "not a readable message"),
+    ],
+)
+def test_what_no_opening_message_is(message: bytes, why: str) -> None:
+    with pytest.raises(WireError, match=why):
+        read_opening(message, 2, 3)
+
+
+def test_a_closing_message() -> None:
+    parts = read_closing(closing(torch.arange(3.0)), 1, 2, 3)
+    assert parts["scores"]["channels"].tolist() == [0, 1, 2]
+    empty = message_of({"model": {}}, {"client": 1, "round": 2, "examples": 5})
+    assert "scores" not in read_closing(empty, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (closing(torch.ones(3), client=2), "client is 2; expected 1"),
+        (closing(torch.ones(3), round=1), "round is 1; expected 2"),
+        (closing(torch.ones(3), examples="5"), "examples is '5'; expected an integer"),
+        (closing(torch.ones(4)), r"is float32 \[4\]; expected float32 \[3\]"),
+        (closing(torch.ones(3).double()), r"is float64 \[3\]; expected float32 \[3\]"),
+        (closing(torch.tensor([0.0, float("nan"), 1.0])), "NaN or infinity"),
+    ],
+)
+def test_what_no_closing_message_is(message: bytes, why: str) -> None:
+    with pytest.raises(WireError, match=why):
+        read_closing(message, 1, 2, 3)
+
+
+def test_a_client_takes_layers_that_are_its_own_only() -> None:
+    run = set_up(normed(), "conv1", sets(), METHODS["acp-sl"]())
+    client = run.clients[0]
+    before = {name: tensor.clone() for name, tensor in client.owned.items()}
+    name = next(iter(before))
+    wrong: list[tuple[dict[str, Tensor], str]] = [
+        (before | {name: torch.ones(1)}, rf"received {name} as float32 \[1\]; expected"),
+        (before | {"other": torch.ones(1)}, "received 'other'; no tensor of that name"),
+        ({n: t for n, t in before.items() if n != name}, f"received no {name}"),
+    ]
+    for values, why in wrong:
+        with pytest.raises(WireError, match=why):
+            client.begin(1, message_of({"model": values}, {"round": 1}), run.strategy)
+    client.begin(1, run.opening(1), run.strategy)
+    assert all(torch.equal(client.owned[n], t) for n, t in before.items())
