@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sluiceway.federated.stopping import Stopped
+from sluiceway.oneline import line
 
 #: Of a checkpoint's files; a reader refuses any other.
 LAYOUT = 1
@@ -90,7 +91,9 @@ class Saved:
         try:
             found: dict[str, Tensor] = load_file(path)
         except Exception as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read ({error})") from error
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read ({line(str(error))})"
+            ) from error
         return found
 
 
@@ -244,9 +247,9 @@ def opened(folder: Path) -> Saved:
                 raise ValueError(f"{name} has another checksum than when it was written")
         return Saved(folder, manifest["round"], read_json(folder / "run.json"))
     except KeyError as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged (no {error.args[0]})") from error
+        raise CheckpointError(f"checkpoint {folder} is damaged (no {error})") from error
     except Exception as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged ({error})") from error
+        raise CheckpointError(f"checkpoint {folder} is damaged ({line(str(error))})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from sluiceway.federated.checkpoints import (
     Checkpoint,
     CheckpointError,
+    Saved,
     Snapshot,
     require_same,
 )
 from sluiceway.federated.evaluation import Evaluation
 from sluiceway.federated.guards import Failure, Tally, TooFewUpdates
 from sluiceway.federated.stopping import check_stop
+from sluiceway.oneline import line
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
@@ -130,13 +132,9 @@ class Record:
         }
 
     @classmethod
-    def of(cls, line: Mapping[str, Any]) -> Self:
-        """The inverse of `as_dict`."""
-        by_client = {
-            key: {int(client): str(why) for client, why in line[key].items()}
-            for key in ("refused", "failed")
-        }
-        return cls(**{**line, **by_client})
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`. Raises ValueError for what is none."""
+        return TypeAdapter(cls).validate_python(plain)
 
 
 @dataclass
@@ -203,13 +201,16 @@ class Result:
             "personal_accuracy": self.personal_accuracy,
         }
 
-    def take(self, facts: Mapping[str, Any], kind: type[Record]) -> None:
+    def take(self, saved: Saved, kind: type[Record]) -> None:
         """Continue from what `facts` gave. Raises CheckpointError."""
         try:
-            records = [kind.of(line) for line in facts["records"]]
-            personal = {int(k): float(v) for k, v in facts["personal_accuracy"].items()}
+            records = [kind.of(record) for record in saved.facts["records"]]
+            personal = {int(k): float(v) for k, v in saved.facts["personal_accuracy"].items()}
+            if [record.round for record in records] != list(range(1, saved.round + 1)):
+                raise ValueError(f"its records are not of rounds 1 to {saved.round}")
         except Exception as error:
-            raise CheckpointError(f"run.json of the checkpoint is not ours ({error})") from error
+            why = line(str(error))
+            raise CheckpointError(f"{saved.folder / 'run.json'} is not ours ({why})") from error
         self.records += records
         self.personal_accuracy |= personal
 
@@ -251,7 +252,7 @@ class Loop:
             return
         state = saved.tensors("strategy")
         require_same(state, self.strategy.state_dict(), f"method {self.strategy.name}")
-        self.result.take(saved.facts, Record)
+        self.result.take(saved, Record)
         self.strategy.load_state_dict(state)
         self.result.tensors = self.strategy.tensors
         if self.states is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sluiceway.federated.checkpoints import CheckpointError, Saved, require_same
+from sluiceway.oneline import line
 from sluiceway.split.rounds import Split
 from sluiceway.split.terms import below, joined
 
@@ -52,7 +53,8 @@ def restore(split: Split, saved: Saved) -> None:
         split.judge.terms.link.load_state_dict(below(state["links"], "cut"))
         split.judge.terms.tail_link.load_state_dict(below(state["links"], "tail"))
     except Exception as error:
-        raise CheckpointError(f"checkpoint {saved.folder} is of another run ({error})") from error
+        why = line(str(error))
+        raise CheckpointError(f"checkpoint {saved.folder} is of another run ({why})") from error
 
 
 def layers_of(split: Split) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def run(
     )
     if saved := checkpoint.newest() if checkpoint else None:
         restore(built, saved)
-        result.take(saved.facts, SplitRecord)
+        result.take(saved, SplitRecord)
         result.tensors = trained(built)
     on_start()
     with checkpoint.guarding() if checkpoint else contextlib.nullcontext():
