@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from sluiceway.experiment.compare import tabulate
 from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.folder import write_json
 from sluiceway.experiment.kinds import Outcome, split_facts
 from sluiceway.experiment.plots import (
     THEME,
@@ -25,7 +26,7 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
-from sluiceway.experiment.run import summarise, write_json
+from sluiceway.experiment.run import summarise
 from sluiceway.federated.rounds import Record, Result
 from sluiceway.split.training import SplitRecord
 
