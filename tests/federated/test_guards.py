@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import time
@@ -15,6 +16,9 @@ from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
 from sluiceway.engines.local import federate
+from sluiceway.experiment.kinds import Outcome
+from sluiceway.experiment.recipe import load_recipe
+from sluiceway.experiment.run import summarise
 from sluiceway.federated import Result, Rounds, Training
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.evaluation import Evaluation
@@ -290,6 +294,16 @@ def test_a_run_goes_on_without_those_who_fail() -> None:
         assert list(record.refused) == [3]
         assert record.repeats == 0
     assert (result.failed, result.refused) == (12, 3)
+    outcome = Outcome(result, "here", ["one", "two", "three"])
+    summary = json.loads(json.dumps(summarise(load_recipe("quickstart"), outcome, "cpu", 1.0)))
+    assert (summary["failed_updates"], summary["refused_updates"]) == (12, 3)
+    assert summary["failed"][1] == {
+        "round": 1,
+        "client": 1,
+        "why": "its process ended by signal 9",
+    }
+    assert [one["client"] for one in summary["refused"]] == [3, 3, 3]
+    assert summary["repeated_rounds"] == 0
     alone = federate(
         TinyClassifier(),
         [*(TinyText(0, 0) for _ in range(5)), *ten_clients()[5:]],
