@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sluiceway import fedalign
 from sluiceway.federated.client import exchanged, trained_anatomy
 from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, anatomy
 from sluiceway.strategies import STRATEGIES, FedAlignMoE, Strategy, Update, strategy
+from sluiceway.strategies.matching import reordered
 
 E, K, D = 4, 2, 16
 OFF = {"align": False, "consistency": False, "adaptive": False, "semantic": False}
@@ -377,3 +379,30 @@ def test_the_stride_of_a_sample_meets_every_column(size: int, sample: int, width
     assert stride >= (size // sample if sample else 1)
     if sample == 0:
         assert stride == 1
+
+
+def with_regions(u: Update) -> Update:
+    """Experts that serve distant regions, the same on all clients."""
+    centres = 5 * torch.eye(E, D)
+    return replace(u, routing=[replace(report, region=centres) for report in u.routing])
+
+
+@pytest.mark.parametrize("order", [[1, 2, 0, 3], [3, 2, 1, 0]])
+@pytest.mark.parametrize("absent", [[], [2]])
+def test_matched_by_meaning_is_as_if_nothing_had_changed_places(
+    order: list[int], absent: list[int]
+) -> None:
+    honest = [with_regions(update(c, 5 + c, absent if c == 1 else ())) for c in range(5)]
+    made, wanted = ready("fedalign-moe", match="meaning"), ready("fedalign-moe")
+    moved = [
+        reordered(u, made.anatomy.blocks[0], torch.tensor(order)) if u.client == 1 else u
+        for u in honest
+    ]
+    assert (set(moved[1].tensors) != set(honest[1].tensors)) == (order[2] != 2 and absent != [])
+    made.aggregate(moved)
+    wanted.aggregate(honest)
+    for name, tensor in wanted.tensors.items():
+        assert torch.equal(made.tensors[name], tensor), name
+    apart = ready("fedalign-moe")
+    apart.aggregate(moved)
+    assert any(not torch.equal(apart.tensors[name], t) for name, t in wanted.tensors.items())

@@ -1,8 +1,8 @@
 """FedAlign-MoE as mathematics: what is measured, what is penalised, how clients are weighted.
 
 The method is federated aggregation alignment for mixture-of-experts (arXiv 2603.21276). Pure
-functions on tensors, one MoE layer at a time; this package imports torch and nothing of ours, so it
-can be read beside the paper. Letters: N clients, E experts, T tokens, k experts a token, d hidden
+functions on tensors, one MoE layer at a time; this package imports nothing of ours, so it can
+be read beside the paper. Letters: N clients, E experts, T tokens, k experts a token, d hidden
 size, P parameters of one expert.
 
 Marks, as in docs/methods.md: [paper] is stated by the paper or by a note on it, [ours] is our
@@ -15,6 +15,7 @@ float64, unless they say otherwise.
 """
 
 from sluiceway.fedalign.low_rank import product_change, product_gram
+from sluiceway.fedalign.matching import LEAST_GAIN, match_experts
 from sluiceway.fedalign.routing import (
     REFERENCE_FLOOR,
     adaptive_strength,
@@ -39,6 +40,7 @@ from sluiceway.fedalign.semantics import (
 )
 
 __all__ = [
+    "LEAST_GAIN",
     "REFERENCE_FLOOR",
     "DirectionGram",
     "adaptive_strength",
@@ -50,6 +52,7 @@ __all__ = [
     "expert_weights",
     "global_routing",
     "marginal_penalty",
+    "match_experts",
     "mean_routing",
     "overlap",
     "product_change",

@@ -19,6 +19,7 @@ from sluiceway import fedalign
 from sluiceway.moe import Adapter, Anatomy, Block, BlockStep, Piece, received_logits
 from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.matching import reordered
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -38,6 +39,8 @@ class FedAlignMoE(FedAvg):
         "conditional" the received gate's choice for the same token [ours].
     gate: how routers are combined: "consistency" rows by w_i(e) [ours], "average" by examples,
         "frozen" never trained, "local" kept by each client.
+    match: which experts are averaged with each other: those of the same "index" [paper], or those
+        of the same "meaning", whose regions match best, gate rows with them [ours].
     beta: selection threshold tau = mean - beta * std of the pairwise values, >= 0 [ours].
     sample: values of each expert on which update directions are compared, 0 for all; a cosine
         then has a standard error of about 1 / sqrt(sample) [ours].
@@ -54,6 +57,7 @@ class FedAlignMoE(FedAvg):
     )
     reference: Literal["marginal", "conditional"] = "conditional"
     gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
+    match: Literal["index", "meaning"] = "index"
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
 
@@ -70,7 +74,7 @@ class FedAlignMoE(FedAvg):
         return self.gate == "local" and param in self.anatomy.gate_params
 
     def wants_regions(self) -> bool:
-        return self.semantic
+        return self.semantic or self.match == "meaning"
 
     # -- the server's half ---------------------------------------------------------------------
 
@@ -78,15 +82,19 @@ class FedAlignMoE(FedAvg):
         return {f"routing/{block}": r_g.float() for block, r_g in enumerate(self.routing)}
 
     def streams(self) -> bool:
-        return not self.semantic  # directions are compared before anything is added up
+        # Directions and regions are compared before anything is added up.
+        return not (self.semantic or self.match == "meaning")
 
     def aggregate(self, updates: Iterable[Update]) -> None:
-        if not (self.align or self.consistency or self.semantic):
+        if not (self.align or self.consistency or self.semantic or self.match == "meaning"):
             super().aggregate(updates)
             return
         held = list(updates)  # weights need every client's report before any tensor is added up
         if not held:
             return
+        if self.match == "meaning":
+            for block in self.anatomy.blocks:
+                held = self.matched(held, block)
         self.rows = {update.client: row for row, update in enumerate(held)}
         self.gate_weights = [self.client_weights(held, b) for b in range(len(self.anatomy.blocks))]
         self.routing = [
@@ -96,6 +104,17 @@ class FedAlignMoE(FedAvg):
         if self.semantic:
             self.expert_weights = [self.semantic_weights(held, b) for b in self.anatomy.blocks]
         super().aggregate(held)
+
+    def matched(self, held: Sequence[Update], block: Block) -> list[Update]:
+        """The updates with the experts of one block in the common order."""
+        orders = fedalign.match_experts(
+            stacked(held, block.position, "region"), stacked(held, block.position, "load")
+        )
+        kept = torch.arange(block.num_experts)
+        return [
+            update if torch.equal(order, kept) else reordered(update, block, order)
+            for update, order in zip(held, orders, strict=True)
+        ]
 
     def client_weights(self, held: Sequence[Update], block: int) -> Tensor:
         """w_i(e), [N, E] with columns that sum to one: whose routing counts for which expert."""

@@ -1,0 +1,226 @@
+"""A small mixture of experts with known regions, in which the disease can be dialled from 0 to 1.
+
+    python benchmarks/evidence/controlled.py          5 seeds; table, JSON and plot into docs/
+
+Tokens are of four regions, and in each another rule leads from a token to its label, so that every
+region has its own right expert. A base model is trained on all regions; then ten clients train it
+on data of their own, and one aggregation follows. Two dials say how their models differ before:
+
+- roles: this share of the clients has its experts, and the gate's rows with them, in another order.
+  Each such client computes the same as the others, but the expert of an index has another role.
+- gates: every client's gate is turned away from the common one by a random matrix of this size,
+  relative to the gate's own; the experts are the same.
+
+What is shown is the accuracy of the aggregated model on all regions, beside the mean accuracy of
+the clients' models that went into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from sluiceway.experiment.compare import Interval
+from sluiceway.federated import Training
+from sluiceway.federated.client import Worker, prepare
+from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
+from sluiceway.strategies import Broadcast, FedAlignMoE, FedAvg, FedMoE, Median, Strategy, Usage
+
+REGIONS, LABELS, WIDTH, HIDDEN, CLIENTS, TOKENS = 4, 4, 16, 24, 10, 256
+DIAL = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+#: Compared, the first being what the others are held against.
+METHODS: dict[str, Callable[[], Strategy]] = {
+    "fedavg": FedAvg,
+    "usage": Usage,
+    "fedmoe": FedMoE,
+    "median": lambda: Median(FedAvg()),
+    "fedalign-moe": FedAlignMoE,
+    "gates alone": lambda: FedAlignMoE(semantic=False),
+    "match = meaning": lambda: FedAlignMoE(match="meaning"),
+    "match, FedAvg": lambda: FedAlignMoE(
+        match="meaning", align=False, consistency=False, adaptive=False, semantic=False
+    ),
+}
+
+
+def world(size: int, seed: int) -> TensorDataset:
+    """Tokens [1, WIDTH] of a region each, and their labels.
+
+    The first half of a token says its region, the second has the label, which the rule of the
+    region permutes.
+    """
+    g = torch.Generator().manual_seed(seed)
+    region = torch.randint(REGIONS, (size,), generator=g)
+    place = 3 * F.one_hot(region, WIDTH // 2).float()
+    place += 0.3 * torch.randn(size, WIDTH // 2, generator=g)
+    content = torch.randn(size, WIDTH // 2, generator=g)
+    label = (content[:, :LABELS].argmax(1) + region) % LABELS
+    return TensorDataset(torch.cat([place, content], 1).unsqueeze(1), label)
+
+
+class Small(nn.Module):
+    """One mixture, and a fixed reading of its output as logits.
+
+    Args:
+        seed: of the experts' first values. The gate begins with expert e for region e.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        up = torch.randn(REGIONS, HIDDEN, WIDTH, generator=g) / WIDTH**0.5
+        down = torch.randn(REGIONS, WIDTH, HIDDEN, generator=g) / HIDDEN**0.5
+        gate = F.pad(torch.eye(REGIONS), (0, WIDTH - REGIONS))
+        self.moe = UpcycledMoE(UpcycledRouter(gate, top_k=2), UpcycledExperts(up, down, nn.GELU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.moe(x)[:, 0, :LABELS]
+        return logits
+
+
+def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], test: TensorDataset) -> float:
+    """Of the model with these values."""
+    x, labels = test.tensors
+    with torch.no_grad():
+        logits = torch.func.functional_call(model, dict(tensors), (x,))
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def trained_base(seed: int) -> dict[str, Tensor]:
+    """A model that knows all regions, trained in one place."""
+    model = Small(seed)
+    x, labels = world(4000, 1000 + seed).tensors
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(8):
+        for part in torch.randperm(len(x), generator=g).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(model(x[part]), labels[part]).backward()
+            optimiser.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def with_other_roles(base: Mapping[str, Tensor], client: int, share: float) -> dict[str, Tensor]:
+    """The base, with experts and gate rows in another order on this share of the clients."""
+    if client >= round(share * CLIENTS):
+        return dict(base)
+    return {name: tensor.roll(1 + client % (REGIONS - 1), 0) for name, tensor in base.items()}
+
+
+def with_another_gate(base: Mapping[str, Tensor], seed: int, size: float) -> dict[str, Tensor]:
+    """The base, its gate turned by a random matrix of `size` times its own norm."""
+    g = torch.Generator().manual_seed(seed)
+    turned = dict(base)
+    (gate,) = (name for name in base if "router" in name or name.endswith("gate.weight"))
+    noise = torch.randn(base[gate].shape, generator=g)
+    turned[gate] = base[gate] + 2 * size * noise * base[gate].norm() / noise.norm()
+    return turned
+
+
+def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) -> dict[str, float]:
+    """Accuracy after one aggregation by each method, and the mean of the clients' own."""
+    test = world(2000, 5000 + seed)
+    sets = [world(TOKENS, 100 * seed + client) for client in range(CLIENTS)]
+    training = Training(lr=3e-3, batch_size=16)
+    found: dict[str, float] = {}
+    for name, make in METHODS.items():
+        model, strategy = Small(seed), make()
+        with torch.no_grad():
+            for key, param in model.named_parameters():
+                param.copy_(base[key])
+        prepare(model, strategy, CLIENTS)
+        worker = Worker(model, sets, test, strategy, training, seed=seed)
+        updates, own = [], []
+        for client in range(CLIENTS):
+            start = (
+                with_other_roles(base, client, value)
+                if dial == "roles"
+                else with_another_gate(base, 1000 * seed + client, value)
+            )
+            update = worker.train(client, Broadcast(1, start), {}, personal=False)
+            updates.append(update.__class__(**{**vars(update), "tensors": copied(update.tensors)}))
+            own.append(accuracy(model, dict(model.named_parameters()), test))
+        strategy.aggregate(updates)
+        found[name] = accuracy(model, strategy.tensors, test)
+        if name == "fedavg":
+            found["clients"] = sum(own) / CLIENTS
+    return found
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, which the next client does not train."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def table(results: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> str:
+    """Markdown: a row a method and dial, mean and 95 % interval; differences to FedAvg paired."""
+    lines = []
+    for dial, points in results.items():
+        lines += [
+            f"| {dial} | {' | '.join(points)} |",
+            f"|---|{'---:|' * len(points)}",
+        ]
+        for name in ("clients", *METHODS):
+            cells = []
+            for runs in points.values():
+                mean = Interval.of([run[name] for run in runs])
+                text = f"{mean.mean:.3f} ± {mean.half:.3f}"
+                if name not in ("clients", "fedavg"):
+                    gap = Interval.of([run[name] - run["fedavg"] for run in runs])
+                    text += " *" if abs(gap.mean) > gap.half else ""
+                cells.append(text)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Mapping[str, list[dict[str, float]]]], path: Path) -> None:
+    """Accuracy over each dial, with 95 % intervals."""
+    figure, axes = plt.subplots(1, len(results), figsize=(11, 4), sharey=True)
+    for axis, (dial, points) in zip(axes, results.items(), strict=True):
+        x = [float(value) for value in points]
+        for name in ("clients", *METHODS):
+            means = [Interval.of([run[name] for run in runs]) for runs in points.values()]
+            style = {"color": "black", "linestyle": ":"} if name == "clients" else {}
+            axis.errorbar(
+                x, [m.mean for m in means], [m.half for m in means], label=name, capsize=2, **style
+            )
+        axis.set_xlabel(f"{dial} differ")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy after one aggregation")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run all points and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, list[dict[str, float]]]] = {"roles": {}, "gates": {}}
+    bases = [trained_base(seed) for seed in range(args.seeds)]
+    for dial, points in results.items():
+        for value in DIAL:
+            points[f"{value:g}"] = [
+                one_point(dial, value, seed, base) for seed, base in enumerate(bases)
+            ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "controlled.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    plot(results, args.out / "controlled.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
