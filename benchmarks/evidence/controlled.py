@@ -4,12 +4,14 @@
 
 Tokens are of four regions, and in each another rule leads from a token to its label, so that every
 region has its own right expert. A base model is trained on all regions; then ten clients train it
-on data of their own, and one aggregation follows. Two dials say how their models differ before:
+on data of their own, and one aggregation follows. Dials say how their models differ:
 
 - roles: this share of the clients has its experts, and the gate's rows with them, in another order.
   Each such client computes the same as the others, but the expert of an index has another role.
 - gates: every client's gate is turned away from the common one by a random matrix of this size,
   relative to the gate's own; the experts are the same.
+- regions: all begin alike, but this share of a client's tokens is of one region, and it trains five
+  times as long, so that gates and experts drift by themselves.
 
 What is shown is the accuracy of the aggregated model on all regions, beside the mean accuracy of
 the clients' models that went into it.
@@ -35,7 +37,12 @@ from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.strategies import Broadcast, FedAlignMoE, FedAvg, FedMoE, Median, Strategy, Usage
 
 REGIONS, LABELS, WIDTH, HIDDEN, CLIENTS, TOKENS = 4, 4, 16, 24, 10, 256
-DIAL = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+#: Positions of each dial.
+DIALS = {
+    "roles": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "gates": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "regions": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+}
 
 #: Compared, the first being what the others are held against.
 METHODS: dict[str, Callable[[], Strategy]] = {
@@ -52,14 +59,15 @@ METHODS: dict[str, Callable[[], Strategy]] = {
 }
 
 
-def world(size: int, seed: int) -> TensorDataset:
+def world(size: int, seed: int, own: int = 0, share: float = 0.0) -> TensorDataset:
     """Tokens [1, WIDTH] of a region each, and their labels.
 
     The first half of a token says its region, the second has the label, which the rule of the
-    region permutes.
+    region permutes. `share` of the tokens are of the region `own`, the others of any.
     """
     g = torch.Generator().manual_seed(seed)
     region = torch.randint(REGIONS, (size,), generator=g)
+    region[: round(share * size)] = own
     place = 3 * F.one_hot(region, WIDTH // 2).float()
     place += 0.3 * torch.randn(size, WIDTH // 2, generator=g)
     content = torch.randn(size, WIDTH // 2, generator=g)
@@ -129,8 +137,9 @@ def with_another_gate(base: Mapping[str, Tensor], seed: int, size: float) -> dic
 def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) -> dict[str, float]:
     """Accuracy after one aggregation by each method, and the mean of the clients' own."""
     test = world(2000, 5000 + seed)
-    sets = [world(TOKENS, 100 * seed + client) for client in range(CLIENTS)]
-    training = Training(lr=3e-3, batch_size=16)
+    share, epochs = (value, 5) if dial == "regions" else (0.0, 1)
+    sets = [world(TOKENS, 100 * seed + i, i % REGIONS, share) for i in range(CLIENTS)]
+    training = Training(lr=3e-3, batch_size=16, local_epochs=epochs)
     found: dict[str, float] = {}
     for name, make in METHODS.items():
         model, strategy = Small(seed), make()
@@ -141,11 +150,11 @@ def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) ->
         worker = Worker(model, sets, test, strategy, training, seed=seed)
         updates, own = [], []
         for client in range(CLIENTS):
-            start = (
-                with_other_roles(base, client, value)
-                if dial == "roles"
-                else with_another_gate(base, 1000 * seed + client, value)
-            )
+            start = dict(base)
+            if dial == "roles":
+                start = with_other_roles(base, client, value)
+            if dial == "gates":
+                start = with_another_gate(base, 1000 * seed + client, value)
             update = worker.train(client, Broadcast(1, start), {}, personal=False)
             updates.append(update.__class__(**{**vars(update), "tensors": copied(update.tensors)}))
             own.append(accuracy(model, dict(model.named_parameters()), test))
@@ -185,7 +194,7 @@ def table(results: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> str:
 
 def plot(results: Mapping[str, Mapping[str, list[dict[str, float]]]], path: Path) -> None:
     """Accuracy over each dial, with 95 % intervals."""
-    figure, axes = plt.subplots(1, len(results), figsize=(11, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(results), figsize=(14, 4), sharey=True)
     for axis, (dial, points) in zip(axes, results.items(), strict=True):
         x = [float(value) for value in points]
         for name in ("clients", *METHODS):
@@ -209,10 +218,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, dict[str, list[dict[str, float]]]] = {"roles": {}, "gates": {}}
+    results: dict[str, dict[str, list[dict[str, float]]]] = {dial: {} for dial in DIALS}
     bases = [trained_base(seed) for seed in range(args.seeds)]
     for dial, points in results.items():
-        for value in DIAL:
+        for value in DIALS[dial]:
             points[f"{value:g}"] = [
                 one_point(dial, value, seed, base) for seed, base in enumerate(bases)
             ]
