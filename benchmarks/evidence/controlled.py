@@ -194,7 +194,7 @@ def table(results: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> str:
 
 def plot(results: Mapping[str, Mapping[str, list[dict[str, float]]]], path: Path) -> None:
     """Accuracy over each dial, with 95 % intervals."""
-    figure, axes = plt.subplots(1, len(results), figsize=(14, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(results), figsize=(14, 4))
     for axis, (dial, points) in zip(axes, results.items(), strict=True):
         x = [float(value) for value in points]
         for name in ("clients", *METHODS):
