@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.federated.client import exchanged, trained_anatomy
-from sluiceway.federated.rounds import finite
+from sluiceway.federated.guards import finite
 from sluiceway.federated.wire import read_update, write_update
 from sluiceway.moe import Anatomy, BlockRouting, anatomy
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter

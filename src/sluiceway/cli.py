@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,9 +16,10 @@ from sluiceway import __version__
 
 if TYPE_CHECKING:
     from sluiceway.experiment.recipe import Recipe
+    from sluiceway.experiment.session import Progress
 
-#: Exit codes beside 0: bad input, and stopped by Ctrl-C.
-BAD_INPUT, STOPPED = 2, 130
+#: Exit codes beside 0: a run that could not go on, bad input, and stopped by Ctrl-C or SIGTERM.
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     from sluiceway.data import DataError
     from sluiceway.experiment.errors import InputError
-    from sluiceway.federated.checkpoints import CheckpointError
+    from sluiceway.federated.checkpoints import CheckpointError, StorageError
+    from sluiceway.federated.guards import RunFailed
     from sluiceway.moe import NoExpertsError
 
     action: Callable[[argparse.Namespace], None] = args.action
@@ -41,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, DataError, NoExpertsError, CheckpointError) as error:
         print(f"sluiceway: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("sluiceway: stopped; --resume continues a run with --out", file=sys.stderr)
+    except (StorageError, RunFailed) as error:
+        print(f"sluiceway: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt as stop:
+        print(f"sluiceway: stopped{stop}", file=sys.stderr)
         return STOPPED
     return 0
 
@@ -113,14 +119,12 @@ def run_command(args: argparse.Namespace) -> None:
     from sluiceway.experiment.progress import shown
     from sluiceway.experiment.recipe import load_recipe
     from sluiceway.experiment.report import write_report
-    from sluiceway.experiment.run import clear_folder, run
+    from sluiceway.experiment.run import run
 
     recipe = load_recipe(args.recipe, overrides(args))
     out = args.out or new_folder(args.recipe, recipe)
-    if args.force:
-        clear_folder(out)
-    with shown() as progress:
-        _, summary = run(recipe, out, resume=args.resume, progress=progress)
+    with shown() as progress, stoppable(progress, f"; continue with --out {out} --resume"):
+        _, summary = run(recipe, out, resume=args.resume, force=args.force, progress=progress)
     write_report([out])
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
     beside = f", personal {personal:.4f}" if personal is not None else ""
@@ -142,7 +146,7 @@ def compare_command(args: argparse.Namespace) -> None:
     from sluiceway.experiment.report import write_report
 
     out = args.out or new_folder(args.recipe, load_recipe(args.recipe, overrides(args)))
-    with shown() as progress:
+    with shown() as progress, stoppable(progress, f"; continue with --out {out}"):
         table = compare(
             args.recipe,
             overrides(args),
@@ -154,6 +158,18 @@ def compare_command(args: argparse.Namespace) -> None:
     write_report([out])
     print(markdown(table))
     print(f"comparison folder: {out} (compare.json, compare.md, report.html)")
+
+
+@contextlib.contextmanager
+def stoppable(progress: Progress, hint: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what is inside between two steps, with a hint how to go on."""
+    from sluiceway.federated.stopping import graceful_stop
+
+    try:
+        with graceful_stop(progress.say):
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(hint) from None
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

@@ -24,7 +24,8 @@ from sluiceway.experiment.recipe import (
 from sluiceway.federated.rounds import Rounds
 from sluiceway.federated.settings import Training
 from sluiceway.split import METHODS
-from sluiceway.strategies import STRATEGIES
+from sluiceway.strategies import ROBUST, STRATEGIES, FedAlignMoE
+from sluiceway.strategies.robust import Robust
 
 FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains", "mmlu", "hellaswag"}
 SPLIT = {"split-quickstart", "fashion-split", "cifar10-split"}
@@ -79,7 +80,11 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("data.name=cifar10", r"data\.name = 'cifar10': a federated run takes 20newsgroups"),
         ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
         ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
-        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, lora, align"),
+        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, robust, lora"),
+        ("method.name=[1]", r"method\.name = \[1\]; allowed: fedavg"),
+        ("method.robust=median", r"method\.robust = 'median': must be a table with a name"),
+        ("method.robust.name=mean", r"method\.robust\.name = 'mean'; allowed: none, median, trim"),
+        ("method.robust.share=0.1", r"method\.robust\.name = None; allowed: none, median"),
         ("method.lambda=-1", r"method\.lambda = -1: must be greater than or equal to 0"),
         ("method.gate=open", r"method\.gate = 'open': must be 'consistency', 'average'"),
         ("train.lr=0", r"train\.lr = 0: must be greater than 0"),
@@ -97,9 +102,60 @@ def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+ROBUST_TABLES: list[dict[str, object]] = [
+    {"name": "none"},
+    {"name": "median"},
+    {"name": "trimmed-mean", "share": 0.2},
+    {"name": "norm-clipping"},
+    {"name": "norm-clipping", "limit": 0.5},
+]
+
+
+@pytest.mark.parametrize("table", ROBUST_TABLES)
+def test_a_robust_rule_wraps_the_method_and_reads_back(table: dict[str, object]) -> None:
+    recipe = load_recipe("agnews", [f"method.robust.{key}={value}" for key, value in table.items()])
+    made, resolved = recipe.built(), recipe.resolved()
+    assert isinstance(made, Robust)
+    assert isinstance(made.inner, FedAlignMoE)
+    assert type(made) is {"none": Robust, **ROBUST}[str(table["name"])]
+    assert resolved["method"]["robust"] == table
+    assert {k: v for k, v in resolved["method"].items() if k != "robust"} == (
+        load_recipe("agnews").resolved()["method"]
+    )
+    again = recipe_from(tomllib.loads(tomli_w.dumps(resolved)))
+    assert again.resolved() == resolved
+    assert again.built() == made
+
+
+def test_a_robust_rules_defaults_are_resolved() -> None:
+    resolved = load_recipe("agnews", ["method.robust.name=trimmed-mean"]).resolved()
+    assert resolved["method"]["robust"] == {"name": "trimmed-mean", "share": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "line"),
+    [
+        ("median", "share=0.1", r"unknown key method\.robust\.share; allowed .*robust\]: name$"),
+        ("trimmed-mean", "share=0.5", r"method\.robust\.share = 0\.5: must be less than 0\.5"),
+        ("trimmed-mean", "cut=2", r"unknown key method\.robust\.cut; allowed .*: name, share$"),
+        ("norm-clipping", "limit=0", r"method\.robust\.limit = 0: must be greater than 0"),
+        ("norm-clipping", "limit=inf", r"method\.robust\.limit = inf: must be a finite number"),
+        ("median", "inner=x", r"method\.robust\.inner = 'x': must be an instance of Strategy"),
+        ("none", "share=0.1", r"unknown key method\.robust\.share; allowed .*robust\]: name$"),
+    ],
+)
+def test_a_wrong_robust_rule_is_one_line(name: str, override: str, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        load_recipe("agnews", [f"method.robust.name={name}", f"method.robust.{override}"])
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
+        (
+            "method.robust.name=median",
+            r"unknown key method\.robust; allowed in \[method\]: name",
+        ),
         ("data.name=agnews", r"data\.name = 'agnews': a split run takes cifar10, fashion-mnist"),
         ("model.name=minilm", r"model\.name = 'minilm': a split run takes conv4, resnet18, vgg11"),
         ("run.form=u", r"run\.form = 'u' and model\.tail go together"),

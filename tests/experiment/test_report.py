@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from sluiceway.experiment.compare import tabulate
 from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.folder import write_json
 from sluiceway.experiment.kinds import Outcome, split_facts
 from sluiceway.experiment.plots import (
     THEME,
@@ -25,7 +26,7 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
-from sluiceway.experiment.run import summarise, write_json
+from sluiceway.experiment.run import summarise
 from sluiceway.federated.rounds import Record, Result
 from sluiceway.split.training import SplitRecord
 
@@ -184,6 +185,16 @@ def test_a_comparison_with_seeds(tmp_path: Path) -> None:
     assert "+0.3 ± 11.2 no difference shown at 95 %" in seen[prox:align]
     assert "+10.0 ± 0.2 81.0%" in seen[align:]  # the next cell, no such note between
     assert 'href="fedalign-moe/seed-2/"' in path.read_text(encoding="utf-8")
+
+
+def test_runs_with_and_without_a_robust_rule_are_not_seeds_of_one_variant(tmp_path: Path) -> None:
+    tables = recipe_of().model_dump(exclude_none=True)
+    tables["run"]["seed"] = 1
+    tables["method"]["robust"] = {"name": "median"}
+    plain = write_run(tmp_path / "plain", recipe_of(), result_of())
+    robust = write_run(tmp_path / "robust", recipe_from(tables), result_of(seed=1))
+    (path,) = write_report([plain, robust])
+    assert "method.robust.name=median" in words(path)
 
 
 def test_a_comparison_of_one_seed_claims_no_interval(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from tests.experiment.test_report import (
 
 from sluiceway.data import ImageDataset
 from sluiceway.experiment.compare import tabulate
+from sluiceway.experiment.folder import write_json
 from sluiceway.experiment.plots import DASHES, THEME, looks, save_png
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import write_report
-from sluiceway.experiment.run import write_json
 from sluiceway.experiment.split_plots import kept_figure, ranks, scores_figure, split_figures
 from sluiceway.federated.client import Optimisation
 from sluiceway.federated.rounds import Result

@@ -19,41 +19,10 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "digits.toml"
-    path.write_text(
-        """
-        [run]
-        kind = "split"
-        rounds = 4
-        device = "cpu"
-        [data]
-        name = "digits"
-        clients = 3
-        alpha = 0.5
-        limit = 240
-        test_limit = 100
-        [model]
-        name = "conv4"
-        width = 8
-        cut = "conv2"
-        [method]
-        name = "sl"
-        [train]
-        optimizer = "sgd"
-        lr = 0.05
-        momentum = 0.9
-        batch_size = 16
-        """
-    )
-    return path
-
-
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_leaves_a_run_folder(recipe: Path, tmp_path: Path, name: str) -> None:
+def test_every_method_leaves_a_run_folder(split_recipe: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
-    assert main(["run", str(recipe), "--set", f"method.name={name}", "--out", str(out)]) == 0
+    assert main(["run", str(split_recipe), "--set", f"method.name={name}", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) >= KEYS
     assert summary["recipe"]["method"]["name"] == summary["method"] == name
@@ -67,21 +36,21 @@ def test_every_method_leaves_a_run_folder(recipe: Path, tmp_path: Path, name: st
 @pytest.mark.parametrize(
     "settings", [["run.form=sequential"], ["run.form=copies"], ["run.form=u", "model.tail=conv4"]]
 )
-def test_every_form_by_recipe(recipe: Path, tmp_path: Path, settings: list[str]) -> None:
+def test_every_form_by_recipe(split_recipe: Path, tmp_path: Path, settings: list[str]) -> None:
     flags = [part for setting in settings for part in ("--set", setting)]
     out = tmp_path / "out"
     named = ["--set", "method.name=acp-sl", "--set", "method.quantize=int8"]
-    assert main(["run", str(recipe), *flags, *named, "--out", str(out)]) == 0
+    assert main(["run", str(split_recipe), *flags, *named, "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["kept_by_round"][0] == summary["channels"] == 8
     assert summary["kept_by_round"][-1] < 8
 
 
-def test_the_same_seed_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+def test_the_same_seed_is_the_same_run(split_recipe: Path, tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):
         out = tmp_path / name
-        arguments = ["run", str(recipe), "--set", "method.name=acp-sl", "--out", str(out)]
+        arguments = ["run", str(split_recipe), "--set", "method.name=acp-sl", "--out", str(out)]
         assert main(arguments) == 0
         found.append(json.loads((out / "summary.json").read_text()))
     for key in ("accuracy_by_round", "bytes_by_round", "masks_by_round", "scores_by_round"):
@@ -89,11 +58,11 @@ def test_the_same_seed_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_compare_split_methods(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    split_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     vary = ["--vary", "method.name=sl,acp-sl", "--seeds", "0,1"]
-    assert main(["compare", str(recipe), *vary, "--out", str(out)]) == 0
+    assert main(["compare", str(split_recipe), *vary, "--out", str(out)]) == 0
     table = json.loads((out / "compare.json").read_text())
     plain, pruned = (entry["measures"]["bytes_up"]["mean"] for entry in table["variants"])
     assert pruned < plain
@@ -102,7 +71,7 @@ def test_compare_split_methods(
 
 
 def test_bad_input_of_a_split_run(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    split_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str) -> str:
         assert main([*arguments]) == 2
@@ -111,14 +80,11 @@ def test_bad_input_of_a_split_run(
         return said.strip().splitlines()[-1]
 
     out = ["--out", str(tmp_path / "bad")]
-    unknown = refused("run", str(recipe), *out, "--set", "model.cut=conv9")
+    unknown = refused("run", str(split_recipe), *out, "--set", "model.cut=conv9")
     assert "'conv9' is no layer of the network; it can be cut at: conv1, conv2" in unknown
-    assert "last layer" in refused("run", str(recipe), *out, "--set", "model.cut=head")
-    assert "300 clients" in refused("run", str(recipe), *out, "--set", "data.clients=300")
+    assert "last layer" in refused("run", str(split_recipe), *out, "--set", "model.cut=head")
+    assert "300 clients" in refused("run", str(split_recipe), *out, "--set", "data.clients=300")
     assert not (tmp_path / "bad").exists()
-    assert main(["run", str(recipe), "--out", str(tmp_path / "ok")]) == 0
-    again = refused("run", str(recipe), "--out", str(tmp_path / "ok"), "--resume")
-    assert "a split run cannot be resumed" in again
 
 
 def test_inspect_lists_cut_points_with_their_bytes(capsys: pytest.CaptureFixture[str]) -> None:

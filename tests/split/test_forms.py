@@ -88,9 +88,11 @@ def test_gradient_i_belongs_to_batch_i(form: str, sending: list[int], receiving:
     messages = [built.clients[i].send(names[i], batches[i]) for i in sending]
     server = built.servers[-1]
     if form == "u":
-        replies = server.step_u(messages, lambda n, m: built.clients[n.client].finish(n, m))
+        opened = [server.open(message, labels=False) for message in messages]
+        replies, refused = server.step_u(opened, lambda n, m: built.clients[n.client].finish(n, m))
+        assert refused == {}
     else:
-        replies = server.step(messages)
+        replies = server.step([server.open(message, labels=True) for message in messages])
     answers = dict(zip(sending, replies, strict=True))
     for i in receiving:
         built.clients[i].receive(names[i], answers[i])
@@ -106,7 +108,8 @@ def test_gradient_i_belongs_to_batch_i(form: str, sending: list[int], receiving:
 def test_a_gradient_that_went_astray_is_refused(swapped: list[int]) -> None:
     built, names, batches = begun("parallel")
     messages = [built.clients[i].send(names[i], batches[i]) for i in range(4)]
-    replies = built.servers[-1].step(messages)
+    server = built.servers[-1]
+    replies = server.step([server.open(message, labels=True) for message in messages])
     for i, other in enumerate(swapped):
         if i == other:
             built.clients[i].receive(names[i], replies[other])
@@ -133,7 +136,8 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
     for number in turns:
         name, batch = next(steps[number])
         client = other.clients[number]
-        (reply,) = other.servers[number].step([client.send(name, batch)])
+        server = other.servers[number]
+        (reply,) = server.step([server.open(client.send(name, batch), labels=True)])
         client.receive(name, reply)
     for mine, yours in zip(one.clients, other.clients, strict=True):
         assert same(
@@ -220,7 +224,7 @@ def test_a_server_of_a_u_shape_refuses_labels() -> None:
     built, names, batches = begun("parallel")
     message = built.clients[0].send(names[0], batches[0])
     with pytest.raises(WireError, match="labels: expected none"):
-        built.servers[-1].step_u([message], lambda name, reply: reply)
+        built.servers[-1].open(message, labels=False)
 
 
 def test_a_server_refuses_what_is_not_of_its_cut() -> None:
@@ -234,7 +238,7 @@ def test_a_server_refuses_what_is_not_of_its_cut() -> None:
     ]
     for message in wrong:
         with pytest.raises(WireError):
-            built.servers[-1].step([message])
+            built.servers[-1].open(message, labels=True)
 
 
 def test_a_layer_that_works_in_place_may_follow_a_cut() -> None:

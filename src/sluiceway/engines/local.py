@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import signal
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -20,94 +14,93 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sluiceway.engines.pool import Lost, Pool, described
+from sluiceway.engines.scratch import scratch_folder
 from sluiceway.federated.batches import Batch, Examples
-from sluiceway.federated.checkpoints import Checkpoint
+from sluiceway.federated.checkpoints import Checkpoint, StorageError
 from sluiceway.federated.client import Loss, Training, Worker, prepare
 from sluiceway.federated.evaluation import Evaluation, label_counts
 from sluiceway.federated.features import FeatureCache, Trunk, agrees, find_trunk
+from sluiceway.federated.guards import Failure
 from sluiceway.federated.rounds import Loop, Record, Result, Rounds
-from sluiceway.federated.wire import read_broadcast, read_update, write_broadcast, write_update
+from sluiceway.federated.stopping import check_stop
+from sluiceway.federated.wire import (
+    WireError,
+    read_broadcast,
+    read_update,
+    write_broadcast,
+    write_update,
+)
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies import strategy as strategy_of
 
 #: Test examples that a worker is given at a time.
 PART = 256
 
-#: The worker of this process, when it is one of several.
-_worker: Worker | None = None
-
 
 class LocalEngine:
     """Plays clients by one or more workers; the number of workers changes no result.
 
     Messages are packed into files of a temporary folder, so that what is counted is what would
-    cross, and so that updates that wait for the others take no memory.
+    cross, and so that updates that wait for the others take no memory. What clients keep is in
+    files too, and changes with `settle` only: a round that does not stand leaves no trace.
+
+    A client whose training raises, whose process dies or who takes too long has failed; the others
+    go on.
 
     Args:
         worker: model and data; copied into each process.
-        workers: processes, >= 1; with 1 all runs in this one.
+        workers: processes, >= 1; with 1 and no `timeout` all runs in this one.
         threads: torch threads for each worker; None leaves them as they are. The same number
             gives the same results, whatever the number of workers.
+        timeout: seconds that a client may train, 0 for any; needs the CPU.
     """
 
-    def __init__(self, worker: Worker, *, workers: int = 1, threads: int | None = None) -> None:
+    def __init__(
+        self, worker: Worker, *, workers: int = 1, threads: int | None = None, timeout: float = 0
+    ) -> None:
         self.worker = worker
         self.workers = workers
         self.threads = threads
+        self.timeout = timeout
         self._stack = ExitStack()
         self._down = 0
 
     def __enter__(self) -> Self:
-        self.folder = Path(
-            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sluiceway-"))
-        )
+        self.folder = self._stack.enter_context(scratch_folder())
         self.states = self.folder / "clients"
         self.states.mkdir()
-        if self.workers > 1:
-            # Forked workers share data and model with this process until they write to them.
-            method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-            self._pool: ProcessPoolExecutor | None = ProcessPoolExecutor(
-                self.workers,
-                mp_context=multiprocessing.get_context(method),
-                initializer=begin_worker,
-                initargs=(self.worker, self.threads or 1, os.getpid()),
-            )
-            self._stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
-        else:
-            self._pool = None
-            if self.threads:
-                self._stack.callback(torch.set_num_threads, torch.get_num_threads())
-                torch.set_num_threads(self.threads)
+        self._pool: Pool[Worker] | None = None
+        if self.workers > 1 or self.timeout:
+            self._pool = Pool(self.worker, self.workers, self.threads or 1)
+            self._stack.callback(self._pool.close)
+        elif self.threads:
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._pool is not None:
-            # What the clients are doing is lost anyway; without this, stopping waits for them.
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
-    ) -> Iterator[Update]:
+    ) -> Iterator[Update | Failure]:
         folder = self.folder / "round"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         down = folder / "broadcast"
         self._down = write_broadcast(down, broadcast)
-        jobs = [
-            self._do(play, number, down, self.states / f"{number}", number in personal)
-            for number in clients
-        ]
-        try:
-            for job in jobs:
-                path = job()
-                yield read_update(path)
-                if not keep:
-                    path.unlink()
-        finally:
-            if not keep:
-                shutil.rmtree(folder)
+        jobs = [(number, down, self.states / f"{number}", number in personal) for number in clients]
+        for number, done in zip(clients, self._each(play, jobs), strict=True):
+            yield answer(number, done)
+            if not keep and isinstance(done, Path):
+                done.unlink()
+
+    def settle(self, clients: Sequence[int]) -> None:
+        for number in clients:
+            fresh = self.folder / "round" / f"state-{number}"
+            if fresh.exists():
+                os.replace(fresh, self.states / f"{number}")
 
     def broadcast_bytes(self) -> int:
         return self._down
@@ -117,46 +110,55 @@ class LocalEngine:
         write_broadcast(path, Broadcast(0, tensors))
         # Parts that do not depend on the number of workers make sums that do not either.
         parts = torch.arange(len(self.worker.test)).split(PART)
-        jobs = [self._do(judge, path, part.tolist()) for part in parts]
-        return sum((job() for job in jobs), start=Evaluation.nothing())
+        total = Evaluation.nothing()
+        for found in self._each(judge, [(path, part.tolist()) for part in parts]):
+            if isinstance(found, Lost):
+                raise found.error or RuntimeError(f"evaluation: {found.why}")
+            total += found
+        return total
 
-    def _do(self, task: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-        """Start a task on some worker; calling what is returned waits for its result."""
-        if self._pool is None:
-            return lambda: task(self.worker, *args)
-        future: Future[Any] = self._pool.submit(on_worker, task, *args)
-        return future.result
-
-
-def begin_worker(worker: Worker, threads: int, parent: int) -> None:
-    """Runs once in each worker process."""
-    global _worker
-    _worker = worker
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run, once, for all
-    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
-
-
-def leave_with(parent: int) -> None:
-    """End this process soon after its parent has gone, however that went."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    def _each(self, task: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """The result of each job in order, or a `Lost`."""
+        if self._pool is not None:
+            yield from self._pool.map(task, jobs, self.timeout if task is play else None)
+            return
+        for job in jobs:
+            check_stop()
+            try:
+                found = task(self.worker, *job)
+            except Exception as error:
+                found = Lost(described(error), error)
+            yield found
 
 
-def on_worker(task: Callable[..., Any], *args: Any) -> Any:
-    """Run a task in a worker process."""
-    return task(_worker, *args)
+def answer(number: int, done: Path | Lost) -> Update | Failure:
+    """A client's update from the file it was packed to.
+
+    Raises:
+        StorageError: this machine has no room for it, which is no failure of the client.
+    """
+    if isinstance(done, Lost) and isinstance(done.error, StorageError):
+        raise done.error
+    if isinstance(done, Lost):
+        return Failure(number, done.why, error=done.error)
+    try:
+        return read_update(done)
+    except WireError as error:
+        return Failure(number, str(error), done.stat().st_size, error)
 
 
 def play(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
-    """Train one client from a packed broadcast to a packed update, whose path is returned."""
+    """Train one client from a packed broadcast to a packed update, whose path is returned.
+
+    What the client keeps is read from `kept`, and written beside the update.
+    """
     state = load_file(kept) if kept.exists() else {}
     update = worker.train(number, read_broadcast(down), state, personal=personal)
     path = down.with_name(f"update-{number}")
     write_update(path, update)
     if state:
-        save_file({name: t.contiguous() for name, t in state.items()}, kept)
+        fresh = down.with_name(f"state-{number}")
+        save_file({name: t.contiguous() for name, t in state.items()}, fresh)
     return path
 
 
@@ -179,6 +181,9 @@ def federate(
     device: str = "auto",
     workers: int = 1,
     threads: int | None = None,
+    min_clients: int = 1,
+    repeats: int = 1,
+    timeout: float = 0,
     features: FeatureCache | None = None,
     on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[Record], None] = lambda record: None,
@@ -189,34 +194,46 @@ def federate(
 
     Args:
         model: any module whose output is logits [B, C] or has them as `.logits`. Parameters with
-            `requires_grad` are trained and exchanged. The trained global values are in it at the
-            end. Mixture-of-experts blocks are found by themselves (`sluiceway.moe`).
+            `requires_grad` are trained and exchanged. The global values are in it at the end,
+            whether the run ended well or not. Mixture-of-experts blocks are found by themselves
+            (`sluiceway.moe`).
         clients: each client's data set of (inputs, label); may be empty for some.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
-        rounds, participation, seed: see `Rounds`.
+        rounds, participation, seed, min_clients, repeats: see `Rounds`.
         training: how a client trains; see `Training`.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
         workers: processes that play clients; results do not depend on it where `threads` is set.
         threads: torch threads for each worker.
+        timeout: seconds that a client may train before the round goes on without it, 0 for any;
+            its process is ended, so this needs the CPU. Results then depend on the machine.
         features: keeps what frozen layers make of each example; None for a cache of this run's
             own, of up to 2 GB in memory.
         on_start: called once all is checked and prepared, before the first round.
         on_round, on_update: called with each round's record, and with (updates done, of).
-        checkpoint: where to save after every round and to continue from.
+        checkpoint: where the run is saved, and continued from.
 
     Raises:
-        ValueError: nothing to train, no client with examples, several workers on a GPU.
+        ValueError: nothing to train, too few clients with examples, several workers or a timeout
+            on a GPU.
+        TooFewUpdates: a round had fewer than `min_clients` usable updates, however often it was
+            played; CheckpointError, StorageError: see `Checkpoint`.
         NoExpertsError: the strategy needs experts and the model has none.
         pydantic.ValidationError: a setting out of range.
     """
     if isinstance(strategy, str):
         strategy = strategy_of(strategy)
-    plan = Rounds(rounds=rounds, participation=participation, seed=seed)
+    plan = Rounds(
+        rounds=rounds,
+        participation=participation,
+        seed=seed,
+        min_clients=min_clients,
+        repeats=repeats,
+    )
     place = torch.device(chosen_device(device))
-    if workers > 1 and place.type != "cpu":
-        raise ValueError(f"{workers} workers need the CPU; one worker runs on {place}")
+    if (workers > 1 or timeout) and place.type != "cpu":
+        raise ValueError(f"several workers, and a timeout, need the CPU; this runs on {place}")
     model.to(place)
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
@@ -237,16 +254,27 @@ def federate(
             device=place,
             seed=seed,
         )
-        engine = stack.enter_context(LocalEngine(worker, workers=workers, threads=threads))
-        loop = Loop(strategy, engine, plan, counts, on_round=on_round, on_update=on_update)
-        if checkpoint:
-            checkpoint.attach(loop, engine.states)
+        engine = stack.enter_context(
+            LocalEngine(worker, workers=workers, threads=threads, timeout=timeout)
+        )
+        loop = Loop(
+            strategy,
+            engine,
+            plan,
+            counts,
+            on_round=on_round,
+            on_update=on_update,
+            checkpoint=checkpoint,
+            states=engine.states,
+        )
+        loop.restore()
         on_start()
-        result = loop.run()
-        worker.load(strategy.tensors)
-    for name, param in model.named_parameters():
-        param.requires_grad_(was_trained[name])
-    return result
+        try:
+            return loop.run()
+        finally:
+            worker.load(strategy.tensors)
+            for name, param in model.named_parameters():
+                param.requires_grad_(was_trained[name])
 
 
 def chosen_device(name: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.folder import write_json, write_text
 from sluiceway.experiment.recipe import (
     Recipe,
     load_recipe,
@@ -22,7 +23,7 @@ from sluiceway.experiment.recipe import (
     require_few,
     set_key,
 )
-from sluiceway.experiment.run import clear_folder, run, write_json
+from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.oneline import quoted
 
@@ -119,15 +120,12 @@ def compare(
         progress.say(f"{name}, seed {seed}")
         summary = finished(folder, one)
         if summary is None:
-            resume = one.run.kind == "federated"
-            if folder and not resume:
-                clear_folder(folder)
-            _, summary = run(one, folder, resume=resume, session=session, progress=progress)
+            _, summary = run(one, folder, resume=True, session=session, progress=progress)
         summaries.setdefault(name, {})[seed] = summary
     table = tabulate(combinations, summaries)
     if out:
         write_json(out / "compare.json", table)
-        (out / "compare.md").write_text(markdown(table), encoding="utf-8")
+        write_text(out / "compare.md", markdown(table))
     return table
 
 

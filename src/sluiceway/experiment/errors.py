@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from sluiceway.oneline import line, quoted
 
@@ -33,3 +36,20 @@ def first_fault(error: ValidationError, where: str, allowed: dict[str, list[str]
     message = re.sub("^(input|string|list|dictionary) should", "must", message)
     message = line(message.removeprefix("value error, "), 1000)
     return f"{key} = {quoted(fault['input'])}: {message}" if key else message
+
+
+def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
+    """An object of a checked dataclass; its faults as one line that names the table."""
+    assert is_pydantic_dataclass(cls)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise InputError(first_fault(error, table, {table: [*more, *keys_of(cls)]})) from None
+
+
+def keys_of(cls: type[Any]) -> list[str]:
+    """The parameters of a checked dataclass, by the names that a recipe uses."""
+    described = cls.__pydantic_fields__
+    return [
+        str(info.validation_alias or name) for name, info in described.items() if not info.exclude
+    ]

@@ -17,9 +17,9 @@ from sluiceway.experiment.models import assembled, load_pretrained
 from sluiceway.experiment.readings import answer_of
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.federated.checkpoints import Checkpoint
+from sluiceway.federated.checkpoints import Checkpoint, CheckpointError
 from sluiceway.federated.client import Training
-from sluiceway.federated.rounds import Result
+from sluiceway.federated.rounds import Result, Rounds
 from sluiceway.split.compress import Compressor
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.split.training import SplitRecord, split_train
@@ -76,6 +76,11 @@ def run_federated(
     strategy, training = recipe.built(), recipe.training()
     assert isinstance(strategy, Strategy)
     assert isinstance(training, Training)
+    check_rounds(recipe, parts)
+    if recipe.run.timeout and device != "cpu":
+        raise InputError(
+            f"run.timeout = {recipe.run.timeout:g} needs the CPU; this runs on {device}"
+        )
     result = federate(
         model,
         [train.subset(part) for part in parts],
@@ -84,6 +89,9 @@ def run_federated(
         rounds=recipe.run.rounds,
         participation=recipe.run.participation,
         seed=recipe.run.seed,
+        min_clients=recipe.run.min_clients,
+        repeats=recipe.run.repeats,
+        timeout=recipe.run.timeout,
         training=training,
         device=device,
         workers=workers,
@@ -95,6 +103,19 @@ def run_federated(
         checkpoint=checkpoint,
     )
     return Outcome(result, data.source, data.label_names)
+
+
+def check_rounds(recipe: Recipe, parts: Sequence[Sequence[Any]]) -> None:
+    """Raise InputError if too few clients hold examples."""
+    plan = Rounds(
+        rounds=recipe.run.rounds,
+        participation=recipe.run.participation,
+        min_clients=recipe.run.min_clients,
+    )
+    try:
+        plan.check([number for number, part in enumerate(parts) if len(part)])
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def worker_count(recipe: Recipe, device: str) -> int:
@@ -121,7 +142,13 @@ def network(
         return make(width, shape[0], classes)
 
 
-def run_split(recipe: Recipe, device: str, session: Session, progress: Progress) -> Outcome:
+def run_split(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+) -> Outcome:
     """Train an image classifier that is cut between clients and a server."""
     pictures, train, test = session.images(recipe.data, progress.say)
     parts = parts_of(recipe, pictures)
@@ -148,7 +175,11 @@ def run_split(recipe: Recipe, device: str, session: Session, progress: Progress)
             device=device,
             on_start=progress.on_start,
             on_round=progress.on_round,
+            checkpoint=checkpoint,
+            min_clients=recipe.run.min_clients,
         )
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise InputError(str(error)) from None
     return Outcome(result, pictures.source, pictures.label_names, split_facts(result))

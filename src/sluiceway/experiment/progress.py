@@ -33,11 +33,15 @@ def line(text: str) -> None:
 def described(record: Record) -> str:
     """A round in words."""
     moved = (record.bytes_up + record.bytes_down) / 1e6
-    refused = f", refused {len(record.refused)}" if record.refused else ""
-    return (
+    line = (
         f"round {record.round}: accuracy {record.accuracy:.4f}, loss {record.loss:.3f}, "
-        f"{moved:.1f} MB, {record.seconds:.1f} s{refused}"
+        f"{moved:.1f} MB, {record.seconds:.1f} s"
     )
+    for word, faults in (("refused", record.refused), ("failed", record.failed)):
+        if faults:
+            client, why = min(faults.items())
+            line += f", {len(faults)} {word} (client {client}: {why})"
+    return line + (f", played {record.repeats + 1} times" if record.repeats else "")
 
 
 @contextmanager
@@ -70,7 +74,7 @@ def bar(console: Console) -> Iterator[Progress]:
                 accuracy=f"{record.accuracy:.4f}",
                 moved=total["moved"],
             )
-            if record.refused:
+            if record.refused or record.failed:
                 say(described(record))
 
         def on_update(done: int, of: int) -> None:

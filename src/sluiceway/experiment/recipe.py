@@ -19,15 +19,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.dataclasses import is_pydantic_dataclass
 
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
-from sluiceway.experiment.errors import InputError, first_fault
+from sluiceway.experiment.errors import InputError, checked, first_fault
+from sluiceway.experiment.methods import method_of, method_table
 from sluiceway.federated.client import Optimisation, Training
 from sluiceway.oneline import line, quoted
 from sluiceway.split.compress import Compressor
-from sluiceway.split.methods import METHODS
-from sluiceway.strategies import STRATEGIES, Strategy
+from sluiceway.strategies import Strategy
 from sluiceway.strategies.base import LARGEST_SEED
 
 #: Networks for images, by the name that `model.name` uses.
@@ -40,7 +39,7 @@ OVERRIDE_LIMIT: Final = 16 << 10
 #: time by n^2.
 DEPTH_LIMIT: Final = 16
 DOTS_LIMIT: Final = 100
-#: Rounds times clients, at most: who takes part is drawn for all rounds before the first.
+#: Rounds times clients, at most: who takes part in later rounds is looked up in every round.
 TURNS_LIMIT: Final = 20_000_000
 #: Runs of one comparison, at most: all their recipes are checked before the first.
 RUNS_LIMIT: Final = 10_000
@@ -57,13 +56,17 @@ class Run(BaseModel):
 
     kind: "federated" or "split". rounds: 1 to 99,999; times data.clients at most 20 million. seed:
     in [0, 2^63). participation: share of clients a round, (0, 1]. device: "auto", "cpu", "cuda",
-    ... engine: "local".
+    ... engine: "local". min_clients: usable updates that a round needs, >= 1. checkpoint_every:
+    rounds between checkpoints, >= 1; checkpoint_keep: how many stay, >= 1.
 
     Federated runs: workers: processes, at most 1,024, 0 for one a core (one on a GPU). threads:
     torch threads a worker, 1 to 1,024. feature_memory_mb: of frozen layers' outputs that may be
-    held in memory, at most 10^9, the rest goes to a file. Split runs: form: "sequential",
-    "parallel" (one server model), "copies" (a server model per client) or "u" (labels stay).
-    fronts: the strategy that averages clients' layers.
+    held in memory, at most 10^9, the rest goes to a file. repeats: how often a round with too few
+    usable updates is played again, at most 1,000. timeout: seconds that a client may train before
+    the round goes on without it, 0 for any; needs the CPU.
+
+    Split runs: form: "sequential", "parallel" (one server model), "copies" (a server model per
+    client) or "u" (labels stay). fronts: the strategy that averages clients' layers.
     """
 
     model_config = TABLE
@@ -78,6 +81,11 @@ class Run(BaseModel):
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
     form: Literal["sequential", "parallel", "copies", "u"] = "parallel"
     fronts: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
+    min_clients: int = Field(default=1, ge=1, le=100_000)
+    repeats: int = Field(default=1, ge=0, le=1000)
+    timeout: float = Field(default=0.0, ge=0)
+    checkpoint_every: int = Field(default=1, ge=1, le=99_999)
+    checkpoint_keep: int = Field(default=2, ge=1, le=99_999)
 
 
 class Data(BaseModel):
@@ -204,7 +212,12 @@ def require_few(vary: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> None
 
 
 class Recipe(BaseModel):
-    """A whole run. `method` has `name` and the parameters of that strategy."""
+    """A whole run.
+
+    `method` has `name` and the parameters of that strategy. In a federated run it may have a table
+    `robust`: `name` ("none", "median", "trimmed-mean" or "norm-clipping") and the parameters of
+    that rule, which hardens the aggregation.
+    """
 
     model_config = TABLE
     description: str = Field(default="", max_length=10_000)
@@ -243,13 +256,7 @@ class Recipe(BaseModel):
 
     def built(self) -> Strategy | Compressor:
         """What [method] names: a strategy, or in a split run a compressor. Raises InputError."""
-        name = self.method.get("name")
-        known: dict[str, type[Any]] = {**METHODS} if self.run.kind == "split" else {**STRATEGIES}
-        if not isinstance(name, str) or name not in known:
-            raise InputError(f"method.name = {quoted(name)}; allowed: {', '.join(known)}")
-        parameters = {key: value for key, value in self.method.items() if key != "name"}
-        made: Strategy | Compressor = checked("method", known[name], parameters, ["name"])
-        return made
+        return method_of(self.method, split=self.run.kind == "split")
 
     def training(self) -> Optimisation:
         """What [train] says; a `Training` in a federated run. Raises InputError."""
@@ -260,26 +267,9 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, defaults included, ready to be written as TOML."""
         tables = self.model_dump(exclude_none=True)
-        method = self.built()
-        parameters = TypeAdapter(type(method)).dump_python(method, by_alias=True, exclude_none=True)
-        tables["method"] = {"name": self.method["name"], **parameters}
+        tables["method"] = method_table(self.method, self.built())
         tables["train"] = TypeAdapter(type(self.training())).dump_python(self.training())
         return tables
-
-
-def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
-    """An object of a checked dataclass; its faults as one line that names the table."""
-    assert is_pydantic_dataclass(cls)
-    try:
-        return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        raise InputError(first_fault(error, table, {table: [*more, *keys_of(cls)]})) from None
-
-
-def keys_of(cls: type[Any]) -> list[str]:
-    """The parameters of a checked dataclass, by the names that a recipe uses."""
-    described = cls.__pydantic_fields__
-    return [str(info.validation_alias or name) for name, info in described.items()]
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import platform
-import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
 import sluiceway
 from sluiceway.engines.local import chosen_device
 from sluiceway.experiment.errors import InputError
+from sluiceway.experiment.folder import Folder
 from sluiceway.experiment.kinds import Outcome, run_federated, run_split
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
@@ -30,6 +28,7 @@ def run(
     out: Path | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     session: Session | None = None,
     progress: Progress | None = None,
 ) -> tuple[Result, dict[str, Any]]:
@@ -39,6 +38,7 @@ def run(
         recipe: checked.
         out: the run folder; None writes nothing.
         resume: continue what is in `out`.
+        force: replace what is in `out`.
         session: shares data and frozen layers' outputs between runs.
         progress: what to tell while it goes on.
 
@@ -46,36 +46,46 @@ def run(
         The result, and the summary that is in `summary.json`.
 
     Raises:
-        InputError, DataError, NoExpertsError, CheckpointError: one line each.
+        InputError, DataError, NoExpertsError, CheckpointError: bad input, one line each.
+        StorageError, RunFailed: the run cannot go on, one line each.
+        Stopped: see `graceful_stop`.
     """
     session = session or Session()
     progress = progress or Progress()
     began = time.perf_counter()
-    folder = Folder(out, recipe, resume) if out else None
     device = usable_device(recipe.run.device)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(Folder(out, recipe, resume, force)) if out else None
 
-    def on_start() -> None:
-        progress.begin(recipe.run.rounds)
+        def on_start() -> None:
+            progress.begin(recipe.run.rounds)
+            if folder:
+                folder.open()
+
+        def on_round(record: Record) -> None:
+            if folder:
+                folder.add(record)
+            progress.on_round(record)
+
+        told = replace(progress, on_start=on_start, on_round=on_round)
+        checkpoint = checkpoint_of(recipe, out, resume, progress) if out else None
+        runner = run_split if recipe.run.kind == "split" else run_federated
+        outcome = runner(recipe, device, session, told, checkpoint)
+        summary = summarise(recipe, outcome, device, time.perf_counter() - began)
         if folder:
-            folder.open()
-
-    def on_round(record: Record) -> None:
-        if folder:
-            folder.add(record)
-        progress.on_round(record)
-
-    told = replace(progress, on_start=on_start, on_round=on_round)
-    if recipe.run.kind == "split":
-        if resume and out and (out / "metrics.jsonl").exists():
-            raise InputError(f"{out}: a split run cannot be resumed; give --force to begin anew")
-        outcome = run_split(recipe, device, session, told)
-    else:
-        checkpoint = Checkpoint(out / "checkpoints", resume) if out else None
-        outcome = run_federated(recipe, device, session, told, checkpoint)
-    summary = summarise(recipe, outcome, device, time.perf_counter() - began)
-    if folder:
-        folder.finish(outcome.result, summary)
+            folder.finish(outcome.result, summary)
     return outcome.result, summary
+
+
+def checkpoint_of(recipe: Recipe, out: Path, resume: bool, progress: Progress) -> Checkpoint:
+    """Where and how often the run is saved."""
+    return Checkpoint(
+        out / "checkpoints",
+        resume,
+        every=recipe.run.checkpoint_every,
+        keep=recipe.run.checkpoint_keep,
+        say=progress.say,
+    )
 
 
 def usable_device(name: str) -> str:
@@ -87,57 +97,6 @@ def usable_device(name: str) -> str:
         why = str(error).splitlines()[0]
         raise InputError(f"run.device = {name!r} cannot be used here: {why}") from None
     return device
-
-
-@dataclass
-class Folder:
-    """A run folder: recipe.toml, metrics.jsonl, summary.json.
-
-    Nothing is written before `open`, so that a run that is refused leaves nothing behind.
-
-    Raises:
-        InputError: the folder holds a run and `resume` was not asked, or another recipe's run.
-    """
-
-    out: Path
-    recipe: Recipe
-    resume: bool
-
-    def __post_init__(self) -> None:
-        self.text = tomli_w.dumps(self.recipe.resolved())
-        written = self.out / "recipe.toml"
-        if written.exists() and not self.resume:
-            raise InputError(
-                f"{self.out} already holds a run; give --resume, --force or another --out"
-            )
-        if written.exists() and written.read_text(encoding="utf-8") != self.text:
-            raise InputError(f"{self.out} holds a run of another recipe; see {written}")
-
-    def open(self) -> None:
-        """Make the folder, with the resolved recipe in it."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.toml").write_text(self.text, encoding="utf-8")
-
-    def add(self, record: Record) -> None:
-        """Append a round to metrics.jsonl."""
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.as_dict()) + "\n")
-
-    def finish(self, result: Result, summary: dict[str, Any]) -> None:
-        """Write the summary, and metrics.jsonl anew.
-
-        A round that was stopped between its line and its checkpoint left a line too many.
-        """
-        lines = [json.dumps(record.as_dict()) + "\n" for record in result.records]
-        (self.out / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-        write_json(self.out / "summary.json", summary)
-
-
-def clear_folder(out: Path) -> None:
-    """Remove what a run left in its folder, and nothing else."""
-    for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
@@ -162,11 +121,10 @@ def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> 
         "clients": recipe.data.clients,
         "empty_clients": result.empty,
         "refused_updates": result.refused,
-        "refused": [
-            {"round": record.round, "client": client, "why": why}
-            for record in result.records
-            for client, why in record.refused.items()
-        ],
+        "refused": named(result, "refused"),
+        "failed_updates": result.failed,
+        "failed": named(result, "failed"),
+        "repeated_rounds": sum(record.repeats for record in result.records),
         "data_source": outcome.source,
         "label_names": list(outcome.label_names),
         "label_counts": result.label_counts,
@@ -177,6 +135,15 @@ def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> 
     }
 
 
+def named(result: Result, key: str) -> list[dict[str, Any]]:
+    """Every client that a round did without, and why; `key` is "refused" or "failed"."""
+    return [
+        {"round": record.round, "client": client, "why": why}
+        for record in result.records
+        for client, why in getattr(record, key).items()
+    ]
+
+
 def versions() -> dict[str, str]:
     """What the run was made with."""
     return {
@@ -185,10 +152,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write under a temporary name first, so that a reader never sees half a file."""
-    made = path.with_name(f".{path.name}")
-    made.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(made, path)

@@ -28,6 +28,7 @@ from sluiceway.federated.stepping import (
     masters_of,
     refuse_reentrant,
 )
+from sluiceway.federated.stopping import check_stop
 from sluiceway.federated.wire import take_values
 from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy, repair
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
@@ -205,6 +206,7 @@ class Worker:
         recomputing = checkpointed(self.model) if self.training.checkpointing else None
         with recomputing or contextlib.nullcontext():
             for rows in self.steps(examples):
+                check_stop()
                 terms = []
                 for part in rows.split(self.training.batch_size):
                     batch = Batch.of(examples, part, self.device)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
+from sluiceway.federated.checkpoints import StorageError
 from sluiceway.moe import BlockRouting
 from sluiceway.oneline import line, quoted
 from sluiceway.strategies import Broadcast, Update
@@ -87,9 +88,16 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def write_tensors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Facts) -> int:
-    """Write named tensors under prefixes, and a few facts; returns the length in bytes."""
+    """Write named tensors under prefixes, and a few facts; returns the length in bytes.
+
+    Raises:
+        StorageError: there is no room for them.
+    """
     tensors, metadata = laid_out(parts, facts)
-    save_file(tensors, str(path), metadata=metadata)
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write a message to {path} ({error})") from error
     return path.stat().st_size
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from sluiceway import channels
 from sluiceway.federated.client import mix
 from sluiceway.split.meters import Fixed
 from sluiceway.split.methods import ChannelChoice
+from sluiceway.split.terms import below, joined
 
 #: Key of what all clients share, where others have the client's number.
 ALL = -1
@@ -84,3 +85,15 @@ class Masks:
         if not self.choosers:
             return None
         return self.choosers[ALL if self.merged else client].mask
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next round's masks depend on."""
+        choosers = {str(key): chooser.state_dict() for key, chooser in self.choosers.items()}
+        scores = {str(client): scores for client, scores in self.scores.items()}
+        return joined({"scores": scores} | choosers)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.scores = {int(client): s for client, s in below(state, "scores").items()}
+        for key, chooser in self.choosers.items():
+            chooser.load_state_dict(below(state, str(key)))

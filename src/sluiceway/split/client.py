@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,16 @@ from sluiceway.split.header import BatchId
 from sluiceway.split.messages import read_opening
 from sluiceway.split.meters import Meter
 from sluiceway.split.packing import Ticket
-from sluiceway.split.terms import Terms, client_layers, optimiser_of, training_mode
+from sluiceway.split.terms import (
+    Terms,
+    below,
+    client_layers,
+    joined,
+    load_optimiser,
+    optimiser_of,
+    optimiser_state,
+    training_mode,
+)
 from sluiceway.strategies import Client, Strategy
 
 
@@ -68,6 +77,25 @@ class ClientSide:
         self.waiting: dict[BatchId, Sent] = {}
         self.losses: list[tuple[int, Tensor]] = []
         self.state: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What outlives a round on this side, but the layers that the server sends; not copied."""
+        counts = {n: b for n, b in self.layers.named_buffers() if n not in self.owned}
+        meter = {} if self.meter is None else self.meter.state_dict()
+        optimiser = optimiser_state(self.optimiser)
+        return joined(
+            {"counts": counts, "optimiser": optimiser, "meter": meter, "state": self.state}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave, between rounds."""
+        counts = dict(self.layers.named_buffers())
+        for name, value in below(state, "counts").items():
+            counts[name].copy_(value)
+        load_optimiser(self.optimiser, below(state, "optimiser"))
+        if self.meter is not None:
+            self.meter.load_state_dict(below(state, "meter"))
+        self.state = below(state, "state")
 
     # -- a round -------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sluiceway.federated.batches import Batch
+from sluiceway.federated.stopping import check_stop
 from sluiceway.split.client import ClientSide
 from sluiceway.split.header import BatchId
 from sluiceway.split.server import ServerSide
@@ -30,21 +31,42 @@ class Traffic:
 
 def side_by_side(
     clients: Sequence[ClientSide], turns: Turns, server: ServerSide, traffic: Traffic
-) -> None:
-    """In every step some clients send a batch each, and the server steps on all of them."""
+) -> dict[int, str]:
+    """In every step some clients send a batch each, and the server steps on all of them.
+
+    A client that sends what cannot be trained on sits out the rest of the round.
+
+    Returns:
+        By the number of such a client, why.
+    """
+    out: dict[int, str] = {}
     for chosen in spread([client.batch_count for client in clients]):
-        ready = [(clients[i], *next(turns[clients[i].number])) for i in chosen]
+        check_stop()
+        taking_part = [clients[i] for i in chosen if clients[i].number not in out]
+        ready = [(client, *next(turns[client.number])) for client in taking_part]
         if sum(len(batch.labels) for _, _, batch in ready) < server.smallest:
             continue
-        messages = [client.send(name, batch) for client, name, batch in ready]
-        traffic.up += sum(map(len, messages))
-        if ready[0][0].tail is None:
-            replies = server.step(messages)
+        sent = {}
+        for client, name, batch in ready:
+            try:
+                message = client.send(name, batch)
+                traffic.up += len(message)
+                sent[client.number] = name, server.open(message, labels=client.tail is None)
+            except ValueError as error:
+                out[client.number] = f"{error} (batch {name.batch})"
+        opened = [smashed for _, smashed in sent.values()]
+        if sum(len(smashed.values) for smashed in opened) < server.smallest:
+            continue
+        if clients[0].tail is None:
+            replies = server.step(opened)
         else:
-            replies = server.step_u(messages, Asking(clients, traffic))
+            replies, refused = server.step_u(opened, Asking(clients, traffic))
+            out |= refused
         traffic.down += sum(map(len, replies))
-        for (client, name, _), reply in zip(ready, replies, strict=True):
-            client.receive(name, reply)
+        senders = [client for client in taking_part if client.number in sent]
+        for client, reply in zip(senders, replies, strict=True):
+            client.receive(sent[client.number][0], reply)
+    return out
 
 
 def spread(counts: Sequence[int]) -> Iterator[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -23,6 +23,22 @@ class Meter(Protocol):
 
     def scores(self) -> Tensor | None:
         """Scores [C], high is keep; None before anything was seen. Closes a round."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What outlives a round, as named tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave, between rounds."""
+
+
+class Forgetful:
+    """A meter of which nothing outlives a round."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
 
 
 class LabelAware:
@@ -56,8 +72,14 @@ class LabelAware:
     def scores(self) -> Tensor | None:
         return None if self.statistics is None else self.form(self.statistics)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.statistics is None else self.statistics.to_tensors()
 
-class MeanScore:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.statistics = ClassStatistics.from_tensors(state) if state else None
+
+
+class MeanScore(Forgetful):
     """The mean over a round's batches of a score of one batch."""
 
     def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
@@ -74,7 +96,7 @@ class MeanScore:
         return mean_and_clear(self.seen)
 
 
-class MeanGradientScore:
+class MeanGradientScore(Forgetful):
     """The mean over a round's batches of a score of a batch and its gradient."""
 
     def __init__(self, score: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -98,7 +120,7 @@ def mean_and_clear(seen: list[Tensor]) -> Tensor | None:
     return mean
 
 
-class Fixed:
+class Fixed(Forgetful):
     """Scores that are drawn once, known from the beginning, and never change."""
 
     def __init__(self, count: int, seed: int) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.federated.client import exchanged, mix
-from sluiceway.federated.rounds import Record, fault
-from sluiceway.federated.wire import message_of
+from sluiceway.federated.guards import fault
+from sluiceway.federated.rounds import Record
+from sluiceway.federated.wire import WireError, message_of
 from sluiceway.moe import Anatomy
 from sluiceway.split.choosing import ALL, Masks
 from sluiceway.split.client import ClientSide
@@ -100,13 +101,23 @@ class Split:
         turns = {c.number: c.batches(number, self.generator(number, c.number)) for c in clients}
         if self.form == "copies":
             for client in clients:
-                side_by_side([client], turns, self.servers[client.number], self.traffic)
-            self.average_copies(clients)
+                server = self.servers[client.number]
+                self.refused |= side_by_side([client], turns, server, self.traffic)
+            self.average_copies([c for c in clients if c.number not in self.refused])
         else:
-            side_by_side(clients, turns, self.servers[ALL], self.traffic)
-        updates = [self.closed(number, client) for client in clients]
-        self.refused |= {u.client: why for u in updates if (why := fault(u, self.strategy))}
-        self.strategy.aggregate(u for u in updates if u.client not in self.refused)
+            self.refused |= side_by_side(clients, turns, self.servers[ALL], self.traffic)
+        updates = []
+        for client in clients:
+            try:
+                update = self.closed(number, client)
+                why = fault(update, self.strategy, number, [client.number])
+            except WireError as error:
+                why = str(error)
+            if why is not None:
+                self.refused.setdefault(client.number, why)
+            elif client.number not in self.refused:
+                updates.append(update)
+        self.strategy.aggregate(updates)
 
     def generator(self, number: int, client: int) -> torch.Generator:
         """What shuffles and augments a client's batches of a round."""
@@ -128,7 +139,7 @@ class Split:
         parts = read_closing(message, client.number, number, self.crossing)
         if self.masks.crossing and "scores" in parts:
             scores = parts["scores"]["channels"]
-        if scores is not None:
+        if scores is not None and client.number not in self.refused:
             self.masks.rate(client.number, scores)
         return Update(
             client.number,

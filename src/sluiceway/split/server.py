@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sluiceway.federated.client import frozen_modules
+from sluiceway.federated.guards import finite
+from sluiceway.split.errors import WireError
 from sluiceway.split.header import BatchId
 from sluiceway.split.packing import Smashed
-from sluiceway.split.terms import Terms, optimiser_of, training_mode
+from sluiceway.split.terms import (
+    Terms,
+    load_optimiser,
+    optimiser_of,
+    optimiser_state,
+    training_mode,
+)
 
 
 class ServerSide:
@@ -30,19 +38,44 @@ class ServerSide:
         self.optimiser = optimiser_of(back, terms.training)
         self.losses: list[tuple[int, Tensor]] = []
 
-    def step(self, messages: Sequence[bytes]) -> list[bytes]:
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step depends on but the layers; not copied."""
+        return optimiser_state(self.optimiser)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        load_optimiser(self.optimiser, state)
+
+    def open(self, message: bytes, *, labels: bool) -> Smashed:
+        """A client's smashed data, if they are fit to be trained on.
+
+        Args:
+            message: as the client sent it.
+            labels: whether it must have labels; in a U-shape it must not.
+
+        Raises:
+            WireError: it is no smashed data of this cut, or a value is NaN or infinite.
+        """
+        terms, shape = self.terms, (None, *self.terms.shape)
+        opened = terms.link.open(
+            message, shape, labels=labels, classes=terms.classes, device=terms.device
+        )
+        if not finite(opened.values):
+            raise WireError("NaN or Inf in the smashed data")
+        return opened
+
+    def step(self, opened: Sequence[Smashed]) -> list[bytes]:
         """One optimiser step on the mean loss over all the batches, as if they were one.
 
+        Args:
+            opened: what `open` gave, with labels.
+
         Returns:
-            For each message the packed gradient of its client's own mean loss: that of the mean
+            For each batch the packed gradient of its client's own mean loss: that of the mean
             over all examples, times all examples over the client's. So a front learns at the same
             pace whoever else takes part, and fronts averaged by their examples move as one front
             would on the batches together.
-
-        Raises:
-            WireError: a message is no smashed data of this cut, or has no labels.
         """
-        opened = [self._opened(message, labels=True) for message in messages]
         labels = torch.cat([one.labels for one in opened if one.labels is not None])
 
         def end(out: Tensor) -> Tensor:
@@ -56,35 +89,34 @@ class ServerSide:
         return self._through(opened, end)
 
     def step_u(
-        self, messages: Sequence[bytes], ask: Callable[[BatchId, bytes], bytes]
-    ) -> list[bytes]:
+        self, opened: Sequence[Smashed], ask: Callable[[BatchId, bytes], bytes]
+    ) -> tuple[list[bytes], dict[int, str]]:
         """The same in a U-shape: `ask(name, message)` hands a batch's outcome to its client's tail.
 
         It returns the client's packed gradient. Labels are never seen here.
 
-        Raises:
-            WireError: a message is no smashed data of this cut, or carries labels.
+        Returns:
+            The packed gradients, and by client why what its tail answered was not used.
         """
-        opened = [self._opened(message, labels=False) for message in messages]
-        link = self.terms.tail_link
+        link, refused = self.terms.tail_link, dict[int, str]()
 
         def end(out: Tensor) -> Tensor:
             gradients = []
             parts = out.detach().split([len(one.values) for one in opened])
             for part, one in zip(parts, opened, strict=True):
                 message, ticket = link.up(part, one.ticket.batch)
-                answer = ask(one.ticket.batch, message)
-                gradient = link.open_gradient(answer, ticket, self.terms.device)
+                try:
+                    answer = ask(one.ticket.batch, message)
+                    gradient = link.open_gradient(answer, ticket, self.terms.device)
+                    if not finite(gradient):
+                        raise WireError("NaN or Inf in the gradient of the tail")
+                except ValueError as error:
+                    refused[one.ticket.batch.client] = str(error)
+                    gradient = torch.zeros_like(part)
                 gradients.append(gradient * (len(part) / len(out)))
             return torch.cat(gradients)
 
-        return self._through(opened, end)
-
-    def _opened(self, message: bytes, *, labels: bool) -> Smashed:
-        terms, shape = self.terms, (None, *self.terms.shape)
-        return terms.link.open(
-            message, shape, labels=labels, classes=terms.classes, device=terms.device
-        )
+        return self._through(opened, end), refused
 
     def _through(self, opened: Sequence[Smashed], end: Callable[[Tensor], Tensor]) -> list[bytes]:
         """Forward, backward from the gradient that `end` gives, step, and the packed gradients."""

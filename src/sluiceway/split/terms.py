@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sluiceway.federated.client import Loss, Optimisation
 from sluiceway.split.compress import Compressor
@@ -51,3 +51,38 @@ def training_mode(layers: nn.Module, still: Sequence[nn.Module]) -> None:
     layers.train()
     for module in still:
         module.eval()
+
+
+def optimiser_state(optimiser: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """What an optimiser remembers of each parameter, as `index/name`; not copied."""
+    if optimiser is None:
+        return {}
+    return {
+        f"{index}/{name}": value
+        for index, held in optimiser.state_dict()["state"].items()
+        for name, value in held.items()
+        if value is not None
+    }
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
+    """Continue from what `optimiser_state` gave; the settings stay as they are."""
+    if optimiser is None:
+        return
+    held: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        index, name = key.split("/")
+        held.setdefault(int(index), {})[name] = value
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": held, "param_groups": groups})
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Several sets of named tensors as one, as `part/name`."""
+    return {f"{part}/{name}": t for part, held in parts.items() for name, t in held.items()}
+
+
+def below(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """One set of those that were joined."""
+    prefix = f"{part}/"
+    return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}

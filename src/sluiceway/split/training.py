@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,12 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from sluiceway.federated.batches import Examples
+from sluiceway.federated.checkpoints import Checkpoint, Snapshot
 from sluiceway.federated.client import Loss, Optimisation, exchanged, mix
+from sluiceway.federated.guards import Diverged, TooFewUpdates, finite
 from sluiceway.federated.rounds import Result, Rounds
+from sluiceway.federated.stopping import check_stop
 from sluiceway.split.compress import Compressor
 from sluiceway.split.forms import FORMS
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import Split, SplitRecord
+from sluiceway.split.saving import restore, state_of
 from sluiceway.split.setup import build, holders
 from sluiceway.strategies import FedAvg, Strategy
 
@@ -40,6 +45,8 @@ def split_train(
     device: torch.device | str = "cpu",
     on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[SplitRecord], None] = lambda record: None,
+    checkpoint: Checkpoint | None = None,
+    min_clients: int = 1,
 ) -> Result:
     """Train a network that is cut between clients and a server, on this machine.
 
@@ -66,16 +73,23 @@ def split_train(
         loss: of (logits, labels), a mean over the batch.
         device: where everything runs.
         on_start, on_round: called before the first round, and after each with its record.
+        checkpoint: where the run is saved, and continued from.
+        min_clients: clients of a round whose layers must be usable, >= 1. With fewer the run ends:
+            the server has learned from the others' batches, so that the round cannot be repeated.
 
     Returns:
         Records (of type `SplitRecord`), and the trained tensors of the whole network by name.
 
     Raises:
         ValueError: a cut that is not there, a form or a method that is not known, a strategy that
-            the form cannot use, a budget below one channel, no client with examples.
+            the form cannot use, a budget below one channel, too few clients with examples.
+        TooFewUpdates: see `min_clients`. Diverged: the server's layers are not finite any more.
+        CheckpointError, StorageError: see `Checkpoint`.
     """
     chosen_device = torch.device(device)
-    plan = Rounds(rounds=rounds, participation=participation, seed=seed)
+    plan = Rounds(
+        rounds=rounds, participation=participation, seed=seed, min_clients=min_clients, repeats=0
+    )
     check(form, tail_at, fronts)
     # The run's own: error feedback remembers what a method did before.
     own = replace(made(method))
@@ -94,7 +108,7 @@ def split_train(
             loss=loss,
             device=chosen_device,
         )
-        return run(built, plan, on_start, on_round)
+        return run(built, plan, on_start, on_round, checkpoint)
 
 
 def run(
@@ -102,21 +116,55 @@ def run(
     plan: Rounds,
     on_start: Callable[[], None],
     on_round: Callable[[SplitRecord], None],
+    checkpoint: Checkpoint | None,
 ) -> Result:
-    """Play all rounds."""
+    """Play the rounds that are left."""
     with_examples = holders(built.label_counts)
+    plan.check(with_examples)
     result = Result(
         empty=[c.number for c in built.clients if c.number not in with_examples],
         label_counts=built.label_counts.tolist(),
     )
-    on_start()
-    for number in range(1, plan.rounds + 1):
-        torch.manual_seed(mix(plan.seed, number))
-        record = built.play(number, plan.chosen(number, with_examples))
-        result.records.append(record)
+    if saved := checkpoint.newest() if checkpoint else None:
+        restore(built, saved)
+        result.take(saved, SplitRecord)
         result.tensors = trained(built)
-        on_round(record)
+    on_start()
+    with checkpoint.guarding() if checkpoint else contextlib.nullcontext():
+        for number in range(len(result.records) + 1, plan.rounds + 1):
+            check_stop()
+            torch.manual_seed(mix(plan.seed, number))
+            record = built.play(number, plan.chosen(number, with_examples))
+            tensors = trained(built)
+            require(record, tensors, plan.min_clients)
+            result.records.append(record)
+            result.tensors = tensors
+            if checkpoint:
+                checkpoint.after(Snapshot(number, state_of(built), result.facts()), plan.rounds)
+            on_round(record)
     return result
+
+
+def require(record: SplitRecord, tensors: Mapping[str, torch.Tensor], least: int) -> None:
+    """Check that a round left something to go on with.
+
+    Raises:
+        TooFewUpdates: fewer than `least` clients' layers could be used.
+        Diverged: a layer, which must be the server's, is not finite.
+    """
+    used = len(record.clients) - len(record.refused)
+    first = "".join(f" (client {c}: {why})" for c, why in sorted(record.refused.items())[:1])
+    if used < least:
+        raise TooFewUpdates(
+            f"round {record.round}: the layers of {used} of {len(record.clients)} clients could be "
+            f"used, run.min_clients = {least}{first}"
+        )
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise Diverged(
+                f"round {record.round}: NaN or Inf in {name} on the server{first}; "
+                "a lower train.lr may help"
+            )
 
 
 def check(form: str, tail_at: str | None, fronts: Strategy | None) -> None:

@@ -18,6 +18,7 @@ from sluiceway.strategies.fedmoe import FedMoE
 from sluiceway.strategies.fedprox import FedProx
 from sluiceway.strategies.frozen_gate import FrozenGate
 from sluiceway.strategies.non_expert import NonExpert
+from sluiceway.strategies.robust import ROBUST, Median, NormClipping, TrimmedMean
 from sluiceway.strategies.scaffold import Scaffold
 from sluiceway.strategies.usage import Usage
 
@@ -51,6 +52,7 @@ def strategy(name: str, **parameters: Any) -> Strategy:
 
 
 __all__ = [
+    "ROBUST",
     "STRATEGIES",
     "Broadcast",
     "Client",
@@ -60,10 +62,13 @@ __all__ = [
     "FedMoE",
     "FedProx",
     "FrozenGate",
+    "Median",
     "NonExpert",
+    "NormClipping",
     "RunningMean",
     "Scaffold",
     "Strategy",
+    "TrimmedMean",
     "Update",
     "Usage",
     "strategy",

@@ -150,8 +150,19 @@ class Strategy:
         """What the broadcast carries beside the model; nothing unless a strategy says so."""
         return {}
 
+    def client_extra(self) -> Mapping[str, Tensor] | None:
+        """What `finish` may send, as tensors of the same names, shapes and types.
+
+        An update with anything else is refused. None leaves it open: then only NaN and Inf are.
+        """
+        return None
+
     def aggregate(self, updates: Iterable[Update]) -> None:
-        """Fold one round's updates into `self.tensors`. Streams: each update is read once."""
+        """Fold one round's updates into `self.tensors`. Streams: each update is read once.
+
+        Nothing of the strategy may change before the updates have ended: reading one raises where
+        a run is stopped or too few are usable, and the round is then played again.
+        """
         raise NotImplementedError
 
     def streams(self) -> bool:

@@ -37,6 +37,9 @@ class Scaffold(FedAvg):
     def server_extra(self) -> Mapping[str, Tensor]:
         return {f"control/{name}": tensor for name, tensor in self.control.items()}
 
+    def client_extra(self) -> Mapping[str, Tensor]:
+        return self.server_extra()
+
     def aggregate(self, updates: Iterable[Update]) -> None:
         change = {name: torch.zeros_like(t) for name, t in self.control.items()}
 

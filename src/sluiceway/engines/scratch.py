@@ -1,0 +1,48 @@
+"""A temporary folder that outlives no run, not even one that was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+PREFIX = "sluiceway-"
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder for this process, removed at the end; those of killed runs are removed first.
+
+    Whoever uses a folder holds the lock beside it, from before there is a folder, and the system
+    lets go of the lock however a process ends.
+    """
+    room = Path(tempfile.gettempdir())
+    for left in room.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if left.is_dir():
+                remove_if_unused(left)
+    folder = room / f"{PREFIX}{uuid.uuid4().hex}"
+    with FileLock(lock_of(folder)):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock_of(folder).unlink(missing_ok=True)
+
+
+def remove_if_unused(folder: Path) -> None:
+    """Remove a folder whose lock nobody holds."""
+    with contextlib.suppress(Timeout), FileLock(lock_of(folder), timeout=0):
+        shutil.rmtree(folder, ignore_errors=True)
+        lock_of(folder).unlink(missing_ok=True)
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock beside a folder."""
+    return folder.with_name(f"{folder.name}.lock")

@@ -1,0 +1,59 @@
+"""What [method] in a recipe names: the object, and the table with every value that it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from sluiceway.experiment.errors import InputError, checked
+from sluiceway.oneline import quoted
+from sluiceway.split.compress import Compressor
+from sluiceway.split.methods import METHODS
+from sluiceway.strategies import ROBUST, STRATEGIES, Strategy
+from sluiceway.strategies.robust import Robust
+
+#: What `method.robust.name` may be; "none" so that a comparison can leave it out.
+RULES: dict[str, type[Robust]] = {"none": Robust, **ROBUST}
+
+
+def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor:
+    """The strategy that [method] names, or in a split run the compressor. Raises InputError."""
+    known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES}
+    name, apart = table.get("name"), {"name"} if split else {"name", "robust"}
+    if not isinstance(name, str) or name not in known:  # a list is not even hashable
+        raise InputError(f"method.name = {quoted(name)}; allowed: {', '.join(known)}")
+    parameters = {key: value for key, value in table.items() if key not in apart}
+    made: Strategy | Compressor = checked("method", known[name], parameters, sorted(apart))
+    if isinstance(made, Strategy) and "robust" in table:
+        return hardened(made, table["robust"])
+    return made
+
+
+def hardened(inner: Strategy, table: Any) -> Robust:
+    """A strategy inside of the rule that [method.robust] names. Raises InputError."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"method.robust = {quoted(table)}: must be a table with a name")
+    name = table.get("name")
+    if not isinstance(name, str) or name not in RULES:
+        raise InputError(f"method.robust.name = {quoted(name)}; allowed: {', '.join(RULES)}")
+    parameters = {key: value for key, value in table.items() if key != "name"}
+    made: Robust = checked("method.robust", RULES[name], {"inner": inner} | parameters, ["name"])
+    return made
+
+
+def method_table(table: Mapping[str, Any], made: Strategy | Compressor) -> dict[str, Any]:
+    """[method] with defaults included, of the object that it made."""
+    robust = {}
+    if isinstance(made, Robust):
+        robust = {"robust": {"name": table["robust"]["name"], **parameters_of(made)}}
+        made = made.inner
+    return {"name": table["name"], **parameters_of(made), **robust}
+
+
+def parameters_of(made: Strategy | Compressor) -> dict[str, Any]:
+    """The parameters of a checked dataclass, by the names that a recipe uses."""
+    kind = TypeAdapter(type(made))
+    found: dict[str, Any] = kind.dump_python(made, by_alias=True, exclude_none=True)
+    return found

@@ -1,0 +1,340 @@
+"""Robust aggregation, around any strategy: a few clients that send nonsense do little harm.
+
+A robust rule holds another strategy, which sees hardened updates in place of those that came. So
+client halves, server optimisers and what crosses stay those of the strategy inside. Only tensors
+are hardened: routing reports and numbers of examples are taken as clients tell them, and an update
+with NaN never gets here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, InstanceOf
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from sluiceway.moe import Anatomy, BlockRouting, Piece
+from sluiceway.strategies.base import PARAMETERS, Broadcast, Client, Strategy, Update
+
+#: Values that are worked on at a time: of one client, or of up to sixteen together.
+SLICE = 1 << 16
+
+
+@dataclass(config=PARAMETERS)
+class Robust(Strategy):
+    """Does all that `inner` does, and itself nothing more. What it holds is `inner`'s too."""
+
+    inner: InstanceOf[Strategy] = Field(exclude=True)
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks before there is anything inside.
+        if name == "inner" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def needs_experts(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_experts
+
+    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
+        self.inner.setup(tensors, anatomy, clients)
+
+    def broadcast(self, number: int) -> Broadcast:
+        return self.inner.broadcast(number)
+
+    def server_extra(self) -> Mapping[str, Tensor]:
+        return self.inner.server_extra()
+
+    def client_extra(self) -> Mapping[str, Tensor] | None:
+        return self.inner.client_extra()
+
+    def aggregate(self, updates: Iterable[Update]) -> None:
+        self.inner.aggregate(updates)
+
+    def streams(self) -> bool:
+        return self.inner.streams()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.inner.load_state_dict(state)
+
+    def report(self) -> dict[str, float]:
+        return self.inner.report()
+
+    def trains(self, param: str, anatomy: Anatomy) -> bool:
+        return self.inner.trains(param, anatomy)
+
+    def server_owned(self, anatomy: Anatomy) -> frozenset[str]:
+        return self.inner.server_owned(anatomy)
+
+    def private(self, param: str) -> bool:
+        return self.inner.private(param)
+
+    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
+        return self.inner.sends(piece, routing)
+
+    def wants_regions(self) -> bool:
+        return self.inner.wants_regions()
+
+    def start(self, client: Client) -> None:
+        self.inner.start(client)
+
+    def penalty(self, client: Client) -> Tensor | None:
+        return self.inner.penalty(client)
+
+    def correct(self, client: Client) -> None:
+        self.inner.correct(client)
+
+    def finish(self, client: Client) -> Mapping[str, Tensor]:
+        return self.inner.finish(client)
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Centred(Robust):
+    """Every update gets the same values: of each coordinate a centre of what the clients sent.
+
+    The mean that `inner` takes is then the centre, whatever its weights, and its server step
+    applies to it [ours]. A piece's centre is over the clients that sent it, and all updates carry
+    it; a piece that nobody sent stays absent [ours]. So an expert that one client used alone is
+    that client's. Extra tensors are centred by name, for the updates that have them; where
+    their shapes differ, each update keeps its own [ours].
+
+    Memory: the centres (one copy of what crosses), and one piece of every client at a time.
+    """
+
+    def cut(self, count: int) -> int:
+        """How many of `count` >= 1 values are dropped at each end, in [0, count / 2)."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many values are dropped")
+
+    def streams(self) -> bool:
+        return False
+
+    def aggregate(self, updates: Iterable[Update]) -> None:
+        held = list(updates)
+        tensors = Centres([update.tensors for update in held], self.cut)
+        extra = Centres([update.extra for update in held], self.cut)
+        self.inner.aggregate(
+            replace(
+                update,
+                tensors=tensors.instead_of(update.tensors, tensors.names),
+                extra=extra.instead_of(update.extra, list(update.extra)),
+            )
+            for update in held
+        )
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Median(Centred):
+    """Coordinate-wise median [paper: Yin et al., arXiv 1803.01498, option I].
+
+    Of an even number of values it is the mean of the two in the middle. Clients count alike. It
+    stays within what the honest ones sent while they are more than half of a piece's senders.
+    """
+
+    def cut(self, count: int) -> int:
+        return (count - 1) // 2
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class TrimmedMean(Centred):
+    """Coordinate-wise trimmed mean [paper: Yin et al., arXiv 1803.01498, option II].
+
+    Of N values of a coordinate the floor(share N) smallest and as many largest are dropped, and
+    the plain mean of the rest is taken. It stays within what the honest clients sent while no
+    more than floor(share N) others are among a piece's N senders.
+
+    share: dropped at each end, in [0, 0.5); 0 is the unweighted mean.
+    """
+
+    share: float = Field(default=0.1, ge=0, lt=0.5)
+
+    def cut(self, count: int) -> int:
+        # 0.29 * 100 is a little less than 29 in floating point
+        return min(int(self.share * count + 1e-9), (count - 1) // 2)
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class NormClipping(Robust):
+    """w_i' = old + min(1, limit / ||w_i - old||) (w_i - old) [paper: Sun et al., arXiv 1911.07963].
+
+    The L2 norm is that of a client's whole change, over all floating-point pieces it sent. An
+    update within the limit is handed on as it came. `inner` weighs clients as ever, by the numbers
+    of examples that they tell.
+
+    Extra tensors are clipped only where there is no fixed limit, for theirs would be another: a
+    client's as one change from zero, to the median of those norms [ours].
+
+    limit: > 0; None takes the median of the round's norms, and then updates are held [ours].
+    """
+
+    limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    def streams(self) -> bool:
+        return self.limit is not None and self.inner.streams()
+
+    def aggregate(self, updates: Iterable[Update]) -> None:
+        old = self.inner.tensors
+        pieces = {piece.key: piece for piece in self.inner.shared_pieces}
+
+        def received(name: str) -> Tensor | None:
+            return pieces[name].of(old) if name in pieces else None
+
+        if self.limit is not None:
+            limit = self.limit
+            self.inner.aggregate(
+                replace(update, tensors=Change(update.tensors, received).within(limit))
+                for update in updates
+            )
+            return
+        held = list(updates)
+        tensors = [Change(update.tensors, received) for update in held]
+        extra = [Change(update.extra, lambda name: torch.zeros(())) for update in held]
+        limits = [median([one.norm for one in part] or [0.0]) for part in (tensors, extra)]
+        self.inner.aggregate(
+            replace(update, tensors=sent.within(limits[0]), extra=beside.within(limits[1]))
+            for update, sent, beside in zip(held, tensors, extra, strict=True)
+        )
+
+
+class Lazily(Mapping[str, Tensor]):
+    """Named tensors that are made when asked for, and not kept."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
+        self.names = names
+        self.make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Centres:
+    """The centre of each named tensor over the clients that sent it, made once, when asked for.
+
+    Args:
+        sent: what each client sent, by name.
+        cut: how many values to drop at each end, of so many.
+    """
+
+    def __init__(self, sent: Sequence[Mapping[str, Tensor]], cut: Callable[[int], int]) -> None:
+        self.sent = sent
+        self.cut = cut
+        self.names = dict.fromkeys(name for one in sent for name in one)
+        self.made: dict[str, Tensor | None] = {}
+
+    def of(self, name: str) -> Tensor | None:
+        """The centre, or None where shapes differ."""
+        if name not in self.made:
+            values = [value for one in self.sent if (value := one.get(name)) is not None]
+            alike = len({value.shape for value in values}) == 1
+            self.made[name] = trimmed_mean(values, self.cut(len(values))) if alike else None
+        return self.made[name]
+
+    def instead_of(self, own: Mapping[str, Tensor], names: Collection[str]) -> Lazily:
+        """The centres of these names; a client's own tensor where there is no centre."""
+
+        def make(name: str) -> Tensor:
+            centre = self.of(name)
+            return own[name] if centre is None else centre
+
+        return Lazily(names, make)
+
+
+def trimmed_mean(values: Sequence[Tensor], cut: int) -> Tensor:
+    """The mean of each coordinate without the `cut` smallest and the `cut` largest values.
+
+    It is never outside of the values that are left, and their order changes nothing.
+
+    Args:
+        values: N >= 1 tensors of one shape and type.
+        cut: in [0, N / 2).
+
+    Returns:
+        The same shape and type; averaged in float64.
+    """
+    first, count = values[0], len(values)
+    if count == 1:
+        return first
+    wide = torch.promote_types(first.dtype, torch.float32)
+    flat = [value.detach().cpu().reshape(-1) for value in values]
+    centre, step = torch.empty_like(flat[0]), max(1, SLICE // min(count, 16))
+    for begin in range(0, first.numel(), step):
+        at = slice(begin, begin + step)
+        rows = torch.stack([value[at].to(wide) for value in flat], dim=1)
+        # numpy's sort of short rows is several times as fast as torch's
+        kept = torch.from_numpy(np.sort(rows.numpy(), axis=1))[:, cut : count - cut].double()
+        centre[at] = kept.mean(1).clamp(kept[:, 0], kept[:, -1])
+    return centre.reshape(first.shape).to(first.device)
+
+
+class Change:
+    """How far one client's tensors are from what they were.
+
+    Args:
+        sent: by name.
+        before: the old value of a name, of a shape that broadcasts; None leaves a tensor out.
+    """
+
+    def __init__(self, sent: Mapping[str, Tensor], before: Callable[[str], Tensor | None]) -> None:
+        self.sent = sent
+        self.before = before
+
+    @cached_property
+    def norm(self) -> float:
+        """The L2 norm of the change over all floating-point tensors, in float64."""
+        return math.hypot(
+            *(
+                float(torch.linalg.vector_norm(new.double() - old))
+                for name in self.sent
+                for new, old in self.slices(name, self.sent[name])
+            )
+        )
+
+    def within(self, limit: float) -> Mapping[str, Tensor]:
+        """The tensors with the change shortened to `limit` >= 0 where it is longer."""
+        if self.norm <= limit:
+            return self.sent
+        share = limit / self.norm
+
+        def make(name: str) -> Tensor:
+            made = self.sent[name].clone(memory_format=torch.contiguous_format)
+            for new, old in self.slices(name, made):
+                new.copy_(old + share * (new.double() - old))
+            return made
+
+        return Lazily(list(self.sent), make)
+
+    def slices(self, name: str, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A tensor and its old value in flat slices; none of a tensor that is left out.
+
+        In float64 a slice's change cannot overflow, and a small one stays in the cache.
+        """
+        old = self.before(name)
+        if old is not None and new.is_floating_point():
+            old = old.expand_as(new).reshape(-1)
+            yield from zip(new.reshape(-1).split(SLICE), old.split(SLICE), strict=True)
+
+
+#: Every robust rule by the name that `method.robust.name` uses.
+ROBUST: dict[str, type[Robust]] = {
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "norm-clipping": NormClipping,
+}

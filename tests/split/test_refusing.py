@@ -1,0 +1,71 @@
+"""A client that sends what cannot be trained on does no harm, and is named."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tests.split.small import SGD, Pictures, normed, tail_of
+from torch import Tensor, nn
+
+from sluiceway.federated import Result
+from sluiceway.federated.guards import TooFewUpdates
+from sluiceway.split import split_train
+from sluiceway.split.forms import FORMS
+
+
+class Broken(Pictures):
+    """One pixel of each picture is NaN, as from a faulty scanner."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        super().__init__(size, seed)
+        self.tensors[0][:, 0, 0, 0] = math.nan
+
+
+def run(sets: list[Pictures], **changed: Any) -> Result:
+    settings: dict[str, Any] = {"method": "acp-sl", "training": SGD, "rounds": 3} | changed
+    form = settings.get("form", "parallel")
+    return split_train(normed(), "conv1", sets, Pictures(40, 99), tail_at=tail_of(form), **settings)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", ["acp-sl", "quantize"])
+def test_a_client_with_nan_pictures_is_left_out(form: str, method: str) -> None:
+    result = run([Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], form=form, method=method)
+    for record in result.records:
+        assert list(record.refused) == [1]
+        assert "(batch 0)" in record.refused[1]
+        assert math.isfinite(record.loss)
+    assert result.refused == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_others_train_as_if_it_were_not_there(form: str) -> None:
+    if form == "sequential":
+        pytest.skip("its front is handed on with what was learned before it was refused")
+    # The broken one is no longer than the others, so that their batches meet in the same steps.
+    with_it = run([Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], form=form, method="sl")
+    without = run([Pictures(30, 1), Pictures(0, 2), Pictures(17, 4)], form=form, method="sl")
+    for name, tensor in without.tensors.items():
+        assert torch.equal(with_it.tensors[name], tensor), name
+
+
+def test_with_too_few_left_the_run_ends() -> None:
+    with pytest.raises(TooFewUpdates, match=r"1 of 2 clients could be used, run.min_clients = 2"):
+        run([Pictures(30, 1), Broken(24, 2)], min_clients=2)
+
+
+def bursting(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss that is NaN for batches of 5, and so its gradients."""
+    loss = nn.functional.cross_entropy(logits, labels)
+    return loss * math.nan if len(labels) == 5 else loss
+
+
+def test_a_tail_that_answers_nan_is_not_believed() -> None:
+    result = run([Pictures(32, 1), Pictures(5, 4)], form="u", loss=bursting, rounds=2)
+    for record in result.records:
+        assert record.refused == {1: "NaN or Inf in the gradient of the tail"}
+    assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())

@@ -1,0 +1,439 @@
+"""Robust rules, against loops in float64, by hand, and around every strategy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tests.strategies.test_aggregation import ANATOMY, TENSORS, ready, several, update
+from tests.strategies.test_low_rank import adapted
+from tests.worlds import TinyClassifier, TinyText
+from torch import Tensor
+
+from sluiceway.engines.local import federate
+from sluiceway.federated import Checkpoint, Record, Result, Training
+from sluiceway.federated.wire import read_update, write_update
+from sluiceway.moe import Anatomy, NoExpertsError
+from sluiceway.strategies import (
+    ROBUST,
+    STRATEGIES,
+    Client,
+    FedAvg,
+    Median,
+    NormClipping,
+    Scaffold,
+    Strategy,
+    TrimmedMean,
+    Update,
+    robust,
+)
+from sluiceway.strategies.robust import Robust, trimmed_mean
+
+TRAINING = Training(lr=0.02, batch_size=8)
+HUGE = 1e30
+numbers = st.floats(-100, 100, width=32)
+
+
+def around(rule: type[Robust], inner: Strategy, **parameters: float) -> Robust:
+    """A rule around a strategy that is set up with the world of test_aggregation."""
+    made = rule(inner, **parameters)
+    made.setup(TENSORS, ANATOMY, 5)
+    return made
+
+
+def flat(values: list[float]) -> tuple[dict[str, Tensor], Anatomy, list[Update]]:
+    """One parameter of one number, 0 at first, and a client for each value."""
+    updates = [Update(i, 1, 1 + i, {"w": torch.tensor([float(x)])}) for i, x in enumerate(values)]
+    return {"w": torch.zeros(1)}, Anatomy(()), updates
+
+
+def combined(made: Strategy, values: list[float]) -> float:
+    tensors, nowhere, updates = flat(values)
+    made.setup(tensors, nowhere, len(values))
+    made.aggregate(updates)
+    return float(made.tensors["w"])
+
+
+def test_by_hand() -> None:
+    assert combined(Median(FedAvg()), [5, -1, 900]) == 5
+    assert combined(Median(inner=FedAvg()), [5, -1, 900, 7]) == 6
+    assert combined(TrimmedMean(FedAvg(), share=0.25), [5, -1, 900, 7]) == 6
+    assert combined(TrimmedMean(FedAvg(), share=0.2), [5, 1, 900, 6, -70]) == 4
+    assert combined(TrimmedMean(FedAvg(), share=0.2), [5, 1, 6]) == 4  # floor(0.6) are dropped
+    # clipped to 2: 1, 2, -2 with 1, 2 and 3 examples
+    assert combined(NormClipping(FedAvg(), limit=2), [1, 50, -70]) == pytest.approx(-1 / 6)
+    # the median of the norms is 50
+    assert combined(NormClipping(FedAvg()), [1, 50, -70]) == pytest.approx(-49 / 6)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "cut"),
+    [(0.1, 9, 0), (0.1, 10, 1), (0.29, 100, 29), (0.3, 10, 3), (0.4999999999, 2, 0), (0.0, 7, 0)],
+)
+def test_how_many_are_dropped(share: float, count: int, cut: int) -> None:
+    assert TrimmedMean(FedAvg(), share=share).cut(count) == cut
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters"),
+    [
+        (TrimmedMean, {"share": 0.5}),
+        (TrimmedMean, {"share": -0.1}),
+        (NormClipping, {"limit": 0}),
+        (NormClipping, {"limit": math.inf}),
+        (Median, {"share": 0.1}),
+    ],
+)
+def test_parameters_out_of_range(rule: type[Robust], parameters: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        rule(FedAvg(), **parameters)
+
+
+def centre_by_loop(values: list[float], cut: int) -> float:
+    kept = sorted(values)[cut : len(values) - cut]
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("rule", [Median, TrimmedMean])
+@pytest.mark.parametrize("name", ["fedavg", "usage", "fedalign-moe"])
+def test_the_centre_is_over_the_clients_that_sent_a_piece(
+    rule: type[Robust], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(robust, "SLICE", 50)  # so that pieces take several slices
+    parameters = {"share": 0.3} if rule is TrimmedMean else {}
+    made, updates = around(rule, STRATEGIES[name](), **parameters), several()
+    made.aggregate(updates)
+    for piece in ANATOMY.pieces(TENSORS):
+        sent = [u.tensors[piece.key] for u in updates if piece.key in u.tensors]
+        found, n = piece.of(made.tensors).flatten(), len(sent)
+        cut = (n - 1) // 2 if rule is Median else math.floor(0.3 * n)
+        columns = zip(*(one.double().flatten().tolist() for one in sent), strict=True)
+        wanted = [centre_by_loop(list(column), cut) for column in columns]
+        torch.testing.assert_close(found.double(), torch.tensor(wanted).double())
+
+
+@pytest.mark.parametrize("limit", [0.7, None])
+def test_clipping_is_the_formula_over_the_whole_change(limit: float | None) -> None:
+    made, updates = around(NormClipping, FedAvg(), limit=limit), several()
+    old = {p.key: p.of(TENSORS).double() for p in ANATOMY.pieces(TENSORS)}
+    norms = [
+        math.sqrt(sum(float(((v.double() - old[k]) ** 2).sum()) for k, v in u.tensors.items()))
+        for u in updates
+    ]
+    most = limit or sum(sorted(norms)[1:3]) / 2
+    made.aggregate(iter(updates))
+    total = sum(u.examples for u in updates)
+    for piece in ANATOMY.pieces(TENSORS):
+        wanted = old[piece.key].clone()
+        for u, norm in zip(updates, norms, strict=True):
+            new = u.tensors.get(piece.key, old[piece.key]).double()
+            wanted += u.examples / total * min(1, most / norm) * (new - old[piece.key])
+        torch.testing.assert_close(piece.of(made.tensors).double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_piece_that_nobody_sent_stays() -> None:
+    for rule in ROBUST.values():
+        made = around(rule, FedAvg())
+        made.aggregate([update(0, absent=[3]), update(1, absent=[3])])
+        for piece in ANATOMY.expert(0, 3):
+            assert torch.equal(piece.of(made.tensors), piece.of(TENSORS))
+
+
+def test_a_server_step_is_of_the_centre() -> None:
+    made, plain = around(Median, STRATEGIES["fedadam"]()), ready("fedadam")
+    updates = [update(i, 5 * i + 1) for i in range(3)]
+    made.aggregate(updates)
+    middle = {
+        k: torch.stack([u.tensors[k] for u in updates]).median(0).values for k in updates[0].tensors
+    }
+    plain.aggregate([replace(updates[0], tensors=middle)])
+    for name, tensor in plain.tensors.items():
+        assert torch.equal(made.tensors[name], tensor), name
+
+
+def controls(updates: list[Update], scale: float = 1.0) -> list[Update]:
+    """The updates with SCAFFOLD's differences beside them: 1, 2, 3, ... times `scale`."""
+    return [
+        replace(
+            u,
+            extra={f"control/{n}": torch.full_like(t, scale * (i + 1)) for n, t in TENSORS.items()},
+        )
+        for i, u in enumerate(updates)
+    ]
+
+
+def control(made: Strategy) -> Tensor:
+    return torch.cat([t.flatten() for t in made.control.values()])  # type: ignore[attr-defined]
+
+
+def test_scaffolds_controls_are_hardened_too() -> None:
+    updates = controls([update(i) for i in range(3)])
+    updates[2].extra["control/head.bias"].fill_(HUGE)  # type: ignore[index]
+    made = around(Median, Scaffold())
+    made.aggregate(updates)
+    assert bool((control(made) == 3 * 2 / 5).all())  # three of five clients, the middle says 2
+    plain = controls([update(i) for i in range(3)])
+    made = around(NormClipping, Scaffold())
+    made.aggregate(plain)  # 1, 2 and 3 of which 3 becomes 2
+    torch.testing.assert_close(control(made), torch.full_like(control(made), 5 / 5))
+    made = around(NormClipping, Scaffold(), limit=0.1)
+    made.aggregate(plain)
+    torch.testing.assert_close(control(made), torch.full_like(control(made), 6 / 5))
+
+
+def test_extra_tensors_of_other_shapes_or_types_are_left_alone() -> None:
+    seen: dict[int, Mapping[str, Tensor]] = {}
+
+    class Looking(FedAvg):
+        def aggregate(self, updates: Iterator[Update]) -> None:  # type: ignore[override]
+            seen.update({u.client: {k: u.extra[k] for k in u.extra} for u in updates})
+
+    tensors, nowhere, updates = flat([1, 2, 3])
+    extras: list[dict[str, Tensor]] = [
+        {"a": torch.zeros(2), "b": torch.tensor([5.0])},
+        {"a": torch.ones(3), "c": torch.tensor(7)},
+        {"b": torch.tensor([9.0])},
+    ]
+    for rule, b in ((Median, [7, 7]), (NormClipping, [5, pytest.approx(7)])):
+        made = rule(Looking())
+        made.setup(tensors, nowhere, 3)
+        made.aggregate([replace(u, extra=e) for u, e in zip(updates, extras, strict=True)])
+        assert [sorted(seen[i]) for i in range(3)] == [["a", "b"], ["a", "c"], ["b"]]
+        assert seen[1]["c"].tolist() == 7
+        assert float(seen[0]["b"]) == b[0]
+        if rule is Median:
+            assert [seen[0]["a"].tolist(), seen[1]["a"].tolist()] == [[0, 0], [1, 1, 1]]
+            assert float(seen[2]["b"]) == b[1]
+
+
+# -- what holds whatever the values ----------------------------------------------------------------
+
+
+def stacked(rows: list[list[float]]) -> list[Tensor]:
+    return [torch.tensor(row, dtype=torch.float32) for row in rows]
+
+
+columns = st.integers(1, 9).flatmap(
+    lambda n: st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=n, max_size=n)
+)
+
+
+@given(columns, st.randoms(use_true_random=False), st.floats(0, 0.49))
+def test_the_order_of_clients_changes_no_bit(rows: list, shuffle: object, share: float) -> None:
+    mixed = list(rows)
+    shuffle.shuffle(mixed)  # type: ignore[attr-defined]
+    for rule in (Median(FedAvg()), TrimmedMean(FedAvg(), share=share)):
+        cut = rule.cut(len(rows))
+        one, other = trimmed_mean(stacked(rows), cut), trimmed_mean(stacked(mixed), cut)
+        assert torch.equal(one, other)
+
+
+@given(columns, st.data())
+def test_a_minority_cannot_leave_the_honest_range(rows: list, data: st.DataObject) -> None:
+    honest, n = torch.tensor(rows), len(rows)
+    bad = data.draw(st.integers(0, n - 1))
+    value = st.sampled_from([HUGE, -HUGE, 3e38, -3e38, 0.0])
+    wrong = [torch.tensor(data.draw(st.lists(value, min_size=3, max_size=3))) for _ in range(bad)]
+    low, high = honest.min(0).values, honest.max(0).values
+    share = min(bad / (n + bad) + 1e-6, 0.4999)
+    for rule in (Median(FedAvg()), TrimmedMean(FedAvg(), share=share)):
+        cut = rule.cut(n + bad)
+        assert cut >= bad
+        found = trimmed_mean([*honest, *wrong], cut)
+        assert bool(((low <= found) & (found <= high)).all())
+
+
+@given(st.lists(numbers, min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 3))
+def test_clients_that_agree_are_followed_exactly(row: list, count: int, cut: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        value = torch.tensor(row, dtype=dtype)
+        found = trimmed_mean([value] * count, min(cut, (count - 1) // 2))
+        assert found.dtype == dtype
+        assert torch.equal(found, value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(1e-3, 100), st.integers(0, 1000))
+def test_a_clipped_change_is_never_longer_than_the_limit(limit: float, seed: int) -> None:
+    kept: list[Update] = []
+
+    class Keeping(FedAvg):
+        def aggregate(self, updates: Iterator[Update]) -> None:  # type: ignore[override]
+            kept.extend(updates)
+
+    made, sent = around(NormClipping, Keeping(), limit=limit), several(seed)
+    made.aggregate(iter(sent))
+    for before, after in zip(sent, kept, strict=True):
+        assert set(after.tensors) == set(before.tensors)
+        longest, length = 0.0, 0.0
+        for piece in ANATOMY.pieces(TENSORS):
+            if piece.key in before.tensors:
+                old = piece.of(TENSORS).double()
+                longest += float((before.tensors[piece.key].double() - old).square().sum())
+                length += float((after.tensors[piece.key].double() - old).square().sum())
+        assert math.sqrt(length) <= limit * (1 + 1e-5) + 1e-6
+        if math.sqrt(longest) <= limit * (1 - 1e-9):
+            assert all(torch.equal(after.tensors[k], v) for k, v in before.tensors.items())
+
+
+@pytest.mark.parametrize("rule", sorted(ROBUST))
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedmoe", "usage", "fedalign-moe"])
+def test_one_client_alone_gets_exactly_its_own_tensors(rule: str, name: str) -> None:
+    inner = STRATEGIES[name](**({"hold": 0.0} if name == "fedmoe" else {}))
+    made, alone = around(ROBUST[rule], inner), update(0, examples=7)
+    made.aggregate(iter([alone]))
+    for piece in ANATOMY.pieces(TENSORS):
+        assert torch.equal(piece.of(made.tensors), alone.tensors[piece.key]), piece.key
+
+
+def test_a_change_that_overflows_is_clipped() -> None:
+    made = NormClipping(FedAvg(), limit=1)
+    made.setup({"w": torch.full((2,), -3e38)}, Anatomy(()), 1)
+    made.aggregate([Update(0, 1, 1, {"w": torch.full((2,), 3e38)})])
+    assert bool(made.tensors["w"].isfinite().all())
+
+
+# -- around every strategy -------------------------------------------------------------------------
+
+
+def test_every_method_of_a_strategy_is_handed_inside() -> None:
+    methods = {n for n, _ in inspect.getmembers(Strategy, inspect.isfunction) if n[0] != "_"}
+    assert methods <= set(vars(Robust))
+    made = around(Median, STRATEGIES["fedmoe"]())
+    assert (made.name, made.needs_experts, made.clients) == ("fedmoe", True, 5)
+    assert made.shared_pieces is made.inner.shared_pieces
+    with pytest.raises(AttributeError):
+        made.nothing  # noqa: B018
+    again = pickle.loads(pickle.dumps(made))
+    assert again.inner.tensors.keys() == TENSORS.keys()
+    with pytest.raises(NoExpertsError, match="fedmoe needs"):
+        Median(STRATEGIES["fedmoe"]()).setup({"w": torch.zeros(2)}, Anatomy(()), 2)
+
+
+def test_which_rules_hold_the_round() -> None:
+    held = {"semantic": True}, {"semantic": False}
+    for inner in (STRATEGIES["fedalign-moe"](**parameters) for parameters in held):
+        assert not Median(inner).streams()
+        assert not TrimmedMean(inner).streams()
+        assert not NormClipping(inner).streams()
+        assert NormClipping(inner, limit=1).streams() == inner.streams()
+
+
+def test_a_fixed_limit_is_done_with_an_update_before_the_next(tmp_path: Path) -> None:
+    made, plain = (
+        around(NormClipping, FedAvg(), limit=0.5),
+        around(NormClipping, FedAvg(), limit=0.5),
+    )
+
+    def stored() -> Iterator[Update]:
+        for i, one in enumerate(several()):
+            write_update(tmp_path / f"{i}", one)
+            yield read_update(tmp_path / f"{i}")
+            (tmp_path / f"{i}").write_bytes(b"")
+
+    made.aggregate(stored())
+    plain.aggregate(several())
+    for name, tensor in plain.tensors.items():
+        assert torch.equal(made.tensors[name], tensor), name
+
+
+class Stopped(Exception):
+    pass
+
+
+def history(made: Strategy, folder: Path | None = None, stop: int = 0, *, resume: bool) -> Result:
+    def maybe_stop(record: Record) -> None:
+        if record.round == stop:
+            raise Stopped
+
+    return federate(
+        TinyClassifier(),
+        [TinyText(20, 1), TinyText(9, 2), TinyText(14, 3)],
+        TinyText(40, 9),
+        made,
+        rounds=3,
+        participation=0.7,
+        training=TRAINING,
+        checkpoint=Checkpoint(folder, resume) if folder else None,
+        on_round=maybe_stop,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("rule", sorted(ROBUST))
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
+    name: str, rule: str, tmp_path: Path
+) -> None:
+    def made() -> Strategy:
+        return ROBUST[rule](STRATEGIES[name]())
+
+    whole = history(made(), resume=False)
+    with pytest.raises(Stopped):
+        history(made(), tmp_path, 2, resume=False)
+    again = history(made(), tmp_path, resume=True)
+    assert whole.refused == 0
+    assert again.accuracy_by_round == whole.accuracy_by_round
+    for key, tensor in whole.tensors.items():
+        assert bool(tensor.isfinite().all())
+        assert torch.equal(again.tensors[key], tensor), key
+
+
+@pytest.mark.parametrize("rule", sorted(ROBUST))
+@pytest.mark.parametrize("lora", ["frozen-a", "residual", "average"])
+def test_low_rank_adapters(rule: str, lora: str) -> None:
+    clients = [TinyText(16, 1), TinyText(8, 2), TinyText(8, 3)]
+    inner = STRATEGIES["fedalign-moe"](lora=lora)
+    result = federate(
+        adapted(),
+        clients,
+        TinyText(40, 9),
+        ROBUST[rule](inner),
+        rounds=2,
+        training=TRAINING,
+        device="cpu",
+    )
+    assert result.refused == 0
+    assert all(bool(t.isfinite().all()) for t in result.tensors.values())
+
+
+class Poisoned(FedAvg):
+    """Clients of 24 examples turn what they have learned around, a thousand times as large."""
+
+    def finish(self, client: Client) -> dict[str, Tensor]:
+        if client.steps == 2 * 3:
+            with torch.no_grad():
+                for param in client.params.values():
+                    param.mul_(-1000)
+        return {}
+
+
+@pytest.mark.parametrize("rule", sorted(ROBUST))
+def test_it_learns_though_two_of_ten_clients_send_nonsense(rule: str) -> None:
+    clients = [TinyText(24 if i < 2 else 32, i) for i in range(10)]
+    parameters: dict[str, float] = {"share": 0.2} if rule == "trimmed-mean" else {}
+
+    def run(made: Strategy, rounds: int) -> Result:
+        return federate(
+            TinyClassifier(),
+            clients,
+            TinyText(60, 99),
+            made,
+            rounds=rounds,
+            training=replace(TRAINING, local_epochs=2),
+            device="cpu",
+        )
+
+    # three balanced classes
+    assert run(ROBUST[rule](Poisoned(), **parameters), 6).accuracy > 0.75
+    if rule == "median":  # without it, all have diverged after a few rounds more
+        assert run(Poisoned(), 3).best_accuracy < 0.5
