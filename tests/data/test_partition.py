@@ -195,3 +195,14 @@ def test_impossible_requests(
     with pytest.raises(DataError, match=line) as caught:
         partition(kind, LABELS, clients, 0, **settings)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_partition_that_would_take_hours_is_refused() -> None:
+    labels = np.repeat(np.arange(120), 1000)
+    with pytest.raises(DataError, match=r"100000 clients with 120 of 120 labels .* most 1000000"):
+        partition("pathological", labels, 100_000, 0, classes_per_client=120)
+    each = {"row": np.arange(120_000)}
+    with pytest.raises(DataError, match="clients for 120000 labels or groups: their product"):
+        partition("natural", labels, 1000, 0, alpha=0.1, groups=each)
+    assert_cover(partition("dirichlet", labels, 100_000, 0, alpha=0.1), 120_000, 100_000)
+    assert_cover(partition("natural", labels, 100_000, 0, groups=each), 120_000, 100_000)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
+from pydantic import TypeAdapter
 
+from sluiceway.experiment.compare import compare
 from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.recipe import load_recipe, parsed, recipe_from, shipped_recipes
-from sluiceway.strategies import ROBUST, FedAlignMoE
+from sluiceway.experiment.recipe import (
+    Data,
+    Model,
+    Run,
+    load_recipe,
+    parsed,
+    recipe_from,
+    shipped_recipes,
+)
+from sluiceway.federated.rounds import Rounds
+from sluiceway.federated.settings import Training
+from sluiceway.split import METHODS
+from sluiceway.strategies import ROBUST, STRATEGIES, FedAlignMoE
 from sluiceway.strategies.robust import Robust
 
 FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains", "mmlu", "hellaswag"}
@@ -164,3 +178,107 @@ def test_a_recipe_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
     broken.write_text("[run\n")
     with pytest.raises(InputError, match="is not TOML"):
         load_recipe(broken)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.alpha=inf", r"^data\.alpha = inf: must be a finite number$"),
+        ("train.lr=nan", r"^train\.lr = nan: must be a finite number$"),
+        ("method.lambda=1e999", r"^method\.lambda = inf: must be a finite number$"),
+        ("data.alpha=1" + "0" * 400, r"^data\.alpha = 10{79}\.\.\.: must be a valid number$"),
+        ("run.seed=9223372036854775808", r"must be less than or equal to 9223372036854775807$"),
+        ("run.seed=0x" + "f" * 9000, r"^run\.seed = int too large to be shown: must be less"),
+        ("run.seed=" + "9" * 5000, r"^run\.seed = '9{79}\.\.\.: unable to parse"),
+        ("run.rounds=100000", r"must be less than or equal to 99999$"),
+        ("data.clients=100001", r"must be less than or equal to 100000$"),
+        ("run.workers=2000", r"must be less than or equal to 1024$"),
+        ("model.width=513", r"must be less than or equal to 512$"),
+        ("model.experts=513", r"must be less than or equal to 512$"),
+        ("train.batch_size=1000001", r"must be less than or equal to 1000000$"),
+        ("model.prompt='{text:>999999999}'", r"it must have \{text\} once$"),
+        ("model.prompt='" + "x" * 10_001 + "'", r"must have at most 10000 characters$"),
+        ("model.words=3", r"^model\.words = 3: must be a valid list$"),
+        ("model.name=" + "x" * 5000, r"^model\.name = 'x{79}\.\.\.: must have at most 4096"),
+        ("method.name=[1]", r"^method\.name = \[1\]; allowed: fedavg"),
+        ("method.__dataclass_self__=1", r"^unknown key method\.__dataclass_self__; allowed"),
+        ("compare.vary.x=[{b = 1}]", r"x = \{'b': 1\}; expected a number, a text"),
+        ("compare.vary.x=[]", r"^compare\.vary\.x = \[\]: must have at least 1 item"),
+        ("compare.seeds=[-1]", r"^compare\.seeds\.0 = -1: must be greater"),
+        ("run.rounds=1\nx=2", r"^run\.rounds = '1\\nx=2': must be a valid integer"),
+        ("run.rounds=" + "[" * 5000, r"^run\.rounds = '\[{79}\.\.\.: must be a valid integer"),
+        ("run.a\nb\x1b=3", r"^unknown key run\.a\\nb\\x1b; allowed in \[run\]: kind"),
+        ("a." * 100 + "b=1", r"^tables and lists are more than 16 deep in each other$"),
+        ("x.y=" + "1" * 20_000, r"it has 20004 characters, the limit is 16384$"),
+    ],
+)
+def test_extremes_are_one_line(override: str, line: str) -> None:
+    with pytest.raises(InputError, match=line) as caught:
+        load_recipe("agnews", [override])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_many_rounds_of_many_clients() -> None:
+    with pytest.raises(InputError, match=r"rounds = 99999 of data\.clients = 1000: their product"):
+        load_recipe("agnews", ["run.rounds=99999", "data.clients=1000"])
+    load_recipe("agnews", ["run.rounds=5000", "data.clients=3400"])
+
+
+def test_a_comparison_of_too_many_runs() -> None:
+    many = ", ".join(map(str, range(200)))
+    vary = f"compare.vary={{'run.seed'=[{many}], 'data.seed'=[{many}]}}"
+    with pytest.raises(InputError, match="a comparison of 40000 runs; at most 10000"):
+        load_recipe("agnews", [vary, "compare.seeds=[0]"])
+    lists = {"run.seed": list(range(200)), "data.seed": list(range(200))}
+    with pytest.raises(InputError, match="a comparison of 40000 runs"):
+        compare("agnews", vary=lists, seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"\xff\xfe", r"is not TOML: 'utf-8' codec"),
+        (b"x=" + b"[" * 50_000, r"is not TOML: tables and lists are too deep in each other$"),
+        (b"a." * 100_000 + b"b = 1", r"has a line with more than 100 dots$"),
+        (b"#" * (256 * 1024 + 1), r"is larger than 262144 bytes, the limit of a recipe$"),
+        (b"x=" + b"9" * 5000, r"is not TOML: Exceeds the limit"),
+        (b"run = 3\ndata = 4", r"must be a valid dictionary"),
+        (b"[" + b"a." * 90 + b"b]\nc = 1", r"^tables and lists are more than 16 deep"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, line: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=line) as caught:
+        load_recipe(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\nb", "\udc80", "/", "/dev/zero"])
+def test_a_path_that_is_no_file(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [None, [], {1: 2}, {"data": {1: 2}}, {"data": {"name": "agnews", "alpha": 10**5000}}],
+)
+def test_tables_of_every_kind(tables: Any) -> None:
+    with pytest.raises(InputError):
+        recipe_from(tables)
+
+
+def numbers_of(kind: Any) -> dict[str, Any]:
+    """JSON schemas of the integer parameters by name."""
+    fields = TypeAdapter(kind).json_schema()["properties"].items()
+    return {name: field for name, field in fields if field.get("type") == "integer"}
+
+
+@pytest.mark.parametrize(
+    "kind", [Run, Data, Model, Training, Rounds, *STRATEGIES.values(), *METHODS.values()]
+)
+def test_every_integer_has_an_upper_bound(kind: Any) -> None:
+    assert all("maximum" in field for field in numbers_of(kind).values())

@@ -36,15 +36,15 @@ class Rounds:
 
     rounds: in [1, 99999]. participation: share of the clients that train in a round, in (0, 1]; at
     least one does. seed: in [0, 2^63); everything random in the run comes from it. min_clients:
-    usable updates that a round needs, >= 1. repeats: how often a round that has fewer is played
-    again, >= 0, with clients drawn anew; then the run ends.
+    usable updates that a round needs, in [1, 10^5]. repeats: how often a round that has fewer is
+    played again, in [0, 1000], with clients drawn anew; then the run ends.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
     participation: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    min_clients: int = Field(default=1, ge=1)
-    repeats: int = Field(default=1, ge=0)
+    min_clients: int = Field(default=1, ge=1, le=100_000)
+    repeats: int = Field(default=1, ge=0, le=1000)
 
     def chosen(self, number: int, holders: Sequence[int], repeat: int = 0) -> list[int]:
         """The clients of round `number`, in ascending order, of those that hold examples.
