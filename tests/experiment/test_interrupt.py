@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,14 @@ from sluiceway.federated.stopping import Stopped, check_stop, graceful_stop
 
 #: Of summary.json, what must not depend on how often a run was interrupted.
 KEYS = ("accuracy_by_round", "bytes_by_round", "personal_accuracy", "accuracy_by_client")
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heard, here and in child processes, even if the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=["federated", "split"])
