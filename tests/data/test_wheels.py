@@ -129,3 +129,12 @@ def test_pip_says_nothing_on_our_streams(bare_machine: Path, build_wheel: WheelB
     code = "from sluiceway.data.wheels import wheel_member as m; m('some-pkg', '1.0', 'pkg/a.txt')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_what_pip_says_of_a_failure_of_its_own() -> None:
+    said = (
+        "WARNING: slow\nERROR: Exception:\nTraceback (most recent call last):\n  x\nOSError: no\n"
+    )
+    assert _last_error(said) == "OSError: no"
+    assert _last_error("ERROR: none\nhint\n") == "ERROR: none"
+    assert _last_error("") == "it said nothing"

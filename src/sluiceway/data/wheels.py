@@ -132,7 +132,10 @@ def _pip_download(package: str, version: str, folder: Path) -> Path:
 
 def _last_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
+    # "ERROR: Exception:" is the head of a traceback, of which the last line says what happened.
+    errors = [
+        line for line in lines if line.startswith("ERROR") and not line.endswith("Exception:")
+    ]
     return (errors or lines or ["it said nothing"])[-1]
 
 
