@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sluiceway.data import DataError, cache_folder, wheel_folder, wheel_member, wheel_members
+from sluiceway.data.wheels import _last_error
 
 WheelBuilder = Callable[[str, str, dict[str, str]], Path]
 MEMBERS = {"pkg/a.txt": "A", "pkg/model/b.txt": "B", "pkg/model/deep/c.txt": "C"}
