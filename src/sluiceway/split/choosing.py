@@ -11,7 +11,8 @@ from sluiceway import channels
 from sluiceway.federated.client import mix
 from sluiceway.split.meters import Fixed
 from sluiceway.split.methods import ChannelChoice
-from sluiceway.split.terms import below, joined
+from sluiceway.split.terms import joined
+from sluiceway.strategies.base import unprefixed
 
 #: Key of what all clients share, where others have the client's number.
 ALL = -1
@@ -94,6 +95,6 @@ class Masks:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` gave."""
-        self.scores = {int(client): s for client, s in below(state, "scores").items()}
+        self.scores = {int(client): s for client, s in unprefixed(state, "scores/").items()}
         for key, chooser in self.choosers.items():
-            chooser.load_state_dict(below(state, str(key)))
+            chooser.load_state_dict(unprefixed(state, f"{key}/"))

@@ -18,7 +18,6 @@ from sluiceway.split.meters import Meter
 from sluiceway.split.packing import Ticket
 from sluiceway.split.terms import (
     Terms,
-    below,
     client_layers,
     joined,
     load_optimiser,
@@ -27,6 +26,7 @@ from sluiceway.split.terms import (
     training_mode,
 )
 from sluiceway.strategies import Client, Strategy
+from sluiceway.strategies.base import unprefixed
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class ClientSide:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` gave, between rounds."""
         counts = dict(self.layers.named_buffers())
-        for name, value in below(state, "counts").items():
+        for name, value in unprefixed(state, "counts/").items():
             counts[name].copy_(value)
-        load_optimiser(self.optimiser, below(state, "optimiser"))
+        load_optimiser(self.optimiser, unprefixed(state, "optimiser/"))
         if self.meter is not None:
-            self.meter.load_state_dict(below(state, "meter"))
-        self.state = below(state, "state")
+            self.meter.load_state_dict(unprefixed(state, "meter/"))
+        self.state = unprefixed(state, "state/")
 
     # -- a round -------------------------------------------------------------------------------
 

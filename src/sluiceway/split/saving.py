@@ -12,7 +12,8 @@ from torch import Tensor
 from sluiceway.federated.checkpoints import CheckpointError, Saved, require_same
 from sluiceway.oneline import line
 from sluiceway.split.rounds import Split
-from sluiceway.split.terms import below, joined
+from sluiceway.split.terms import joined
+from sluiceway.strategies.base import unprefixed
 
 
 def state_of(split: Split) -> dict[str, dict[str, Tensor]]:
@@ -46,12 +47,12 @@ def restore(split: Split, saved: Saved) -> None:
                 tensor.copy_(state[file][name])
         split.strategy.load_state_dict(state["strategy"])
         for client in split.clients:
-            client.load_state_dict(below(state["clients"], str(client.number)))
+            client.load_state_dict(unprefixed(state["clients"], f"{client.number}/"))
         for key, server in split.servers.items():
-            server.load_state_dict(below(state["servers"], str(key)))
+            server.load_state_dict(unprefixed(state["servers"], f"{key}/"))
         split.masks.load_state_dict(state["masks"])
-        split.judge.terms.link.load_state_dict(below(state["links"], "cut"))
-        split.judge.terms.tail_link.load_state_dict(below(state["links"], "tail"))
+        split.judge.terms.link.load_state_dict(unprefixed(state["links"], "cut/"))
+        split.judge.terms.tail_link.load_state_dict(unprefixed(state["links"], "tail/"))
     except Exception as error:
         why = line(str(error))
         raise CheckpointError(f"checkpoint {saved.folder} is of another run ({why})") from error

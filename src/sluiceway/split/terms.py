@@ -80,9 +80,3 @@ def load_optimiser(optimiser: torch.optim.Optimizer | None, state: Mapping[str, 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Several sets of named tensors as one, as `part/name`."""
     return {f"{part}/{name}": t for part, held in parts.items() for name, t in held.items()}
-
-
-def below(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """One set of those that were joined."""
-    prefix = f"{part}/"
-    return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
