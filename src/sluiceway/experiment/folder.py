@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import tomli_w
 from filelock import FileLock, Timeout
@@ -18,8 +19,6 @@ from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.federated.checkpoints import StorageError
 from sluiceway.federated.rounds import Record, Result
-
-T = TypeVar("T")
 
 #: Seconds to wait for a folder: a run that was just killed may need a moment to be gone.
 PATIENCE = 1
@@ -75,7 +74,8 @@ class Folder:
         """Keep other runs out, until the context ends or the process does."""
         lock = FileLock(self.out / ".lock")
         try:
-            self.writing(lambda: lock.acquire(timeout=PATIENCE))
+            with self.writing():
+                lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise InputError(f"another run is writing to {self.out}; give another --out") from None
         self._lock = lock
@@ -101,23 +101,20 @@ class Folder:
 
     def open(self) -> None:
         """Make the folder, with the resolved recipe in it."""
-        self.writing(lambda: self.out.mkdir(parents=True, exist_ok=True))
+        with self.writing():
+            self.out.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self.hold()
-        if self.force:
-            self.writing(lambda: clear_folder(self.out))
-        text = tomli_w.dumps(self.recipe.resolved())
-        self.writing(lambda: write_text(self.out / "recipe.toml", text))
-        self.writing(lambda: end_last_line(self.out / "metrics.jsonl"))
+        with self.writing():
+            if self.force:
+                clear_folder(self.out)
+            write_text(self.out / "recipe.toml", tomli_w.dumps(self.recipe.resolved()))
+            end_last_line(self.out / "metrics.jsonl")
 
     def add(self, record: Record) -> None:
         """Append a round to metrics.jsonl."""
-
-        def append() -> None:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record.as_dict()) + "\n")
-
-        self.writing(append)
+        with self.writing(), (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.as_dict()) + "\n")
 
     def finish(self, result: Result, summary: dict[str, Any]) -> None:
         """Write the summary, and metrics.jsonl anew.
@@ -125,13 +122,15 @@ class Folder:
         A round that was stopped between its checkpoint and its line left a line too few.
         """
         lines = "".join(json.dumps(record.as_dict()) + "\n" for record in result.records)
-        self.writing(lambda: write_text(self.out / "metrics.jsonl", lines))
-        self.writing(lambda: write_json(self.out / "summary.json", summary))
+        with self.writing():
+            write_text(self.out / "metrics.jsonl", lines)
+            write_json(self.out / "summary.json", summary)
 
-    def writing(self, act: Callable[[], T]) -> T:
-        """Do something that writes. Raises StorageError."""
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Something that writes is done inside. Raises StorageError."""
         try:
-            return act()
+            yield
         except Timeout:
             raise
         except OSError as error:
