@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from benchmarks.resume import kill_and_resume
+from benchmarks.resume import KEYS, kill_and_resume
 from filelock import FileLock
 
 from sluiceway.cli import main
 from sluiceway.federated.stopping import Stopped, check_stop, graceful_stop
-
-#: Of summary.json, what must not depend on how often a run was interrupted.
-KEYS = ("accuracy_by_round", "bytes_by_round", "personal_accuracy", "accuracy_by_client")
 
 
 @pytest.fixture(autouse=True)

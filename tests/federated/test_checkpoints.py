@@ -14,7 +14,7 @@ from torch import Tensor
 from sluiceway.engines.local import federate
 from sluiceway.federated import Checkpoint, CheckpointError, Record, Result, Training
 from sluiceway.federated.checkpoints import Snapshot, StorageError
-from sluiceway.strategies import STRATEGIES
+from sluiceway.strategies import STRATEGIES, Strategy
 
 TRAINING = Training(lr=0.02, batch_size=8)
 
@@ -24,7 +24,7 @@ class Ended(Exception):
 
 
 def history(
-    strategy: str, checkpoint: Checkpoint | None, rounds: int, stop: int | None = None
+    strategy: Strategy | str, checkpoint: Checkpoint | None, rounds: int, stop: int | None = None
 ) -> Result:
     def maybe_stop(record: Record) -> None:
         if record.round == stop:

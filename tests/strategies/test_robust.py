@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.federated.test_checkpoints import Ended, history
 from tests.strategies.test_aggregation import ANATOMY, TENSORS, ready, several, update
 from tests.strategies.test_low_rank import adapted
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
 from sluiceway.engines.local import federate
-from sluiceway.federated import Checkpoint, Record, Result, Training
+from sluiceway.federated import Checkpoint, Result, Training
 from sluiceway.federated.wire import read_update, write_update
 from sluiceway.moe import Anatomy, NoExpertsError
 from sluiceway.strategies import (
@@ -346,29 +347,6 @@ def test_a_fixed_limit_is_done_with_an_update_before_the_next(tmp_path: Path) ->
         assert torch.equal(made.tensors[name], tensor), name
 
 
-class Stopped(Exception):
-    pass
-
-
-def history(made: Strategy, folder: Path | None = None, stop: int = 0, *, resume: bool) -> Result:
-    def maybe_stop(record: Record) -> None:
-        if record.round == stop:
-            raise Stopped
-
-    return federate(
-        TinyClassifier(),
-        [TinyText(20, 1), TinyText(9, 2), TinyText(14, 3)],
-        TinyText(40, 9),
-        made,
-        rounds=3,
-        participation=0.7,
-        training=TRAINING,
-        checkpoint=Checkpoint(folder, resume) if folder else None,
-        on_round=maybe_stop,
-        device="cpu",
-    )
-
-
 @pytest.mark.parametrize("rule", sorted(ROBUST))
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
@@ -377,10 +355,10 @@ def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
     def made() -> Strategy:
         return ROBUST[rule](STRATEGIES[name]())
 
-    whole = history(made(), resume=False)
-    with pytest.raises(Stopped):
-        history(made(), tmp_path, 2, resume=False)
-    again = history(made(), tmp_path, resume=True)
+    whole = history(made(), None, 3)
+    with pytest.raises(Ended):
+        history(made(), Checkpoint(tmp_path), 3, stop=2)
+    again = history(made(), Checkpoint(tmp_path, resume=True), 3)
     assert whole.refused == 0
     assert again.accuracy_by_round == whole.accuracy_by_round
     for key, tensor in whole.tensors.items():
