@@ -14,6 +14,10 @@ IDS = torch.arange(2, 26).reshape(2, 12)
 MASK = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
 
 
+def anatomy_free(model: nn.Module) -> bool:
+    return not any(isinstance(module, UpcycledMoE) for module in model.modules())
+
+
 def hidden(model: nn.Module) -> Tensor:
     with torch.no_grad():
         output: Tensor = model(input_ids=IDS, attention_mask=MASK).last_hidden_state
@@ -31,6 +35,36 @@ def test_equals_the_dense_model(dense: Dense, name: str, layers: int | list[int]
     assert len(names) == (layers if isinstance(layers, int) else len(layers))
     assert any("1" in name for name in names) == (layers != [0])
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_all_slices_alike_equal_the_dense_model(dense: Dense, name: str) -> None:
+    model = dense(name)
+    before = hidden(model)
+    upcycle(model, 2, experts=4, top_k=4, router_std=0.0, sliced=True)
+    torch.testing.assert_close(hidden(model), before, rtol=0, atol=1e-5)
+    widths = {up.shape[1] for key, up in model.state_dict().items() if key.endswith("up_proj")}
+    assert widths == {dense(name).config.intermediate_size // 4}
+
+
+def test_a_slice_that_was_chosen_alone_is_that_part_of_the_layer(dense: Dense) -> None:
+    model = dense("bert")
+    layer = model.get_submodule("encoder.layer.1")
+    up, down = layer.intermediate.dense, layer.output.dense
+    upcycle(model, [1], experts=4, top_k=1, scale=True, sliced=True)
+    experts, x = layer.intermediate.experts, torch.randn(3, up.in_features)
+    out = experts(x, torch.full((3, 1), 2), torch.ones(3, 1))
+    wide = up.out_features // 4
+    part = slice(2 * wide, 3 * wide)
+    inner = torch.nn.functional.gelu(x @ up.weight[part].T + up.bias[part])
+    torch.testing.assert_close(out, 4 * inner @ down.weight[:, part].T + down.bias)
+
+
+def test_an_inner_width_that_cannot_be_cut_leaves_the_model_alone(dense: Dense) -> None:
+    model = dense("bert")
+    with pytest.raises(ValueError, match="experts=7: an inner width of"):
+        upcycle(model, 1, experts=7, sliced=True)
+    assert anatomy_free(model)
 
 
 def test_equals_the_real_minilm() -> None:

@@ -198,6 +198,7 @@ def assembled(
                 model.top_k,
                 noise=model.noise,
                 scale=model.scale,
+                sliced=model.sliced,
                 seed=seed,
             )
         with torch.random.fork_rng(devices=[]):

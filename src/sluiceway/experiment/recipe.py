@@ -141,7 +141,8 @@ class Model(BaseModel):
     feed-forward layer is copied into, at most 512, 0 to take the model as it is. top_k: experts a
     token. layers: how many of the last layers become mixtures, at most 1,024. noise: of the copies,
     relative to their weights' deviation. scale: a token's output is scaled by its gate's
-    probabilities, needed for top_k = 1. train: "moe" the mixture blocks and the head, "experts",
+    probabilities, needed for top_k = 1. sliced: experts are equal parts of the layer, not copies of
+    it. train: "moe" the mixture blocks and the head, "experts",
     "layers" everything from the first mixture upward, "all".
 
     Images: name: "conv4", "resnet18" or "vgg11"; width: channels of the first layers, at most 512.
@@ -166,6 +167,7 @@ class Model(BaseModel):
     layers: int = Field(default=1, ge=1, le=1024)
     noise: float = Field(default=0.01, ge=0)
     scale: bool = False
+    sliced: bool = False
     train: Literal["moe", "experts", "layers", "all"] = "moe"
 
     @model_validator(mode="after")

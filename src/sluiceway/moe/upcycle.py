@@ -1,4 +1,4 @@
-"""Dense -> mixture of experts: each chosen feed-forward layer is copied into E experts.
+"""Dense -> mixture of experts: each chosen feed-forward layer is copied, or cut, into E experts.
 
 A dense family is one function that recognises a layer and hands back its linear maps (``_Dense``);
 to support another one, write that function and add it to ``_FAMILIES``.
@@ -37,6 +37,7 @@ class _Settings:
     noise: float
     router_std: float
     scale: bool
+    sliced: bool
 
 
 def upcycle(
@@ -48,13 +49,16 @@ def upcycle(
     router_std: float = 0.02,
     seed: int = 0,
     scale: bool = False,
+    sliced: bool = False,
 ) -> Model:
     """Turn feed-forward layers of a dense transformer into mixture-of-experts blocks, in place.
 
     Known dense families: BERT-style (``intermediate`` + ``output``; dropout, residual and
     LayerNorm of ``output`` stay) and Llama-style (``mlp`` with gate, up and down). With
     ``noise=0`` and ``scale=False`` the model computes what the dense one did, up to rounding.
-    The same arguments give the same model, bit for bit.
+    The same arguments give the same model, bit for bit. Experts that are slices of the layer are
+    different from the start, so that the router's choice matters; the model then computes what the
+    dense one did only where a token goes to all of them alike.
 
     Args:
         model: the dense model; layers are counted in order of appearance, from 0.
@@ -68,16 +72,18 @@ def upcycle(
         seed: of the routers' and the noise's generator.
         scale: multiply the output by the chosen probabilities, not renormalised (Switch-style).
             Needed for top_k=1; the output is then smaller than the dense model's.
+        sliced: each expert holds one of E equal parts of the layer's inner width I, its output
+            times E, instead of a copy of the whole.
 
     Returns:
         ``model`` itself.
 
     Raises:
         ValueError: an argument out of range, layers out of range or repeated, a model whose
-            feed-forward layers are not recognised, or one that has experts already. The model is
-            then unchanged.
+            feed-forward layers are not recognised, or one that has experts already; slices of an
+            inner width that E does not divide. The model is then unchanged.
     """
-    settings = _Settings(experts, top_k, noise, router_std, scale)
+    settings = _Settings(experts, top_k, noise, router_std, scale, sliced)
     _check(settings)
     if find_anatomy(model) is not None:
         raise ValueError(f"model {type(model).__name__} has mixture-of-experts blocks already")
@@ -87,9 +93,15 @@ def upcycle(
             f"model {type(model).__name__}: no feed-forward layer recognised; "
             "known are BERT-style (intermediate + output) and Llama-style (gate, up, down)"
         )
+    chosen = [found[position] for position in _positions(layers, len(found))]
+    for dense in chosen:
+        if sliced and dense.up.weight.shape[0] % experts:
+            raise ValueError(
+                f"experts={experts}: an inner width of {dense.up.weight.shape[0]} cannot be cut "
+                "into that many equal slices"
+            )
     generator = torch.Generator().manual_seed(seed)
-    for position in _positions(layers, len(found)):
-        dense = found[position]
+    for dense in chosen:
         dense.replace(_block(dense, settings, generator).train(dense.up.training))
     return model
 
@@ -134,32 +146,35 @@ def _block(dense: _Dense, settings: _Settings, generator: Generator) -> Upcycled
         settings.experts, weight.shape[1], generator=generator
     )
 
-    def noisy(linear: nn.Linear) -> Tensor:
-        return _copies(linear.weight.detach(), settings, generator)
+    def inner(tensor: Tensor, axis: int) -> Tensor:
+        """What each expert has of a tensor with the inner width on this axis; axis E leads."""
+        if not settings.sliced:
+            return _repeat(tensor, settings.experts)
+        return torch.stack(tensor.chunk(settings.experts, axis))
 
-    def bias(linear: nn.Linear) -> Tensor | None:
-        return None if linear.bias is None else _repeat(linear.bias.detach(), settings.experts)
+    def noisy(linear: nn.Linear, axis: int) -> Tensor:
+        tensor = inner(linear.weight.detach(), axis)
+        if settings.noise > 0:
+            draw = torch.randn(tensor.shape, generator=generator).to(weight.device)
+            deviation = linear.weight.detach().float().std()
+            tensor += (settings.noise * deviation * draw).to(weight.dtype)
+        return tensor
 
+    up_bias, down_bias = (linear.bias for linear in (dense.up, dense.down))
+    # Weights of the chosen sum to one, where the layer added its slices up.
+    factor = settings.experts if settings.sliced else 1
     moe = UpcycledMoE(
         UpcycledRouter(router.to(weight), settings.top_k, settings.scale),
         UpcycledExperts(
-            gate=None if dense.gate is None else noisy(dense.gate),
-            up=noisy(dense.up),
-            up_bias=bias(dense.up),
-            down=noisy(dense.down),
-            down_bias=bias(dense.down),
+            gate=None if dense.gate is None else noisy(dense.gate, 0),
+            up=noisy(dense.up, 0),
+            up_bias=None if up_bias is None else inner(up_bias.detach(), 0),
+            down=noisy(dense.down, 1) * factor,
+            down_bias=None if down_bias is None else _repeat(down_bias.detach(), settings.experts),
             activation=dense.activation,
         ),
     )
     return moe.requires_grad_(weight.requires_grad)
-
-
-def _copies(weight: Tensor, settings: _Settings, generator: Generator) -> Tensor:
-    copies = _repeat(weight, settings.experts)
-    if settings.noise > 0:
-        draw = torch.randn(copies.shape, generator=generator).to(weight.device)
-        copies += (settings.noise * weight.float().std() * draw).to(weight.dtype)
-    return copies
 
 
 def _repeat(tensor: Tensor, experts: int) -> Tensor:
