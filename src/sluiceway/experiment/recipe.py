@@ -95,9 +95,10 @@ class Data(BaseModel):
     and label_column, and test_path or a held-out test_fraction. limit, test_limit: caps on the
     examples, stratified, at most 10^12, 0 for none. clients: 1 to 100,000. partition: "iid",
     "dirichlet" (alpha > 0), "pathological" (classes_per_client, 1 to 100,000) or "natural" (group:
-    a column; with alpha also a Dirichlet over its values). seed: of the caps and the hold-out, in
-    [0, 2^63). max_tokens: of a text, 3 to 2^20. augment: random crops and mirror images of training
-    images. Names and paths have at most 4,096 characters.
+    a column; with alpha also a Dirichlet over its values). validation: share of the training
+    examples that is held out and tested on in place of the test set, [0, 1); 0 for none. seed: of
+    the caps and the hold-outs, in [0, 2^63). max_tokens: of a text, 3 to 2^20. augment: random
+    crops and mirror images of training images. Names and paths have at most 4,096 characters.
     """
 
     model_config = TABLE
@@ -116,6 +117,7 @@ class Data(BaseModel):
     group: Text | None = None
     max_tokens: int = Field(default=64, ge=3, le=1 << 20)
     augment: bool = True
+    validation: float = Field(default=0.0, ge=0, lt=1)
     seed: Seed = 0
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from sluiceway.data import (
     ImageDataset,
     TextData,
     TextDataset,
+    holdout,
     image_datasets,
     limit,
     load_choices,
@@ -115,7 +116,15 @@ def load_own_texts(wanted: Data) -> TextData:
 
 
 def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, AnyTable]:
-    """Both tables with the caps that [data] sets."""
+    """What is trained on and what is tested on, with the caps that [data] sets.
+
+    With `validation` the test set is a part of the training examples, and the real one is unused.
+
+    Raises:
+        DataError: there are too few examples to hold some out.
+    """
+    if wanted.validation:
+        train, test = holdout(train, wanted.validation, wanted.seed)
     return (
         limit(train, wanted.limit, wanted.seed) if wanted.limit else train,
         limit(test, wanted.test_limit, wanted.seed) if wanted.test_limit else test,
