@@ -217,7 +217,7 @@ def test_random_channels_are_fixed_and_each_clients_own_where_masks_are() -> Non
         {"share": 1.5},
         {"tau": 2},
         {"kappa": float("nan")},
-        {"warmup": 0},
+        {"warmup": -1},
         {"budget_mb": 0},
         {"growth": float("inf")},
         {"rule": "luck"},

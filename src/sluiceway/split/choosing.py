@@ -45,12 +45,19 @@ class Masks:
         self.choosers = {key: choice.chooser(count, nbytes) for key in keys if choice is not None}
         self.drawn = {key: Fixed(count, mix(seed, key + 1)).drawn for key in keys}
         self.scores: dict[int, Tensor] = {}
+        self.ahead = choice is not None and choice.warmup == 0
+
+    def unrated(self, clients: Sequence[int]) -> list[int]:
+        """Of the clients of a round, those that must rate channels before it begins."""
+        if not self.ahead or (self.merged and self.scores):
+            return []
+        return [client for client in clients if client not in self.scores]
 
     def choose(self, number: int, clients: Sequence[int]) -> None:
         """Choose the masks of round `number`, in which these clients take part.
 
-        Without scores nothing is chosen, and everything is sent: so it is before the first rating,
-        with masks of their own also for clients that first take part late.
+        Without scores nothing is chosen, and everything is sent: so it is in the warm-up, with
+        masks of their own also for clients that first take part after it.
         """
         for key in [ALL] if self.merged else clients:
             scores = self.of(key)

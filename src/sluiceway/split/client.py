@@ -99,6 +99,24 @@ class ClientSide:
 
     # -- a round -------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def rate(self) -> bytes:
+        """Rate channels before anything crosses: one pass of the front, as it is, over the data.
+
+        Returns:
+            The message with the scores, which crosses where masks are merged.
+        """
+        assert self.meter is not None
+        front = copy.deepcopy(self.front)  # BatchNorm counts what it sees
+        training_mode(front, frozen_modules(front))
+        for part in torch.arange(len(self.examples)).split(self.terms.training.batch_size):
+            if len(part) >= self.smallest:
+                batch = Batch.of(self.examples, part, self.terms.device)
+                self.meter.watch(batch.run(front), batch.labels)
+        scores = self.meter.scores()
+        parts = {} if scores is None else {"scores": {"channels": scores.float()}}
+        return message_of(parts, {"client": self.number})
+
     def begin(
         self, number: int, message: bytes, strategy: Strategy, mask: Tensor | None = None
     ) -> None:

@@ -15,6 +15,7 @@ from sluiceway.strategies import Broadcast
 #: What the tensors of the two messages may be.
 OPENING: Final = ("model", "extra", "mask")
 CLOSING: Final = ("model", "extra", "scores")
+RATING: Final = ("scores",)
 
 
 def read_opening(message: bytes, number: int, channels: int) -> tuple[Broadcast, Tensor | None]:
@@ -63,16 +64,44 @@ def read_closing(
     for name, expected in {"client": client, "round": number}.items():
         same(where, name, integer(facts, name, where), expected)
     integer(facts, "examples", where)
+    if scores_of(parts, channels, where) is None:
+        return {name: part for name, part in parts.items() if name != "scores"}
+    return parts
+
+
+def read_rating(message: bytes, client: int, channels: int) -> Tensor | None:
+    """The message of a client that rated its channels before the first round.
+
+    Args:
+        client: whose message it must be.
+        channels: C at the cut.
+
+    Returns:
+        Scores, [C]; None of a client whose batches are all too small for its layers.
+
+    Raises:
+        WireError: no such message, another client's, or scores that are not [C] and finite.
+    """
+    where = "rating message"
+    facts, parts = parts_of(message, RATING, where)
+    same(where, "client", integer(facts, "client", where), client)
+    return scores_of(parts, channels, where)
+
+
+def scores_of(
+    parts: Mapping[str, Mapping[str, Tensor]], channels: int, where: str
+) -> Tensor | None:
+    """The scores of a message, [C]; None without any. Raises WireError."""
     scores = only(where, "scores", "channels", parts["scores"])
     if scores is None:
-        return {name: part for name, part in parts.items() if name != "scores"}
+        return None
     if scores.dtype != torch.float32 or scores.shape != (channels,):
         raise WireError(
             f"{where}: scores/channels is {described(scores)}; expected float32 [{channels}]"
         )
     if not bool(scores.isfinite().all()):
         raise WireError(f"{where}: scores/channels has NaN or infinity; expected finite numbers")
-    return parts
+    return scores
 
 
 def same(where: str, name: str, got: int, expected: int) -> None:

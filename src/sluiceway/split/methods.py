@@ -32,8 +32,9 @@ class ChannelChoice(Channels):
         smallest set with share `tau` of the score mass), "threshold" (mean - `kappa` * std),
         "budget" (as many as `budget_mb` megabytes pay for: all messages of a round in both
         directions, masks, labels and front averaging included, once the ramp is over).
-    warmup: rounds that send everything, >= 1 (nothing is rated before). ramp_rounds: rounds over
-        which the share falls to its end. every, growth: re-choices, and how they become rarer.
+    warmup: rounds that send everything, >= 0. With 0 clients rate the channels of the untrained
+        front on their own examples, before the first round. ramp_rounds: rounds over which the
+        share falls to its end. every, growth: re-choices, and how they become rarer.
         Numbers of rounds are at most 10^6.
     margin: a channel is swapped only for one that is better by this share. decay: of scores.
     masks: "merged" for one mask of all clients' merged scores, "client" for one each, chosen where
@@ -45,7 +46,7 @@ class ChannelChoice(Channels):
     tau: float = Field(default=0.9, gt=0, le=1)
     kappa: float = Field(default=0.0, allow_inf_nan=False)
     budget_mb: float = Field(default=1.0, gt=0)
-    warmup: int = Field(default=1, ge=1, le=1_000_000)
+    warmup: int = Field(default=1, ge=0, le=1_000_000)
     ramp_rounds: int = Field(default=4, ge=0, le=1_000_000)
     every: int = Field(default=1, ge=1, le=1_000_000)
     growth: float = Field(default=1.5, ge=1, allow_inf_nan=False)
@@ -164,9 +165,13 @@ class EntropyChannels(ChannelChoice):
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class TaylorChannels(ChannelChoice):
-    """Channels of the largest activation times gradient; one that is not sent gets no gradient."""
+    """Channels of the largest activation times gradient; one that is not sent gets no gradient.
+
+    warmup: as elsewhere, but >= 1: before the first round there is no gradient.
+    """
 
     name: ClassVar[str] = "taylor"
+    warmup: int = Field(default=1, ge=1, le=1_000_000)
 
     def meter(self, count: int, classes: int, seed: int) -> Meter:
         return MeanGradientScore(channels.taylor)

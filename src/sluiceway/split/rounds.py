@@ -18,7 +18,7 @@ from sluiceway.split.choosing import ALL, Masks
 from sluiceway.split.client import ClientSide
 from sluiceway.split.forms import Traffic, side_by_side
 from sluiceway.split.judging import Judge
-from sluiceway.split.messages import read_closing
+from sluiceway.split.messages import read_closing, read_rating
 from sluiceway.split.server import ServerSide
 from sluiceway.split.terms import client_layers
 from sluiceway.strategies import FedAvg, Strategy, Update
@@ -84,12 +84,26 @@ class Split:
         began = time.perf_counter()
         self.traffic, self.refused = Traffic(), {}
         clients = [self.clients[i] for i in chosen]
+        for client in self.masks.unrated(chosen):
+            self.rate(self.clients[client])
         self.masks.choose(number, chosen)
         # In sequence each client is a group of its own, whose average is its front: handed on.
         for group in [[c] for c in clients] if self.form == "sequential" else [clients]:
             self.train(number, group)
         self.settle(clients)
         return self.recorded(number, chosen, began)
+
+    def rate(self, client: ClientSide) -> None:
+        """Take a client's scores before the first round; without masks of their own they cross."""
+        message = client.rate()
+        try:
+            scores = read_rating(message, client.number, self.crossing)
+            if scores is not None:
+                self.masks.rate(client.number, scores)
+        except WireError as error:
+            self.refused[client.number] = str(error)
+        if self.masks.crossing:
+            self.traffic.up += len(message)
 
     def train(self, number: int, clients: Sequence[ClientSide]) -> None:
         """Clients train on the server's newest layers; then theirs are averaged."""

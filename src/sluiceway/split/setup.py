@@ -229,8 +229,8 @@ def layer_bytes(strategy: Strategy, shape: tuple[int, ...]) -> int:
     """
     broadcast = strategy.broadcast(1)
     opening = message_of({"model": broadcast.tensors, "extra": broadcast.extra}, {})
-    # Mask and float32 scores, their names, and facts of at most this length.
-    return 2 * len(opening) + shape[0] + 4 * shape[0] + 512
+    # Mask and float32 scores, in the first round twice, their names, and facts of this length.
+    return 2 * len(opening) + shape[0] + 2 * 4 * shape[0] + 512
 
 
 def round_bytes(
