@@ -19,6 +19,7 @@ from sluiceway.fedalign import (
     region_weights,
     selection_threshold,
     semantic_weights,
+    smoothed_weights,
 )
 
 few = settings(max_examples=25, deadline=None)
@@ -101,6 +102,19 @@ def loop_weights(regions: Tensor, load: Tensor, D: Tensor, beta: float) -> Tenso
         for i in active:
             out[i, e] = raw[i] / sum(raw.values())
     return out
+
+
+def loop_smoothed(gamma: Tensor, load: Tensor) -> list[float]:
+    """Every client's update averaged with its like, then all by their tokens: written as that."""
+    clients, total = len(load), float(load.sum())
+    q = [float(c) / total if total else 0.0 for c in load]
+    weights = [0.0] * clients
+    for i in range(clients):
+        heard = sum(float(gamma[i, j]) * q[j] for j in range(clients))
+        for j in range(clients):
+            if q[i] > 0:
+                weights[j] += q[i] * float(gamma[i, j]) * q[j] / heard
+    return weights
 
 
 # Regions
@@ -202,6 +216,29 @@ def test_permuting_clients_permutes_weights_only(given_layer: Layer, beta: float
     updates = torch.randn(*load.shape, 3, dtype=torch.float64)
     total = (weights.unsqueeze(-1) * updates).sum(0)
     close((moved.unsqueeze(-1) * updates[order]).sum(0), total)
+
+
+@few
+@given(layers, betas)
+def test_smoothed_weights_equal_the_loops(given_layer: Layer, beta: float) -> None:
+    regions, load, D = given_layer
+    S = region_similarity(regions, load)
+    whole = semantic_weights(*given_layer, beta, "smooth")
+    for e in range(load.shape[1]):
+        gamma = region_weights(S[e], D[e], load[:, e] > 0, beta)
+        close(smoothed_weights(gamma, load[:, e]), loop_smoothed(gamma, load[:, e]))
+        close(whole[:, e], loop_smoothed(gamma, load[:, e]))
+    close(whole.sum(0), (load.sum(0) > 0).double())
+    assert (whole[load == 0] == 0).all()
+
+
+def test_smoothed_groups_and_strangers_keep_their_share() -> None:
+    # Clients 0 and 1 are alike, 2 is alone.
+    gamma = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    load = torch.tensor([2, 2, 1])
+    close(smoothed_weights(gamma, load), [0.4, 0.4, 0.2])
+    # Two of four tokens of one mind outweigh: 2*4, 2*4 against 1*1.
+    close(expert_weights(gamma, load), [8 / 17, 8 / 17, 1 / 17])
 
 
 @few

@@ -37,6 +37,7 @@ from sluiceway.fedalign.semantics import (
     region_weights,
     selection_threshold,
     semantic_weights,
+    smoothed_weights,
 )
 
 __all__ = [
@@ -62,4 +63,5 @@ __all__ = [
     "routing_statistics",
     "selection_threshold",
     "semantic_weights",
+    "smoothed_weights",
 ]

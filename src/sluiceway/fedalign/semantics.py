@@ -6,7 +6,7 @@ the same direction (D); each client is then weighted by how much like-minded loa
 Marks: docs/methods.md.
 """
 
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -265,17 +265,61 @@ def expert_weights(gamma: Tensor, load: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def semantic_weights(regions: Tensor, load: Tensor, D: Tensor, beta: float = 1.0) -> Tensor:
+def smoothed_weights(gamma: Tensor, load: Tensor) -> Tensor:
+    """Weight of each client's update of one expert, none losing its share for being alone  [ours]::
+
+        u~_i = sum_j gamma_ij q_j u_j / sum_j gamma_ij q_j,     new expert = old + sum_i q_i u~_i
+        that is, weight_j = q_j sum_i q_i gamma_ij / sum_k gamma_ik q_k,   q_i(e) = c_i / sum_j c_j
+
+    Each client's update is first averaged with those that agree with it, and then all count by
+    their tokens. Clients that are alike within groups weigh q_i, as in usage weighting; in
+    `expert_weights` a group of them weighs by the square of its share.
+
+    Args:
+        gamma: from `region_weights`, [N, N], in [0, 1], diagonal 1.
+        load: tokens routed to the expert, c_i(e), [N], at least 0.
+
+    Returns:
+        Weights, [N], in [0, 1], float64, that sum to one; all 0 if every load is 0.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    gamma = as_double("gamma", gamma, "N", gamma.shape[0])
+    load = as_double("load", load, len(gamma))
+    total = load.sum()
+    if total <= 0:
+        return torch.zeros_like(load)
+    q = load / total
+    heard = gamma @ q
+    # A client without tokens hears of nobody else, and has nothing to say.
+    views = torch.where(q > 0, q / heard.clamp(min=torch.finfo(q.dtype).tiny), torch.zeros_like(q))
+    weights = q * (gamma.T @ views)
+    return weights / weights.sum()
+
+
+#: From gamma [N, N] and load [N] to the weights of one expert, [N].
+WEIGHTS: Final = {"select": expert_weights, "smooth": smoothed_weights}
+
+
+def semantic_weights(
+    regions: Tensor,
+    load: Tensor,
+    D: Tensor,
+    beta: float = 1.0,
+    form: Literal["select", "smooth"] = "select",
+) -> Tensor:
     """Weights of the clients' updates for all experts of a layer.
 
-    S from `region_similarity`, then for each expert `region_weights` and `expert_weights`
-    [paper: region-conditioned gated weights; form ours]. O(N^2 E d) operations.
+    S from `region_similarity`, then for each expert `region_weights`, and `expert_weights` or
+    `smoothed_weights` [paper: region-conditioned gated weights; form ours]. O(N^2 E d) operations.
 
     Args:
         regions: mu_i(e), [N, E, d], finite where load > 0.
         load: tokens routed, c_i(e), [N, E], at least 0.
         D: direction consensus of each expert, [E, N, N], in [-1, 1].
         beta: see `selection_threshold`.
+        form: "select" for `expert_weights`, "smooth" for `smoothed_weights`.
 
     Returns:
         Weights, [N, E], in [0, 1], float64; a column sums to one, or is all 0 where nobody used
@@ -287,7 +331,7 @@ def semantic_weights(regions: Tensor, load: Tensor, D: Tensor, beta: float = 1.0
     S = region_similarity(regions, load)
     require_shape("D", D, *S.shape)
     columns = [
-        expert_weights(region_weights(S[e], D[e], load[:, e] > 0, beta), load[:, e])
+        WEIGHTS[form](region_weights(S[e], D[e], load[:, e] > 0, beta), load[:, e])
         for e in range(load.shape[1])
     ]
     return torch.stack(columns, dim=1)

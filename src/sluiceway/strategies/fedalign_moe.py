@@ -41,6 +41,9 @@ class FedAlignMoE(FedAvg):
         "frozen" never trained, "local" kept by each client.
     match: which experts are averaged with each other: those of the same "index" [paper], or those
         of the same "meaning", whose regions match best, gate rows with them [ours].
+    weights: "select": like-minded clients outweigh the others, by the square of their share;
+        "smooth": each client's update is averaged with those it agrees with, and keeps its share
+        [both ours].
     beta: selection threshold tau = mean - beta * std of the pairwise values, >= 0 [ours].
     sample: values of each expert on which update directions are compared, 0 for all; a cosine
         then has a standard error of about 1 / sqrt(sample) [ours].
@@ -58,6 +61,7 @@ class FedAlignMoE(FedAvg):
     reference: Literal["marginal", "conditional"] = "conditional"
     gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
     match: Literal["index", "meaning"] = "index"
+    weights: Literal["select", "smooth"] = "select"
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
 
@@ -134,6 +138,7 @@ class FedAlignMoE(FedAvg):
             stacked(held, block.position, "load"),
             torch.stack(directions),
             self.beta,
+            self.weights,
         )
 
     def directions(self, held: Sequence[Update], pieces: Sequence[Piece]) -> Tensor:
