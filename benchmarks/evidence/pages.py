@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from sluiceway.experiment.compare import Interval
@@ -44,8 +43,8 @@ def spent(target: float) -> Value:
     def megabytes(run: Mapping[str, Any]) -> float:
         total = 0.0
         for accuracy, nbytes in zip(run["accuracy_by_round"], run["bytes_by_round"], strict=True):
-            total += nbytes / 1e6
-            if accuracy >= target:
+            total += float(nbytes) / 1e6
+            if float(accuracy) >= target:
                 return total
         return float("inf")
 
@@ -59,7 +58,7 @@ def table(
     value: Value,
     against: str,
     form: Callable[[float], str] = lambda x: f"{x:.3f}".lstrip("0"),
-    spread: bool = True,
+    best: Callable[[list[float]], float] = max,
 ) -> str:
     """Markdown: a row a method, a column a setting, mean and 95 % interval over seeds.
 
@@ -84,9 +83,9 @@ def table(
                 continue
             found = Interval.of([value(run) for run in mine.values()])
             text = form(found.mean)
-            if spread and found.half == found.half:
+            if found.half == found.half:
                 text += f" ± {form(found.half)}"
-            if means[setting][method] == max(means[setting].values()):
+            if means[setting][method] == best(list(means[setting].values())):
                 text = f"**{text}**"
             cells.append(text + starred(mine, runs[setting].get(against), value))
         if any(cells):
@@ -125,82 +124,6 @@ def gaps(
         if any(cells):
             lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def curves(runs: Runs, settings: Sequence[str], methods: Sequence[str], path: Path) -> None:
-    """Accuracy by round, mean over seeds with its 95 % interval; a panel a setting."""
-    panels(
-        runs,
-        settings,
-        methods,
-        path,
-        lambda mine: (
-            np.arange(1, 1 + len(next(iter(mine.values()))["accuracy_by_round"])),
-            np.array([run["accuracy_by_round"] for run in mine.values()]),
-        ),
-        "round",
-    )
-
-
-def panels(
-    runs: Runs,
-    settings: Sequence[str],
-    methods: Sequence[str],
-    path: Path,
-    points: Callable[[Mapping[int, Mapping[str, Any]]], tuple[Any, Any]],
-    axis_name: str,
-) -> None:
-    """A panel a setting and a line a method, from (x [R], accuracies [seeds, R])."""
-    shown = [s for s in settings if runs.get(s)]
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained"
-    )
-    colours = plt.get_cmap("tab10")
-    for place, setting in zip(axes.flat, shown, strict=False):
-        for index, method in enumerate(methods):
-            mine = runs[setting].get(method)
-            if not mine:
-                continue
-            x, accuracies = points(mine)
-            found = [Interval.of(list(column)) for column in accuracies.T]
-            mean, half = (np.array([getattr(f, name) for f in found]) for name in ("mean", "half"))
-            place.plot(x, mean, color=colours(index % 10), label=method, linewidth=1.6)
-            place.fill_between(
-                x, mean - half, mean + half, color=colours(index % 10), alpha=0.08, linewidth=0
-            )
-            place.set_ylim(*limits(place, mean))
-        place.set_title(setting, fontsize=10)
-        place.set_xlabel(axis_name)
-        place.grid(alpha=0.3)
-    for place in axes.flat[len(shown) :]:
-        place.axis("off")
-    axes[0][0].set_ylabel("accuracy")
-    handles = {
-        label: handle
-        for place in axes.flat
-        for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles,
-        loc="outside lower center",
-        ncols=min(6, len(handles)),
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def limits(place: Any, mean: Any) -> tuple[float, float]:
-    """Bounds of a panel that hold all means so far; wide intervals may leave it."""
-    known = place.get_lines()[:-1]
-    low, high = float(mean.min()), float(mean.max())
-    for line in known:
-        low, high = min(low, float(min(line.get_ydata()))), max(high, float(max(line.get_ydata())))
-    room = 0.08 * max(high - low, 0.05)
-    return low - room, high + room
 
 
 def put(page: Path, name: str, text: str) -> None:

@@ -16,13 +16,15 @@ import itertools
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from kinds import KINDS
+from pages import Runs, level, put
 from pydantic import BaseModel, ConfigDict
 
 from sluiceway.experiment.recipe import load_recipe
@@ -168,14 +170,8 @@ def chosen_trial(table: Table, records: Records, setting: str, method: str) -> l
         lines = [records.of_job(job) for job in jobs]
         if any(line is None for line in lines):
             return None
-        found.append(sum(level(line["accuracy_by_round"]) for line in lines if line) / len(lines))
+        found.append(sum(level(line) for line in lines if line) / len(lines))
     return trials[max(range(len(trials)), key=found.__getitem__)]
-
-
-def level(accuracies: Sequence[float]) -> float:
-    """Mean accuracy of the second half of the rounds."""
-    half = accuracies[len(accuracies) // 2 :]
-    return sum(half) / len(half)
 
 
 def missing(table: Table, records: Records) -> Iterator[Job]:
@@ -237,6 +233,18 @@ def unique(jobs: Iterator[Job]) -> list[Job]:
     return list({job.key: job for job in jobs}.values())
 
 
+def runs_of(table: Table, records: Records) -> Runs:
+    """What was run with the chosen trials, in the table's order."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for setting in table.settings:
+        for method, seed in itertools.product(table.taking_part(setting), table.seeds):
+            trial = chosen_trial(table, records, setting, method)
+            job = Job(setting, method, tuple(trial or ()), seed, False)
+            if line := records.of_job(job):
+                found.setdefault(setting, {}).setdefault(method, {})[seed] = line
+    return found
+
+
 def main() -> None:
     """Run a table, and write its part of the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -246,7 +254,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     table = Table.named(args.table)
-    sweep(args.table, table, args.workers, args.only)
+    records = sweep(args.table, table, args.workers, args.only)
+    docs = ROOT / "docs"
+    put(docs / "results.md", args.table, KINDS[table.kind](runs_of(table, records), docs))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""What the page shows of each kind of sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from pages import Runs, final, gaps, level, reached, table
+from pictures import by_megabytes, panels
+
+
+def tenths(value: float) -> str:
+    """One decimal."""
+    return f"{value:.1f}"
+
+
+def federated(runs: Runs, docs: Path) -> str:
+    """Accuracy by method and setting, what FedAlign-MoE is ahead, rounds to FedMoE's level."""
+    ours = [name for name in methods_of(runs) if name.startswith("fedalign-moe")]
+    skewed = [s for s in runs if s.endswith(" .1")]
+    others = [s for s in runs if not s.endswith(" .1")]
+    panels(runs, skewed, methods_of(runs), docs / "federated.png")
+    parts = [
+        "Accuracy after the last round, Dirichlet 0.1 (in the settings' names: alpha):",
+        table(runs, skewed, methods_of(runs), final, "fedavg"),
+        "![accuracy by round](federated.png)",
+        "Other skews:",
+        table(runs, others, methods_of(runs), final, "fedavg"),
+    ]
+    for name in ours:
+        parts += [
+            f"`{name}` against the rivals, mean of the second half of the rounds, in points:",
+            gaps(runs, skewed, name, [m for m in methods_of(runs) if m not in ours], level),
+        ]
+    parts += [
+        "Rounds until FedMoE's mean accuracy of the second half of the rounds is reached (one more "
+        "than there were, if it never was):",
+        table_by_target(runs, skewed, "fedmoe", 1.0, reached),
+    ]
+    return "\n\n".join(parts)
+
+
+def ablation(runs: Runs, docs: Path) -> str:
+    """The paper's five steps, one after another."""
+    settings, names = list(runs), methods_of(runs)
+    return "\n\n".join(
+        [
+            "Accuracy after the last round; a star marks a difference to parameter averaging:",
+            table(runs, settings, names, final, names[0]),
+            "Mean of the second half of the rounds:",
+            table(runs, settings, names, level, names[0]),
+        ]
+    )
+
+
+def split(runs: Runs, docs: Path) -> str:
+    """Accuracy by method and level of traffic, and what a target costs."""
+    names = methods_of(runs)
+    groups = {setting.rsplit(" ", 1)[0]: None for setting in runs}
+    lines = [f"{name} {traffic}" for name in names for traffic in ("1x", "32x")]
+    picture = docs / "split.png"
+    panels(
+        by_group(runs), list(groups), lines, picture, by_megabytes, "MB, both directions", log=True
+    )
+    parts = []
+    for group in groups:
+        settings = [f"{group} {x}" for x in LEVELS if f"{group} {x}" in runs]
+        parts += [
+            f"{group}, accuracy after the last round:",
+            table(runs, settings, names, final, "acp-sl"),
+        ]
+    parts += ["![accuracy by data sent](split.png)"]
+    compressed = [s for s in runs if not s.endswith(" 1x")]
+    rivals = [name for name in names if name not in ("acp-sl", "sl")]
+    parts += [
+        "`acp-sl` against its rivals, mean of the second half of the rounds, in points:",
+        gaps(runs, compressed, "acp-sl", rivals, level),
+    ]
+    return "\n\n".join(parts)
+
+
+LEVELS = ("1x", "8x", "32x", "128x")
+
+
+def by_group(runs: Runs) -> Runs:
+    """Settings without their level, which the methods' names get."""
+    found: dict[str, dict[str, object]] = {}
+    for setting, methods in runs.items():
+        group, traffic = setting.rsplit(" ", 1)
+        found.setdefault(group, {}).update({f"{n} {traffic}": m for n, m in methods.items()})
+    return found  # type: ignore[return-value]
+
+
+def table_by_target(
+    runs: Runs,
+    settings: Sequence[str],
+    reference: str,
+    share: float,
+    measure: Callable[[float], Callable[..., float]],
+) -> str:
+    """A table whose measure has a target of each setting: a share of the reference's level."""
+    known = [s for s in settings if runs[s].get(reference)]
+    columns = [
+        table(
+            runs,
+            [setting],
+            methods_of(runs),
+            measure(
+                share * float(np.mean([level(run) for run in runs[setting][reference].values()]))
+            ),
+            reference,
+            tenths,
+            best=min,
+        )
+        for setting in known
+    ]
+    return side_by_side(columns)
+
+
+def side_by_side(tables: Sequence[str]) -> str:
+    """Tables of the same rows as one."""
+    rows: dict[str, list[str]] = {}
+    for place, text in enumerate(tables):
+        for line in text.splitlines():
+            name, cell = (part.strip() for part in line.strip("|").split("|", 1))
+            rows.setdefault(name, [""] * len(tables))[place] = cell
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+
+
+def methods_of(runs: Runs) -> list[str]:
+    """All methods, in the order in which they first appear."""
+    return list({name: None for methods in runs.values() for name in methods})
+
+
+KINDS = {"federated": federated, "ablation": ablation, "split": split}
