@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from tests.split.small import (
 )
 from torch import Tensor
 
+from sluiceway.channels import ClassStatistics, fisher, merge_scores, pooled, top
 from sluiceway.federated.rounds import Record
 from sluiceway.split import (
     ACPSL,
@@ -83,6 +84,42 @@ def test_warm_up_sends_everything_and_the_schedule_shrinks() -> None:
     assert kept[5:] == [2, 2, 2]
     sent = [record.bytes_up for record in result.records]
     assert all(a >= b for a, b in pairwise(sent))
+
+
+@pytest.mark.parametrize("masks", ["merged", "client"])
+@forms
+def test_without_a_warm_up_nothing_crosses_unpruned(form: str, masks: Literal["merged"]) -> None:
+    method = ACPSL(share=0.25, warmup=0, ramp_rounds=0, masks=masks)
+    sets = [*clients(), Pictures(0, 1)]
+    result = split_train(
+        normed(), "conv1", sets, Pictures(9, 1), method, form=form, tail_at=tail_of(form), rounds=3
+    )
+    found = records(result.records)
+    assert [record.kept for record in found] == [2, 2, 2]
+    # What the clients' scores of the first front take up is in the first round alone.
+    more = found[0].bytes_up - found[1].bytes_up
+    holders = sum(len(examples) > 0 for examples in sets)
+    rating = len(
+        save({"scores/channels": torch.zeros(8)}, {"sluiceway": '{"client": 0, "version": 1}'})
+    )
+    assert more == (holders * rating if masks == "merged" else 0)
+
+
+def test_the_first_mask_is_that_of_the_untrained_front() -> None:
+    sets = clients()
+    rated = []
+    for examples in sets:
+        if len(examples):
+            front = cut(normed(), "conv1")[0].train()
+            A = torch.cat([front(part) for part in examples.tensors[0].split(64)])
+            stats = ClassStatistics.of(pooled(A.detach(), 4), examples.labels, 3, cosines=False)
+            rated.append((fisher(stats).float(), float(len(examples))))
+    scores, weights = zip(*rated, strict=True)
+    merged = merge_scores(torch.stack(scores), torch.tensor(weights))
+    method = ACPSL(share=0.25, warmup=0, ramp_rounds=0)
+    result = split_train(normed(), "conv1", sets, Pictures(9, 1), method, rounds=1)
+    (first,) = records(result.records)
+    assert first.mask == top(merged, 2).tolist()
 
 
 def test_methods_of_equal_settings_send_equal_bytes() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sluiceway.federated import wire
 from sluiceway.federated.wire import message_of
 from sluiceway.split import METHODS, WireError
-from sluiceway.split.messages import read_closing, read_opening
+from sluiceway.split.messages import read_closing, read_opening, read_rating
 
 KEPT = torch.tensor([True, False, True])
 
@@ -98,3 +98,29 @@ def test_a_client_takes_layers_that_are_its_own_only() -> None:
             client.begin(1, message_of({"model": values}, {"round": 1}), run.strategy)
     client.begin(1, run.opening(1), run.strategy)
     assert all(torch.equal(client.owned[n], t) for n, t in before.items())
+
+
+def rating(scores: Tensor, client: int = 1) -> bytes:
+    return message_of({"scores": {"channels": scores}}, {"client": client})
+
+
+def test_a_rating_message() -> None:
+    found = read_rating(rating(torch.tensor([1.0, 2, 3])), 1, 3)
+    assert found is not None
+    assert found.tolist() == [1, 2, 3]
+    assert read_rating(message_of({}, {"client": 1}), 1, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (rating(torch.ones(3), client=2), r"client is 2; expected 1"),
+        (rating(torch.ones(4)), r"float32 \[4\]; expected float32 \[3\]"),
+        (rating(torch.tensor([1.0, float("nan"), 1])), "NaN or infinity"),
+        (message_of({"model": {"w": torch.ones(3)}}, {"client": 1}), "expected scores/"),
+        (b"", "not a readable message"),
+    ],
+)
+def test_what_no_rating_message_is(message: bytes, why: str) -> None:
+    with pytest.raises(WireError, match=why):
+        read_rating(message, 1, 3)

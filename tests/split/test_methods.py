@@ -231,6 +231,11 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
         L1Channels(**settings)  # type: ignore[arg-type]
 
 
+def test_gradients_rate_nothing_before_the_first_round() -> None:
+    with pytest.raises(ValueError, match="warmup"):
+        TaylorChannels(warmup=0)
+
+
 @pytest.mark.parametrize(
     ("budget", "kept"), [(8, 8), (7.9, 7), (3, 3), (1.2, 1)], ids=lambda value: str(value)
 )
