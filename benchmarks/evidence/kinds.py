@@ -25,9 +25,9 @@ def federated(runs: Runs, docs: Path) -> str:
         "Accuracy after the last round, Dirichlet 0.1 (in the settings' names: alpha):",
         table(runs, skewed, methods_of(runs), final, "fedavg"),
         "![accuracy by round](federated.png)",
-        "Other skews:",
-        table(runs, others, methods_of(runs), final, "fedavg"),
     ]
+    if others:
+        parts += ["Other skews and data:", table(runs, others, methods_of(runs), final, "fedavg")]
     for name in ours:
         parts += [
             f"`{name}` against the rivals, mean of the second half of the rounds, in points:",
@@ -112,6 +112,7 @@ def table_by_target(
             reference,
             tenths,
             best=min,
+            spread=False,
         )
         for setting in known
     ]
@@ -121,9 +122,11 @@ def table_by_target(
 def side_by_side(tables: Sequence[str]) -> str:
     """Tables of the same rows as one."""
     rows: dict[str, list[str]] = {}
+    if not tables:
+        return ""
     for place, text in enumerate(tables):
         for line in text.splitlines():
-            name, cell = (part.strip() for part in line.strip("|").split("|", 1))
+            name, cell = (part.strip(" |") for part in line[1:].split("|", 1))
             rows.setdefault(name, [""] * len(tables))[place] = cell
     return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
 

@@ -59,6 +59,7 @@ def table(
     against: str,
     form: Callable[[float], str] = lambda x: f"{x:.3f}".lstrip("0"),
     best: Callable[[list[float]], float] = max,
+    spread: bool = True,
 ) -> str:
     """Markdown: a row a method, a column a setting, mean and 95 % interval over seeds.
 
@@ -83,7 +84,7 @@ def table(
                 continue
             found = Interval.of([value(run) for run in mine.values()])
             text = form(found.mean)
-            if found.half == found.half:
+            if spread:
                 text += f" ± {form(found.half)}"
             if means[setting][method] == best(list(means[setting].values())):
                 text = f"**{text}**"

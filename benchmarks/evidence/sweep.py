@@ -234,14 +234,18 @@ def unique(jobs: Iterator[Job]) -> list[Job]:
 
 
 def runs_of(table: Table, records: Records) -> Runs:
-    """What was run with the chosen trials, in the table's order."""
+    """What was run with the chosen trials and all seeds, in the table's order."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for setting in table.settings:
-        for method, seed in itertools.product(table.taking_part(setting), table.seeds):
-            trial = chosen_trial(table, records, setting, method)
-            job = Job(setting, method, tuple(trial or ()), seed, False)
-            if line := records.of_job(job):
-                found.setdefault(setting, {}).setdefault(method, {})[seed] = line
+        for method in table.taking_part(setting):
+            trial = tuple(chosen_trial(table, records, setting, method) or ())
+            lines = {
+                seed: line
+                for seed in table.seeds
+                if (line := records.of_job(Job(setting, method, trial, seed, False)))
+            }
+            if len(lines) == len(table.seeds):
+                found.setdefault(setting, {})[method] = lines
     return found
 
 
