@@ -13,13 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from sluiceway import __version__
+from sluiceway.outcome import BAD_INPUT, outcome_of
 
 if TYPE_CHECKING:
     from sluiceway.experiment.recipe import Recipe
     from sluiceway.experiment.session import Progress
-
-#: Exit codes beside 0: a run that could not go on, bad input, and stopped by Ctrl-C or SIGTERM.
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,25 +30,10 @@ class OneLineParser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(arguments)
-    from sluiceway.data import DataError
-    from sluiceway.experiment.errors import InputError
-    from sluiceway.federated.checkpoints import CheckpointError, StorageError
-    from sluiceway.federated.guards import RunFailed
-    from sluiceway.moe import NoExpertsError
-
-    action: Callable[[argparse.Namespace], None] = args.action
-    try:
-        action(args)
-    except (InputError, DataError, NoExpertsError, CheckpointError) as error:
-        print(f"sluiceway: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (StorageError, RunFailed) as error:
-        print(f"sluiceway: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt as stop:
-        print(f"sluiceway: stopped{stop}", file=sys.stderr)
-        return STOPPED
-    return 0
+    code, line = outcome_of(lambda: args.action(args))
+    if line:
+        print(f"sluiceway: {line}", file=sys.stderr)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
