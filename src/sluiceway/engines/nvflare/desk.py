@@ -56,7 +56,7 @@ class Desk:
         """Tell what the job tells, until it ends; returns how many lines there were."""
         seen = 0
         while True:
-            status = str(self.session.get_job_status(job))
+            status = self.status(job)
             if status.startswith("FINISHED"):
                 return seen
             if status == "RUNNING":
@@ -74,6 +74,14 @@ class Desk:
     def stop(self, job: str) -> None:
         """Ask a job to stop after the step in hand."""
         self.session.do_app_command(job, STOP, {})
+
+    def abort(self, job: str) -> None:
+        """End a job, whatever it does."""
+        self.session.abort_job(job)
+
+    def status(self, job: str) -> str:
+        """What NVFlare says of a job."""
+        return str(self.session.get_job_status(job))
 
     def fetch(self, job: str, folder: Path) -> Path | None:
         """The part of the run folder that is brought home; None if the run left nothing."""

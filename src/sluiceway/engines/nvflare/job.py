@@ -37,7 +37,7 @@ def write_job(
         "args": {"server_obj_id": CONDUCTOR, "sync_task_timeout": STARTING},
     }
     executor = {
-        "path": "nvflare.collab.runtime.executor.CollabExecutor",
+        "path": "sluiceway.engines.nvflare.staying.SiteExecutor",
         "args": {"client_obj_id": RELAY},
     }
     server = {

@@ -19,10 +19,11 @@ PROJECT: Final = "sluiceway"
 #: The only classes that a job may name. No party can bring code of its own.
 CLASSES: Final = (
     "nvflare.collab.runtime.controller.CollabController",
-    "nvflare.collab.runtime.executor.CollabExecutor",
     "sluiceway.engines.nvflare.conductor.Conductor",
     "sluiceway.engines.nvflare.relay.Relay",
+    "sluiceway.engines.nvflare.staying.SiteExecutor",
 )
+LAUNCHER: Final = "sluiceway.engines.nvflare.staying.SiteLauncher"
 RIGHTS: Final = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate")
 
 
@@ -156,8 +157,11 @@ def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
         keep_in(settings, folder)
     else:
         settings["allow_log_streaming"] = False
-        parts = settings["components"]
-        settings["components"] = [part for part in parts if part["id"] != "site_log_streamer"]
+        parts = [part for part in settings["components"] if part["id"] != "site_log_streamer"]
+        for part in parts:
+            if part["id"] == "process_launcher":
+                part["path"] = LAUNCHER
+        settings["components"] = parts
     write(local / "resources.json", settings)
     rights: dict[str, Any] = {right: "any" for right in RIGHTS}
     rights |= {"byoc": "none", "shell_commands": "none"}
