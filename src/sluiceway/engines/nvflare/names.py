@@ -10,9 +10,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 #: Bytes of a message that cross in one call. NVFlare holds a few copies of them at each end.
 CHUNK: Final = 16 << 20
 #: Seconds that a site holds back an answer to "are you done" before it says no.
-PATIENCE: Final = 10.0
+PATIENCE: Final = 5.0
 #: Seconds in which a site must answer any call beyond that; one that does not is away.
-GRACE: Final = 30.0
+GRACE: Final = 15.0
 
 #: Environment of a started kit: its folder, the site's own file, and where the server keeps runs.
 KIT: Final = "SLUICEWAY_KIT"

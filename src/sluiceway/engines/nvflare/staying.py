@@ -19,9 +19,12 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.apis.workspace import Workspace
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
 from nvflare.collab.runtime.defs import SETUP_TASK_NAME, SyncKey
 from nvflare.collab.runtime.executor import CollabExecutor
+
+from sluiceway.engines.nvflare.names import KIT
 
 #: In the folder of a job at a site, as long as the site has a part in it: what it was told.
 PART: Final = "part.json"
@@ -74,13 +77,12 @@ class SiteLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
         """Called by NVFlare; once the site is connected, it takes its part in jobs again."""
         super().handle_event(event, context)
         if event == EventType.SYSTEM_START:
-            engine = context.get_engine()
-            workspace = engine.get_workspace()
+            workspace = Workspace(os.environ[KIT])
             for part in Path(workspace.get_root_dir()).glob(f"*/{PART}"):
                 job = part.parent.name
                 with contextlib.suppress(OSError, ValueError):
                     meta = json.loads(Path(workspace.get_job_meta_path(job)).read_text())
-                    engine.start_app(job, meta)
+                    context.get_engine().start_app(job, meta)
 
 
 class Standing(JobHandleSpec):  # type: ignore[misc]
