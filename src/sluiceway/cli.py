@@ -1,4 +1,4 @@
-"""The command: run, compare, report, inspect, recipes."""
+"""The command: run, compare, report, inspect, recipes, deploy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sluiceway import __version__
+from sluiceway.deploying import add_deploy, trial_of
 from sluiceway.outcome import BAD_INPUT, outcome_of
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--gguf", default="", metavar="FILE", help="of a model in a GGUF file")
 
     add("recipes", recipes_command)
+    add_deploy(commands, add_settings, OneLineParser)
     return top
 
 
@@ -86,7 +88,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
     command.add_argument("--device", metavar="auto|cpu|cuda")
-    command.add_argument("--engine", metavar="local")
+    command.add_argument("--engine", metavar="local|nvflare")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -107,7 +109,11 @@ def run_command(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, overrides(args))
     out = args.out or new_folder(args.recipe, recipe)
     with shown() as progress, stoppable(progress, f"; continue with --out {out} --resume"):
-        _, summary = run(recipe, out, resume=args.resume, force=args.force, progress=progress)
+        how = {"resume": args.resume, "force": args.force, "progress": progress}
+        if recipe.run.engine == "local":
+            _, summary = run(recipe, out, **how)
+        else:
+            summary = trial_of(recipe.run.engine)(recipe, out, **how)
     write_report([out])
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
     beside = f", personal {personal:.4f}" if personal is not None else ""

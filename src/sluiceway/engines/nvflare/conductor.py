@@ -1,4 +1,4 @@
-"""The server's half of a job: runs the recipe, with the job's sites in place of embedded clients."""
+"""The server's half of a job: runs the recipe, with sites in place of embedded clients."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from typing import Any
 from nvflare.collab import collab
 
 from sluiceway.engines.nvflare.carrier import NvflareCarrier
-from sluiceway.engines.nvflare.kits import read_kit
-from sluiceway.engines.nvflare.names import BROUGHT, KIT, OUTCOME, RUNS, STOP, TELL, typed
+from sluiceway.engines.nvflare.names import BROUGHT, OUTCOME, RUNS, STOP, TELL, typed
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import recipe_from
 from sluiceway.experiment.run import run
@@ -89,7 +88,6 @@ class Conductor:
 
         progress = Progress(say=self.diary.say, on_round=on_round)
         recipe = recipe_from(tomllib.loads(self.recipe))
-        keys = read_kit(Path(os.environ[KIT])).keys
         with graceful_stop(self.diary.say):
             run(
                 recipe,
@@ -98,7 +96,6 @@ class Conductor:
                 force=self.force,
                 progress=progress,
                 carrier=carrier,
-                keys=keys,
             )
 
     def _tell(self, topic: str, asked: Any, context: Any) -> dict[str, Any]:

@@ -82,7 +82,14 @@ def common_name(certificate: Path) -> str:
     return name if isinstance(name, str) else name.decode()
 
 
-def provision(out: Path, host: str, port: int, sites: Sequence[str], admin: str, classes: Sequence[str] = CLASSES) -> list[Kit]:
+def provision(
+    out: Path,
+    host: str,
+    port: int,
+    sites: Sequence[str],
+    admin: str,
+    classes: Sequence[str] = CLASSES,
+) -> list[Kit]:
     """Make kits for a server, its sites and the one who submits.
 
     Args:
@@ -121,7 +128,7 @@ def issued(work: Path, host: str, port: int, sites: Sequence[str], admin: str) -
     from nvflare.lighter.provision import prepare_project
     from nvflare.lighter.provisioner import Provisioner
 
-    server = {"name": host, "type": "server", "org": ORG}
+    server: dict[str, Any] = {"name": host, "type": "server", "org": ORG}
     server |= {"fed_learn_port": port, "admin_port": port}
     clients = [{"name": site, "type": "client", "org": ORG} for site in sites]
     person = {"name": admin, "type": "admin", "org": ORG, "role": "project_admin"}
@@ -163,7 +170,7 @@ def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
                 part["path"] = LAUNCHER
         settings["components"] = parts
     write(local / "resources.json", settings)
-    rights: dict[str, Any] = {right: "any" for right in RIGHTS}
+    rights: dict[str, Any] = dict.fromkeys(RIGHTS, "any")
     rights |= {"byoc": "none", "shell_commands": "none"}
     write(
         local / "authorization.json",

@@ -37,6 +37,10 @@ TOLD: Final = (SyncKey.COLLAB_INTERFACE, SyncKey.SERVER_FQCN, SyncKey.CLIENT_INT
 class SiteExecutor(CollabExecutor):  # type: ignore[misc]
     """Collab's executor, which remembers what it was told, and needs not be told again."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._parent = os.getppid()
+
     def execute(self, task: str, told: Any, context: Any, abort: Any) -> Any:
         """Called by NVFlare with each task; the one that sets it up is remembered."""
         reply = super().execute(task, told, context, abort)
@@ -54,7 +58,8 @@ class SiteExecutor(CollabExecutor):  # type: ignore[misc]
             super().execute(SETUP_TASK_NAME, told, context, Signal())
 
     def _handle_end_run(self, event: str, context: Any) -> None:
-        part_of(context).unlink(missing_ok=True)
+        if os.getppid() == self._parent:  # else the site went away, and not the job
+            part_of(context).unlink(missing_ok=True)
         super()._handle_end_run(event, context)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from sluiceway.engines.nvflare.desk import opened
 from sluiceway.engines.nvflare.kits import CLASSES, Kit, provision
@@ -78,12 +82,24 @@ class Deployment:
     def end(self, name: str, how: int = signal.SIGTERM) -> None:
         """End a party, with every process that it started."""
         process = self.started.pop(name)
-        for number in (how, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING)
+        family = family_of(process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family[0].send_signal(how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING)
+        for member in (*family, *family_of(process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
+
+
+def family_of(number: int) -> list[psutil.Process]:
+    """A process and all that it started, which NVFlare puts into groups of their own."""
+    try:
+        process = psutil.Process(number)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def free_port() -> int:
@@ -106,10 +122,13 @@ def running(deployment: Deployment, files: Sequence[Path]) -> Iterator[Deploymen
 
 def run_trial(
     recipe: Recipe, out: Path, *, resume: bool, force: bool, progress: Progress
-) -> None:
+) -> dict[str, Any]:
     """Run a recipe on a deployment of this machine, with as many sites as it has clients.
 
     The run folder is `out`, checkpoints and all, so that a trial that was stopped continues.
+
+    Returns:
+        What is in its `summary.json`.
 
     Raises:
         InputError, RunFailed, KeyboardInterrupt: see `submit`.
@@ -125,8 +144,24 @@ def run_trial(
         stack.enter_context(running(deployment, files))
         progress.say(f"starting a server and {len(names)} sites on this machine")
         desk = stack.enter_context(opened(deployment.admin, STARTING))
-        order = Order(recipe, out.name, names, resume, force, STARTING)
+        order = Order(placed(recipe), out.name, names, resume, force, STARTING)
         submit(desk, order, None, progress.say)
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def placed(recipe: Recipe) -> Recipe:
+    """The recipe with paths that hold wherever a process works."""
+    paths = {key: getattr(recipe.data, key) for key in ("path", "test_path")}
+    paths = {key: str(Path(path).resolve()) for key, path in paths.items() if path is not None}
+    name = recipe.model.name
+    model = {"name": str(Path(name).resolve())} if Path(name).is_dir() else {}
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=paths),
+            "model": recipe.model.model_copy(update=model),
+        }
+    )
 
 
 def site_files(folder: Path, kept: Path, names: Sequence[str]) -> list[Path]:
@@ -139,4 +174,3 @@ def site_files(folder: Path, kept: Path, names: Sequence[str]) -> list[Path]:
         path.write_text(lines, encoding="utf-8")
         files.append(path)
     return files
-
