@@ -23,7 +23,7 @@ class Home:
 
     def ask(self, what: str, facts: Any, message: Path | None, folder: Path) -> dict[str, Any]:
         """What the site answers, see `worker.answered`; also if its process ends meanwhile."""
-        process = self._running()
+        process = self.ready()
         assert process.stdin is not None
         assert process.stdout is not None
         asked = {
@@ -42,7 +42,7 @@ class Home:
             return {"lost": f"its process ended {how}"}
         return said
 
-    def _running(self) -> subprocess.Popen[str]:
+    def ready(self) -> subprocess.Popen[str]:
         """The process; a new one if there is none or it has ended."""
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(

@@ -24,7 +24,9 @@ CLASSES: Final = (
     "sluiceway.engines.nvflare.staying.SiteExecutor",
 )
 LAUNCHER: Final = "sluiceway.engines.nvflare.staying.SiteLauncher"
-RIGHTS: Final = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate")
+#: What the one who submits may ask of a site, and beyond that of the server.
+RIGHTS: Final = ("submit_job", "manage_job", "view")
+MORE_RIGHTS: Final = ("download_job", "operate", "app_command")
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,10 @@ def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
                 part["path"] = LAUNCHER
         settings["components"] = parts
     write(local / "resources.json", settings)
-    rights: dict[str, Any] = dict.fromkeys(RIGHTS, "any")
-    rights |= {"byoc": "none", "shell_commands": "none"}
-    write(
-        local / "authorization.json",
-        {"format_version": "1.0", "permissions": {"project_admin": rights}},
-    )
+    rights = dict.fromkeys([*RIGHTS, *(MORE_RIGHTS if party == "server" else ())], "any")
+    rights |= dict.fromkeys(("byoc", "shell_commands"), "none")
+    permissions = {"format_version": "1.0", "permissions": {"project_admin": rights}}
+    write(local / "authorization.json", permissions)
 
 
 def keep_in(settings: dict[str, Any], folder: Path) -> None:

@@ -70,6 +70,7 @@ class Relay:
         self._home = Home(self.command())
         self._folder = self._stack.enter_context(scratch_folder())
         self._stack.callback(self._home.end)
+        self._home.ready()
 
     def command(self) -> list[str]:
         """What starts the site's process; nothing that comes with a job has a say in it."""

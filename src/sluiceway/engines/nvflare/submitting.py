@@ -53,22 +53,8 @@ def submit(desk: Desk, order: Order, out: Path | None, say: Say) -> None:
         RunFailed: a site is not there, or the run could not go on.
         KeyboardInterrupt: it was asked to stop, and has.
     """
-    if len(order.sites) != order.recipe.data.clients:
-        raise InputError(
-            f"data.clients = {order.recipe.data.clients}, but {len(order.sites)} sites are named"
-        )
-    desk.await_sites(order.sites, order.wait, say)
     with scratch_folder() as folder:
-        arguments = {
-            "recipe": tomli_w.dumps(order.recipe.resolved()),
-            "name": order.name,
-            "sites": list(order.sites),
-            "resume": order.resume,
-            "force": order.force,
-        }
-        write_job(folder / "job", order.name, order.sites, arguments)
-        job = desk.submit(folder / "job")
-        say(f"job {job}: {order.name} at {', '.join(order.sites)}")
+        job = sent(desk, order, folder / "job", say)
         seen = attended(desk, job, say)
         brought = desk.fetch(job, folder / "brought")
         status = desk.status(job)
@@ -80,6 +66,33 @@ def submit(desk: Desk, order: Order, out: Path | None, say: Say) -> None:
             shutil.copytree(brought, out, dirs_exist_ok=True)
             (out / OUTCOME).unlink(missing_ok=True)
     end_as(found, status)
+
+
+def sent(desk: Desk, order: Order, folder: Path, say: Say) -> str:
+    """Submit a run, once its sites are there; returns the job's id.
+
+    Args:
+        folder: for the job; made here.
+
+    Raises:
+        InputError, RunFailed: see `submit`.
+    """
+    if len(order.sites) != order.recipe.data.clients:
+        raise InputError(
+            f"data.clients = {order.recipe.data.clients}, but {len(order.sites)} sites are named"
+        )
+    desk.await_sites(order.sites, order.wait, say)
+    arguments = {
+        "recipe": tomli_w.dumps(order.recipe.resolved()),
+        "name": order.name,
+        "sites": list(order.sites),
+        "resume": order.resume,
+        "force": order.force,
+    }
+    write_job(folder, order.name, order.sites, arguments)
+    job = desk.submit(folder)
+    say(f"job {job}: {order.name} at {', '.join(order.sites)}")
+    return job
 
 
 def attended(desk: Desk, job: str, say: Say) -> int:
