@@ -7,12 +7,12 @@ import signal
 import socket
 import ssl
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
