@@ -69,6 +69,9 @@ def add_deploy(
     step.add_argument("kit", type=Path, metavar="KIT", help="folder of the server or of a site")
     step.add_argument("--site", type=Path, metavar="FILE", help="the site's own file")
     step.add_argument("--runs", type=Path, metavar="DIR", help="where the server keeps runs")
+    step.add_argument(
+        "--gate", metavar="ADDRESS:PORT", help="for split learning; else the next port"
+    )
 
     step = add("submit", submit_command)
     step.add_argument("recipe", help="a shipped recipe's name, or a TOML file")
@@ -98,7 +101,7 @@ def start_command(args: argparse.Namespace) -> None:
     kit = kits.read_kit(args.kit)
     if args.site is not None:
         check_site(args.site)
-    starting.start_here(kit, starting.environment_of(kit, args.site, args.runs))
+    starting.start_here(kit, starting.environment_of(kit, args.site, args.runs, args.gate))
 
 
 def check_site(path: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 from nvflare.collab import collab
 
+from sluiceway.engines.gate import Doorway
 from sluiceway.engines.nvflare.carrier import NvflareCarrier
-from sluiceway.engines.nvflare.names import BROUGHT, OUTCOME, RUNS, STOP, TELL, typed
+from sluiceway.engines.nvflare.kits import read_kit
+from sluiceway.engines.nvflare.names import BROUGHT, GATE, KIT, OUTCOME, RUNS, STOP, TELL, typed
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import recipe_from
 from sluiceway.experiment.run import run
@@ -45,6 +47,13 @@ class Diary:
         """What came after the first `seen` lines."""
         with self.lock:
             return self.lines[seen:]
+
+
+def doorway() -> Doorway:
+    """Where sites dial for split learning."""
+    kit = read_kit(Path(os.environ[KIT]))
+    listen, port = os.environ[GATE].rsplit(":", 1)
+    return Doorway(kit.keys, kit.address[0], int(port), listen)
 
 
 class Conductor:
@@ -96,6 +105,7 @@ class Conductor:
                 force=self.force,
                 progress=progress,
                 carrier=carrier,
+                doorway=doorway(),
             )
 
     def _tell(self, topic: str, asked: Any, context: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sluiceway.engines.gate import Keys
 from sluiceway.experiment.errors import InputError
 
 #: The organisation that all certificates name; NVFlare's rights are by role, and we use one role.
@@ -27,15 +28,6 @@ LAUNCHER: Final = "sluiceway.engines.nvflare.staying.SiteLauncher"
 #: What the one who submits may ask of a site, and beyond that of the server.
 RIGHTS: Final = ("submit_job", "manage_job", "view")
 MORE_RIGHTS: Final = ("download_job", "operate", "app_command")
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Where a party's certificate, its key and the root certificate lie."""
-
-    certificate: Path
-    key: Path
-    root: Path
 
 
 @dataclass(frozen=True)
@@ -58,6 +50,26 @@ class Kit:
         stem = "server" if self.role == "server" else "client"
         startup = self.folder / "startup"
         return Keys(startup / f"{stem}.crt", startup / f"{stem}.key", startup / "rootCA.pem")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The server's name and port, as sites reach it."""
+        if self.role == "admin":
+            place = table_of(self.folder / "startup" / "fed_admin.json")["admin"]
+            return str(place["host"]), int(place["port"])
+        file = f"fed_{'server' if self.role == 'server' else 'client'}.json"
+        target = table_of(self.folder / "startup" / file)["servers"][0]["service"]["target"]
+        host, port = str(target).rsplit(":", 1)
+        return host, int(port)
+
+
+def table_of(path: Path) -> dict[str, Any]:
+    """A file of a kit. Raises InputError if it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return found
 
 
 def read_kit(folder: Path) -> Kit:

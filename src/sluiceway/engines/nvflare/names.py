@@ -14,10 +14,12 @@ PATIENCE: Final = 5.0
 #: Seconds in which a site must answer any call beyond that; one that does not is away.
 GRACE: Final = 15.0
 
-#: Environment of a started kit: its folder, the site's own file, and where the server keeps runs.
+#: Environment of a started kit: its folder, the site's own file, where the server keeps runs, and
+#: the address and port on which it takes the lines of split learning.
 KIT: Final = "SLUICEWAY_KIT"
 SITE: Final = "SLUICEWAY_SITE"
 RUNS: Final = "SLUICEWAY_RUNS"
+GATE: Final = "SLUICEWAY_GATE"
 
 #: Parts of a job, by their names in its configuration.
 CONDUCTOR, RELAY = "conductor", "relay"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sluiceway.engines.nvflare.kits import ORG, Kit
-from sluiceway.engines.nvflare.names import KIT, RUNS, SITE
+from sluiceway.engines.nvflare.names import GATE, KIT, RUNS, SITE
 from sluiceway.experiment.errors import InputError
 
 
@@ -24,12 +24,16 @@ def command_of(kit: Kit) -> list[str]:
     ]
 
 
-def environment_of(kit: Kit, site: Path | None = None, runs: Path | None = None) -> dict[str, str]:
+def environment_of(
+    kit: Kit, site: Path | None = None, runs: Path | None = None, gate: str | None = None
+) -> dict[str, str]:
     """What its processes are told.
 
     Args:
         site: the site's own file, for a site.
         runs: where run folders are kept, for the server; None for `runs` in the kit.
+        gate: ADDRESS:PORT for the lines of split learning, for the server; None for any address
+            and the port after the server's own. Port 0 is any that is free.
 
     Raises:
         InputError: a site without a file, or a server with one.
@@ -43,7 +47,16 @@ def environment_of(kit: Kit, site: Path | None = None, runs: Path | None = None)
         if site is not None:
             raise InputError("a server has no site file")
         told[RUNS] = str((runs or kit.folder / "runs").resolve())
+        told[GATE] = checked_gate(gate or f"0.0.0.0:{kit.address[1] + 1}")
     return told
+
+
+def checked_gate(text: str) -> str:
+    """ADDRESS:PORT as it is. Raises InputError."""
+    address, _, port = text.rpartition(":")
+    if not address or not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"--gate {text}: give ADDRESS:PORT, such as 0.0.0.0:8003")
+    return text
 
 
 def start_here(kit: Kit, told: Mapping[str, str]) -> None:

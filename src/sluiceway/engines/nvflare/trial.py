@@ -68,7 +68,7 @@ class Deployment:
     def start(self, name: str, site: Path | None = None) -> None:
         """Start the server, or a site with its file."""
         kit = self.kits[name]
-        told = environment_of(kit, site, self.runs if kit.role == "server" else None)
+        told = environment_of(kit, site, self.runs, "127.0.0.1:0")
         with (kit.folder / "console.log").open("ab") as log:
             self.started[name] = subprocess.Popen(
                 command_of(kit),

@@ -36,11 +36,12 @@ def main() -> None:
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not end up among the answers
+    from sluiceway.engines.nvflare.kits import read_kit
     from sluiceway.experiment.site import open_site
 
     site: Site
     try:
-        site = open_site(Path(sys.argv[1]))
+        site = open_site(Path(sys.argv[1]), read_kit(Path(sys.argv[2])).keys)
     except Exception as error:
         site = Closed(described(error))
     serve(site, sys.stdin, answers)
