@@ -19,6 +19,7 @@ from sluiceway.engines.gate import Doorway
 from sluiceway.engines.nvflare.carrier import NvflareCarrier
 from sluiceway.engines.nvflare.kits import read_kit
 from sluiceway.engines.nvflare.names import BROUGHT, GATE, KIT, OUTCOME, RUNS, STOP, TELL, typed
+from sluiceway.engines.nvflare.plain import refuse_tensors
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import recipe_from
 from sluiceway.experiment.run import run
@@ -26,6 +27,8 @@ from sluiceway.experiment.session import Progress
 from sluiceway.federated.rounds import Record
 from sluiceway.federated.stopping import ask_to_stop, graceful_stop
 from sluiceway.outcome import outcome_of
+
+refuse_tensors()
 
 #: What of a run folder is brought to the submitter; checkpoints stay where the server keeps runs.
 LIGHT = ("recipe.toml", "metrics.jsonl", "summary.json")

@@ -25,6 +25,9 @@ from nvflare.collab.runtime.defs import SETUP_TASK_NAME, SyncKey
 from nvflare.collab.runtime.executor import CollabExecutor
 
 from sluiceway.engines.nvflare.names import KIT
+from sluiceway.engines.nvflare.plain import refuse_tensors
+
+refuse_tensors()
 
 #: In the folder of a job at a site, as long as the site has a part in it: what it was told.
 PART: Final = "part.json"
