@@ -1,0 +1,237 @@
+"""A SuperLink and SuperNodes as processes on this machine, over TLS, every node with its key."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final, Self
+
+import tomli_w
+
+from sluiceway.engines.flower.keys import Certificates, new_certificates, new_node_key, secret
+from sluiceway.oneline import line
+
+#: Seconds in which a SuperLink must be there, and processes must have ended.
+START, END = 60.0, 10.0
+HERE: Final = "127.0.0.1"
+#: The name of the SuperLink in Flower's own configuration.
+LINK: Final = "trial"
+
+
+class DeploymentError(Exception):
+    """A part of the deployment cannot be started or failed; one line."""
+
+
+@dataclass
+class Deployment:
+    """Processes of one Flower deployment; leaving the context ends all of them.
+
+    Each is the first of a process group of its own, so that its helpers end with it.
+
+    Attributes:
+        folder: for keys, certificates, the database and logs; private to this user.
+        port: of the SuperLink, for everything; chosen by the system.
+        fleet: address that SuperNodes dial; the SuperLink's own unless a relay is between.
+        processes: by name, "superlink", "superexec", and those of the SuperNodes.
+        environment: beside that of this process.
+    """
+
+    folder: Path
+    fleet: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=lambda: free_port())
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
+        self.certificates: Certificates = new_certificates(self.folder)
+        secret(self.folder / "executor.secret", secrets.token_hex(32).encode())
+        connection = {"address": self.address, "root-certificates": str(self.certificates.authority)}
+        config = {"superlink": {"default": LINK, LINK: connection}}
+        (self.folder / "flwr" / "config.toml").write_text(tomli_w.dumps(config))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(*reversed(self.processes))
+
+    @property
+    def address(self) -> str:
+        return f"{HERE}:{self.port}"
+
+    def start_link(self) -> None:
+        """Start the SuperLink with its database, and wait until it answers.
+
+        Raises:
+            DeploymentError: it does not.
+        """
+        paths = self.certificates
+        self.start(
+            "superlink",
+            "flower-superlink",
+            *("--host", HERE, "--port", str(self.port)),
+            *("--ssl-certfile", paths.certificate, "--ssl-keyfile", paths.key),
+            *("--ssl-ca-certfile", paths.authority),
+            *("--database", self.folder / "superlink.sqlite", "--isolation", "process"),
+            *("--superexec-auth-secret-file", self.folder / "executor.secret"),
+            "--enable-supernode-auth",
+        )
+        self.wait_for_port("superlink", self.port)
+
+    def start_executor(self) -> None:
+        """Start what starts the ServerApp; apart from the SuperLink, so as to outlive it."""
+        self.start(
+            "superexec",
+            "flower-superexec",
+            *("--runtime-api-address", self.address),
+            *("--root-certificates", self.certificates.authority),
+            *("--superexec-auth-secret-file", self.folder / "executor.secret"),
+        )
+
+    def register(self, name: str) -> None:
+        """Make a node's key and tell the SuperLink its public half under that name."""
+        _, public = new_node_key(self.folder, name)
+        self.flwr("supernode", "register", str(public), LINK, "--name", name)
+
+    def start_node(self, name: str, config: Mapping[str, str | int], key: Path | None = None) -> None:
+        """Start a SuperNode.
+
+        Args:
+            name: that its key was registered by.
+            config: what its ClientApp is told.
+            key: another private key than that of the name.
+        """
+        port = free_port()
+        told = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        paths = self.certificates
+        self.start(
+            name,
+            "flower-supernode",
+            *("--superlink", self.fleet or self.address, "--root-certificates", paths.authority),
+            *("--auth-supernode-private-key", key or self.folder / name),
+            *("--host", HERE, "--port", str(port), "--node-config", told),
+            *("--ssl-certfile", paths.certificate, "--ssl-keyfile", paths.key),
+            *("--ssl-ca-certfile", paths.authority),
+        )
+
+    def run(self, app: Path, config: Mapping[str, str | int | float | bool]) -> str:
+        """Start a run of an app folder with these values of its configuration; its id."""
+        told = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        found = self.flwr("run", str(app), LINK, "--run-config", told)
+        return str(found["run-id"])
+
+    def status(self, run: str) -> tuple[str, str]:
+        """Status of a run, such as "running" or "finished:completed", and details of it."""
+        for found in self.flwr("list", LINK, "--run-id", run)["runs"]:
+            return found["status"], str(found.get("details", ""))
+        raise DeploymentError(f"the SuperLink knows no run {run}")
+
+    def flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run Flower's own command; what it says as JSON. Raises DeploymentError."""
+        done = subprocess.run(
+            [command("flwr"), *arguments, "--format", "json"],
+            env=self.variables(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        try:
+            found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError:
+            found = {}
+        if done.returncode or not found.get("success", True) or not found:
+            said = found.get("error-message") or done.stderr.strip() or done.stdout.strip()
+            raise DeploymentError(f"flwr {arguments[0]}: {line(str(said))}")
+        return found
+
+    def variables(self) -> dict[str, str]:
+        """The environment of all processes: nothing is reported or looked up elsewhere."""
+        return {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "FLWR_HOME": str(self.folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            **self.environment,
+        }
+
+    def start(self, name: str, program: str, *arguments: str | Path) -> None:
+        """Start a process in a group of its own, with a log named after it."""
+        with self.log(name).open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [command(program), *map(str, arguments)],
+                env=self.variables(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def kill(self, name: str) -> None:
+        """End a process and its helpers as a power cut would."""
+        end(self.processes.pop(name), signal.SIGKILL)
+
+    def stop(self, *names: str) -> None:
+        """End processes and their helpers, at first by asking."""
+        gone = [self.processes.pop(name) for name in names]
+        for process in gone:
+            end(process, signal.SIGTERM)
+        deadline = time.monotonic() + END
+        for process in gone:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            end(process, signal.SIGKILL)
+            process.wait()
+
+    def ended(self) -> str | None:
+        """The name of a process that ended by itself, if there is one."""
+        return next((n for n, p in self.processes.items() if p.poll() is not None), None)
+
+    def last_words(self, name: str) -> str:
+        """The last line of a log, for a message."""
+        said = self.log(name).read_text(errors="replace").strip().splitlines()
+        return line(said[-1]) if said else "it said nothing"
+
+    def wait_for_port(self, name: str, port: int) -> None:
+        """Wait until somebody listens. Raises DeploymentError."""
+        deadline = time.monotonic() + START
+        while time.monotonic() < deadline:
+            if self.processes[name].poll() is not None:
+                break
+            with contextlib.suppress(OSError), socket.create_connection((HERE, port), 1):
+                return
+            time.sleep(0.1)
+        raise DeploymentError(f"{name} did not start: {self.last_words(name)}")
+
+
+def end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to a process's group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def command(name: str) -> str:
+    """A program that was installed with this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind((HERE, 0))
+        return int(listener.getsockname()[1])
