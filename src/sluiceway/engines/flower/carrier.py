@@ -112,11 +112,11 @@ class GridCarrier:
                     content[DATA] = self._shared(exchange.ask.message, parcel)
                 ttl = timeout + 60 if timeout else DEFAULT_TTL
                 message = Message(content, exchange.node, MESSAGE_TYPE, ttl=ttl)
-                [key] = self.grid.push_messages([message]) or [None]
-                if not key:
+                keys = [key for key in self.grid.push_messages([message]) if key]
+                if not keys:
                     exchange.fail("the SuperLink did not take the message")
                     break
-                exchange.going.append(key)
+                exchange.going += keys
         self._data = None
 
     def _shared(self, path: Path | None, parcel: Parcel) -> ArrayRecord:

@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import Any, Final, Self
 
 import tomli_w
 
@@ -56,7 +56,10 @@ class Deployment:
         (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
         self.certificates: Certificates = new_certificates(self.folder)
         secret(self.folder / "executor.secret", secrets.token_hex(32).encode())
-        connection = {"address": self.address, "root-certificates": str(self.certificates.authority)}
+        connection = {
+            "address": self.address,
+            "root-certificates": str(self.certificates.authority),
+        }
         config = {"superlink": {"default": LINK, LINK: connection}}
         (self.folder / "flwr" / "config.toml").write_text(tomli_w.dumps(config))
         return self
@@ -102,7 +105,9 @@ class Deployment:
         _, public = new_node_key(self.folder, name)
         self.flwr("supernode", "register", str(public), LINK, "--name", name)
 
-    def start_node(self, name: str, config: Mapping[str, str | int], key: Path | None = None) -> None:
+    def start_node(
+        self, name: str, config: Mapping[str, str | int], key: Path | None = None
+    ) -> None:
         """Start a SuperNode.
 
         Args:

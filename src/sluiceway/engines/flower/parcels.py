@@ -105,8 +105,9 @@ class Parcel:
         kinds = {key: type(value) for key, value in header.items() if key != "layout"}
         if kinds != FIELDS:
             raise ParcelError("a header with other fields")
-        found = {key: header[key] for key in FIELDS}
-        return cls(**{**found, "facts": facts_of(found["facts"]), "piece": piece_of(content)})
+        found: dict[str, Any] = {key: header[key] for key in FIELDS}
+        found |= {"facts": facts_of(found["facts"]), "piece": piece_of(content)}
+        return cls(**found)
 
 
 #: Types of a header's fields.
@@ -122,7 +123,7 @@ FIELDS: Final = {
 }
 
 
-def facts_of(text: Any) -> dict[str, Any]:
+def facts_of(text: str) -> dict[str, Any]:
     """Facts from JSON. Raises ParcelError."""
     if len(text) > FACTS_LIMIT:
         raise ParcelError(f"facts of {len(text)} characters; at most {FACTS_LIMIT}")
