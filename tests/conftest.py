@@ -51,3 +51,60 @@ def csv_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rest = [WORDS[int(i)] for i in torch.randint(3, 40, (5,), generator=g)]
             writer.writerow([" ".join([WORDS[label], *rest]), f"topic{label}", f"site{label % 2}"])
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model_folder: Path, csv_file: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        f"""
+        [run]
+        rounds = 3
+        workers = 1
+        device = "cpu"
+        [data]
+        path = "{csv_file}"
+        clients = 4
+        alpha = 0.5
+        max_tokens = 12
+        [model]
+        name = "{model_folder}"
+        experts = 4
+        [method]
+        name = "fedalign-moe"
+        [train]
+        lr = 0.02
+        """
+    )
+    return path
+
+
+@pytest.fixture
+def split_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "digits.toml"
+    path.write_text(
+        """
+        [run]
+        kind = "split"
+        rounds = 4
+        device = "cpu"
+        [data]
+        name = "digits"
+        clients = 3
+        alpha = 0.5
+        limit = 240
+        test_limit = 100
+        [model]
+        name = "conv4"
+        width = 8
+        cut = "conv2"
+        [method]
+        name = "sl"
+        [train]
+        optimizer = "sgd"
+        lr = 0.05
+        momentum = 0.9
+        batch_size = 16
+        """
+    )
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -239,20 +240,18 @@ def federate(
     prepare(model, strategy, len(clients))
     counts = label_counts(clients)
     with ExitStack() as stack:
-        trunk = usable_trunk(model, clients, place)
-        if trunk:
-            cache = features or FeatureCache(2 << 30)
-            *clients, test = cache.wrap(trunk, [*clients, test], place)
-            stack.enter_context(trunk.skipped())
-        worker = Worker(
-            model,
-            clients,
-            test,
-            strategy,
-            training or Training(),
-            loss=loss,
-            device=place,
-            seed=seed,
+        worker = stack.enter_context(
+            standing(
+                model,
+                clients,
+                test,
+                strategy,
+                training or Training(),
+                loss=loss,
+                device=place,
+                seed=seed,
+                features=features,
+            )
         )
         engine = stack.enter_context(
             LocalEngine(worker, workers=workers, threads=threads, timeout=timeout)
@@ -275,6 +274,35 @@ def federate(
             worker.load(strategy.tensors)
             for name, param in model.named_parameters():
                 param.requires_grad_(was_trained[name])
+
+
+@contextlib.contextmanager
+def standing(
+    model: nn.Module,
+    clients: Sequence[Examples],
+    test: Examples,
+    strategy: Strategy,
+    training: Training,
+    *,
+    loss: Loss,
+    device: torch.device,
+    seed: int,
+    features: FeatureCache | None = None,
+) -> Iterator[Worker]:
+    """A worker of the model, with what its frozen trunk makes of each example kept.
+
+    Args:
+        model, strategy: see `federated.client.prepare`, which has been called.
+        clients, test: may be empty, as they are for those who do not hold them.
+        features: None for a cache of its own, of up to 2 GB in memory.
+    """
+    with ExitStack() as stack:
+        trunk = usable_trunk(model, [*clients, test], device)
+        if trunk:
+            cache = features or FeatureCache(2 << 30)
+            *clients, test = cache.wrap(trunk, [*clients, test], device)
+            stack.enter_context(trunk.skipped())
+        yield Worker(model, clients, test, strategy, training, loss=loss, device=device, seed=seed)
 
 
 def chosen_device(name: str) -> str:

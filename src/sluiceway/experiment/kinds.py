@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sluiceway.data import ChoiceData, ImageData, TextData, partition
+from sluiceway.data import ChoiceData, ImageData, TextData, TextDataset, partition
 from sluiceway.engines.local import federate
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.models import assembled, load_pretrained
@@ -58,24 +58,15 @@ def run_federated(
     checkpoint: Checkpoint | None,
 ) -> Outcome:
     """Fine-tune a language model or a classifier of texts across clients."""
-    data, chosen = session.data(recipe.data, progress.say), recipe.model
+    data = session.data(recipe.data, progress.say)
     parts = parts_of(recipe, data)
-    loaded = load_pretrained(
-        chosen.name,
-        language=chosen.answer == "likelihood",
-        dtype=chosen.dtype,
-        gguf=chosen.gguf,
-    )
-    train, test = session.encoded(recipe.data, data, loaded, chosen)
-    model = assembled(loaded, chosen, answer_of(data, loaded, chosen), recipe.run.seed)
+    model, train, test, source = language_model(recipe, data, session)
     workers = worker_count(recipe, device)
     progress.say(
-        f"model: {recipe.model.name} from {loaded.source}, on {device}, "
+        f"model: {recipe.model.name} from {source}, on {device}, "
         f"{workers} worker{'s' if workers > 1 else ''}"
     )
-    strategy, training = recipe.built(), recipe.training()
-    assert isinstance(strategy, Strategy)
-    assert isinstance(training, Training)
+    strategy, training = chosen_strategy(recipe)
     check_rounds(recipe, parts)
     if recipe.run.timeout and device != "cpu":
         raise InputError(
@@ -103,6 +94,30 @@ def run_federated(
         checkpoint=checkpoint,
     )
     return Outcome(result, data.source, data.label_names)
+
+
+def language_model(
+    recipe: Recipe, data: TextData | ChoiceData, session: Session
+) -> tuple[nn.Module, TextDataset, TextDataset, str]:
+    """The model that a recipe trains, train and test examples as its tokens, and its source."""
+    chosen = recipe.model
+    loaded = load_pretrained(
+        chosen.name,
+        language=chosen.answer == "likelihood",
+        dtype=chosen.dtype,
+        gguf=chosen.gguf,
+    )
+    train, test = session.encoded(recipe.data, data, loaded, chosen)
+    model = assembled(loaded, chosen, answer_of(data, loaded, chosen), recipe.run.seed)
+    return model, train, test, loaded.source
+
+
+def chosen_strategy(recipe: Recipe) -> tuple[Strategy, Training]:
+    """What a federated recipe's [method] and [train] say. Raises InputError."""
+    strategy, training = recipe.built(), recipe.training()
+    assert isinstance(strategy, Strategy)
+    assert isinstance(training, Training)
+    return strategy, training
 
 
 def check_rounds(recipe: Recipe, parts: Sequence[Sequence[Any]]) -> None:

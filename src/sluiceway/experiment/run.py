@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 import sluiceway
+from sluiceway.engines.carrying import Carrier
 from sluiceway.engines.local import chosen_device
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.folder import Folder
 from sluiceway.experiment.kinds import Outcome, run_federated, run_split
 from sluiceway.experiment.recipe import Recipe
+from sluiceway.experiment.serving import serve_federated
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.checkpoints import Checkpoint
 from sluiceway.federated.rounds import Record, Result
@@ -31,8 +33,9 @@ def run(
     force: bool = False,
     session: Session | None = None,
     progress: Progress | None = None,
+    carrier: Carrier | None = None,
 ) -> tuple[Result, dict[str, Any]]:
-    """Run a recipe on the embedded engine.
+    """Run a recipe on the embedded engine, or across sites.
 
     Args:
         recipe: checked.
@@ -41,6 +44,7 @@ def run(
         force: replace what is in `out`.
         session: shares data and frozen layers' outputs between runs.
         progress: what to tell while it goes on.
+        carrier: reaches the sites that are the clients; None plays them here.
 
     Returns:
         The result, and the summary that is in `summary.json`.
@@ -69,8 +73,11 @@ def run(
 
         told = replace(progress, on_start=on_start, on_round=on_round)
         checkpoint = checkpoint_of(recipe, out, resume, progress) if out else None
-        runner = run_split if recipe.run.kind == "split" else run_federated
-        outcome = runner(recipe, device, session, told, checkpoint)
+        if carrier is not None:
+            outcome = serve_federated(recipe, device, session, told, checkpoint, carrier)
+        else:
+            runner = run_split if recipe.run.kind == "split" else run_federated
+            outcome = runner(recipe, device, session, told, checkpoint)
         summary = summarise(recipe, outcome, device, time.perf_counter() - began)
         if folder:
             folder.finish(outcome.result, summary)

@@ -1,0 +1,68 @@
+"""Sites in this process, behind everything that crosses: facts as JSON text, messages as files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sluiceway.engines.carrying import Answer, Ask, Site
+from sluiceway.engines.pool import Lost, described
+from sluiceway.experiment.site import HomeSite, open_site
+
+
+class Nearby:
+    """A carrier to sites of this process; answers come in the reverse order.
+
+    Attributes:
+        away: sites that do not answer.
+        asked: what was asked, of whom.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], place: Path) -> None:
+        self.sites: Sequence[str] = list(sites)
+        self.homes = dict(sites)
+        self.place = place
+        self.away: set[int] = set()
+        self.asked: list[tuple[str, int]] = []
+
+    def ask(
+        self, asks: Mapping[int, Ask], folder: Path, timeout: float = 0
+    ) -> Iterator[tuple[int, Answer | Lost]]:
+        for number in reversed(list(asks)):
+            self.asked.append((asks[number].what, number))
+            if number in self.away:
+                yield number, Lost("it is away")
+            else:
+                yield number, self.one(number, asks[number], folder)
+
+    def one(self, number: int, ask: Ask, folder: Path) -> Answer | Lost:
+        room = self.place / f"room-{number}"
+        shutil.rmtree(room, ignore_errors=True)
+        room.mkdir(parents=True)
+        message = None if ask.message is None else Path(shutil.copy(ask.message, room / "in"))
+        out = room / "out"
+        out.mkdir()
+        try:
+            found = self.homes[self.sites[number]].answer(
+                Ask(ask.what, json.loads(json.dumps(ask.facts)), message), out
+            )
+        except Exception as error:
+            return Lost(described(error))
+        if found.message is None:
+            return Answer(json.loads(json.dumps(found.facts)))
+        back = folder / f"answer-{number}"
+        shutil.copy(found.message, back)
+        return Answer(json.loads(json.dumps(found.facts)), back)
+
+
+def sharing(place: Path, count: int) -> dict[str, HomeSite]:
+    """Sites that share the recipe's own data, with a file each."""
+    sites = {}
+    for number in range(count):
+        folder = place / f"site-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "site.toml").write_text('device = "cpu"\n[data]\nshare = true\n')
+        sites[f"site-{number}"] = open_site(folder / "site.toml")
+    return sites
