@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 from rich.table import Table
@@ -103,7 +103,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
     command.add_argument("--device", metavar="auto|cpu|cuda")
-    command.add_argument("--engine", metavar="local")
+    command.add_argument("--engine", metavar="local|flower")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -124,7 +124,11 @@ def run_command(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, overrides(args))
     out = args.out or new_folder(args.recipe, recipe)
     with shown() as progress, stoppable(progress, f"; continue with --out {out} --resume"):
-        _, summary = run(recipe, out, resume=args.resume, force=args.force, progress=progress)
+        how = {"resume": args.resume, "force": args.force, "progress": progress}
+        if recipe.run.engine == "flower":
+            summary = flower_trial()(recipe, out, **how)
+        else:
+            _, summary = run(recipe, out, **how)
     write_report([out])
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
     beside = f", personal {personal:.4f}" if personal is not None else ""
@@ -136,6 +140,21 @@ def run_command(args: argparse.Namespace) -> None:
         f"{summary['bytes_down'] / 1e6:.1f} MB down, {summary['seconds']:.0f} s"
     )
     print(f"run folder: {out} (summary.json, report.html)")
+
+
+def flower_trial() -> Callable[..., dict[str, Any]]:
+    """What runs a recipe over Flower on this machine. Raises InputError without the extra."""
+    from sluiceway.experiment.errors import InputError
+
+    try:
+        from sluiceway.engines.flower.trial import run_trial
+    except ModuleNotFoundError as error:
+        if error.name not in ("flwr", "cryptography"):
+            raise
+        raise InputError(
+            "run.engine = 'flower' needs the extra: pip install 'sluiceway[flower]'"
+        ) from None
+    return run_trial
 
 
 def compare_command(args: argparse.Namespace) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -57,6 +58,7 @@ class GridCarrier:
         grid: of the ServerApp.
         sites: how many SuperNodes to wait for, >= 1.
         patience: seconds to wait for them.
+        at_once: sites that are asked at the same time, 0 for all.
         piece: bytes of a file in one message; memory grows with it.
 
     Raises:
@@ -64,12 +66,19 @@ class GridCarrier:
     """
 
     def __init__(
-        self, grid: Grid, sites: int, *, patience: float = 120.0, piece: int = PIECE
+        self,
+        grid: Grid,
+        sites: int,
+        *,
+        patience: float = 120.0,
+        at_once: int = 0,
+        piece: int = PIECE,
     ) -> None:
         self.grid = grid
+        self.at_once = at_once or sites
         self.piece = piece
         self.nodes = waited_for(grid, sites, patience)
-        self.sites = [node.name for node in self.nodes]
+        self.sites: Sequence[str] = [node.name for node in self.nodes]
         self._data: tuple[Path | None, int, ArrayRecord] | None = None
 
     def ask(
@@ -87,8 +96,9 @@ class GridCarrier:
         looked = time.monotonic()
         while open_ones:
             check_stop()
-            self._send(open_ones, timeout)
-            for number, exchange in list(open_ones.items()):
+            now = dict(islice(open_ones.items(), self.at_once))
+            self._send(now, timeout)
+            for number, exchange in now.items():
                 found = self._collect(exchange)
                 if found is not None:
                     del open_ones[number]
@@ -97,7 +107,7 @@ class GridCarrier:
                 break
             if time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
-                self._renew(open_ones)
+                self._renew(now)
             time.sleep(TICK)
         for number, exchange in open_ones.items():
             exchange.drop()

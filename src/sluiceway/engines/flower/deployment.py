@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -100,10 +102,20 @@ class Deployment:
             *("--superexec-auth-secret-file", self.folder / "executor.secret"),
         )
 
-    def register(self, name: str) -> None:
-        """Make a node's key and tell the SuperLink its public half under that name."""
-        _, public = new_node_key(self.folder, name)
-        self.flwr("supernode", "register", str(public), LINK, "--name", name)
+    def register(self, *names: str) -> None:
+        """Make nodes' keys, and tell the SuperLink their public halves under those names.
+
+        Raises:
+            DeploymentError: the SuperLink does not take one.
+        """
+
+        def one(name: str) -> None:
+            _, public = new_node_key(self.folder, name)
+            self.flwr("supernode", "register", str(public), LINK, "--name", name)
+
+        # Flower's command takes a second for each, nearly all of it to begin.
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(one, names))
 
     def start_node(
         self, name: str, config: Mapping[str, str | int], key: Path | None = None
@@ -182,6 +194,7 @@ class Deployment:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
 
     def log(self, name: str) -> Path:
@@ -222,6 +235,11 @@ class Deployment:
                 return
             time.sleep(0.1)
         raise DeploymentError(f"{name} did not start: {self.last_words(name)}")
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone, however it went."""
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
 
 
 def end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
