@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from tests.engines.flower.double import DoubleGrid, Node
 
 from sluiceway.engines.carrying import Answer, Ask
 from sluiceway.engines.flower import carrier as carriers
@@ -17,7 +18,6 @@ from sluiceway.engines.flower.client import site_app
 from sluiceway.engines.flower.parcels import HEADER, Parcel, ParcelError, array_record
 from sluiceway.engines.pool import Lost
 from sluiceway.experiment.errors import InputError
-from tests.engines.flower.double import DoubleGrid, Node
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_a_fault_is_told_in_one_line_and_leaves_nothing(tmp_path):
 
 def test_lost_sites_are_named_and_the_others_answer(tmp_path):
     grid = world(tmp_path, "a", "b", "c", "d")
-    away, gone, deaf, well = grid.nodes.values()
+    away, gone, deaf, _ = grid.nodes.values()
     carrier = GridCarrier(grid, 4, patience=0)
     away.online, gone.gone, deaf.deaf = False, True, True
     found = dict(carrier.ask({n: Ask("hi", {"told": n}) for n in range(4)}, tmp_path, timeout=0.5))
@@ -213,9 +213,6 @@ def with_header(parcel: Parcel, **fields: object) -> RecordDict:
 )
 def test_a_site_refuses_pieces_that_do_not_fit(tmp_path, change, why):
     grid = world(tmp_path, "a")
-    [node] = grid.nodes.values()
-    from flwr.app import Message
-
     parcel = replace(Parcel("0" * 32, "hi", {"told": 1}, 3, piece=b"abc"), **change)
     key = grid.push(Message(parcel.packed(), next(iter(grid.nodes)), "query.sluiceway"))
     [reply] = grid.pull_messages([key])

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +11,6 @@ import pytest
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 
 from sluiceway.cli import main
-from sluiceway.engines.flower.deployment import Deployment
-from sluiceway.engines.flower.keys import new_node_key
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
 
