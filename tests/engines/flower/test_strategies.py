@@ -17,6 +17,7 @@ from tests.worlds import TinyClassifier, TinyText
 
 from sluiceway import strategies as rules
 from sluiceway.engines.flower import STRATEGIES, Adapter, Home, client_app, load_arrays, unpacked
+from sluiceway.engines.flower.arrays import packed
 from sluiceway.engines.flower.parcels import DATA, Parcel, array_record
 from sluiceway.engines.local import federate
 from sluiceway.federated import Training
@@ -167,7 +168,9 @@ def test_nan_is_refused_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda data: data[:-5], "failed: 1: "),
+        (lambda data: b"\xff" * 8 + data[8:], "header"),
+        (lambda data: data[:8] + b"{" * (len(data) - 8), "failed: "),
+        (lambda data: data[:-5], "an update of"),
         (lambda data: b"", "an update of"),
     ],
 )
@@ -209,6 +212,17 @@ def test_lost_clients_are_done_without_until_too_few_are_left(tmp_path: Path) ->
     grid.nodes[40].deaf = True
     with pytest.raises(TooFewUpdates, match=r"1 of 3 updates could be used.*no answer"):
         strategy.start(grid, num_rounds=1)
+
+
+def test_values_from_elsewhere_are_gone_on_from(tmp_path: Path) -> None:
+    first = Adapter(rules.Median(inner=rules.FedAvg()), model(), clients=3, training=TRAINING)
+    held = first.start(world(tmp_path / "a"), num_rounds=1).arrays
+    fresh = Adapter(rules.FedAvg(), model(), clients=3, training=TRAINING)
+    fresh.follow(held)
+    assert same(fresh.arrays(), unpacked(held))
+    robust = Adapter(rules.Median(inner=rules.FedAvg()), model(), clients=3, training=TRAINING)
+    robust.follow(held)
+    assert same(packed(robust.rule.broadcast(1)), unpacked(held))
 
 
 def test_the_clients_own_training_wins(tmp_path: Path) -> None:

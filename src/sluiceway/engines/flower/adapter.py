@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import INFO, WARNING, getLogger
@@ -19,6 +18,7 @@ from sluiceway import strategies as rules
 from sluiceway.engines.flower.arrays import packed, unpacked
 from sluiceway.engines.flower.carrier import MESSAGE_TYPE, Node, reason, waited_for
 from sluiceway.engines.flower.parcels import DATA, Parcel, ParcelError
+from sluiceway.engines.scratch import scratch_folder
 from sluiceway.experiment.methods import parameters_of
 from sluiceway.federated.client import Training, prepare
 from sluiceway.federated.guards import Failure, Tally
@@ -26,6 +26,7 @@ from sluiceway.federated.rounds import Rounds
 from sluiceway.federated.wire import WireError, read_update, take_values
 from sluiceway.oneline import line
 from sluiceway.strategies import Broadcast, Update
+from sluiceway.strategies.robust import Robust
 
 log = getLogger("flwr").log
 
@@ -94,9 +95,14 @@ class Adapter(FlowerStrategy):
         Raises:
             TooFewUpdates: a round had fewer usable updates than `min_clients`.
         """
-        first = initial_arrays or self.arrays()
         return super().start(
-            grid, first, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            grid,
+            initial_arrays or self._held,
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            evaluate_fn,
         )
 
     def configure_train(
@@ -123,8 +129,8 @@ class Adapter(FlowerStrategy):
         if tally is None or tally.round != server_round:
             raise ValueError(f"round {server_round} was not configured")
         kept: set[int] = set()
-        with tempfile.TemporaryDirectory(prefix="sluiceway-") as folder:
-            self.rule.aggregate(tally.usable(self.updates(replies, Path(folder), kept)))
+        with scratch_folder() as folder:
+            self.rule.aggregate(tally.usable(self.updates(replies, folder, kept)))
         self.based |= dict.fromkeys(kept & set(tally.used), server_round)
         for word, faults in (("refused", tally.refused), ("failed", tally.failed)):
             for number, why in faults.items():
@@ -178,7 +184,10 @@ class Adapter(FlowerStrategy):
     @property
     def inner(self) -> rules.Strategy:
         """The strategy whose client half is played: that inside of a robust one."""
-        return getattr(self.rule, "inner", self.rule)
+        found = self.rule
+        while isinstance(found, Robust):
+            found = found.inner
+        return found
 
     def follow(self, arrays: ArrayRecord) -> None:
         """Take the global values from Flower's loop, where they are not those given to it."""
@@ -186,7 +195,7 @@ class Adapter(FlowerStrategy):
             return
         tensors = {name: tensor.clone() for name, tensor in self.rule.tensors.items()}
         take_values(tensors, unpacked(arrays), needed=tensors)
-        self.rule.tensors = tensors
+        self.inner.tensors = tensors
         self._held = arrays
 
     def connected(self, chosen: Sequence[int], grid: Grid) -> list[int]:
