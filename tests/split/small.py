@@ -14,8 +14,10 @@ from torch.utils.data import TensorDataset
 from sluiceway.federated.client import Optimisation, mix
 from sluiceway.federated.rounds import Record, Rounds
 from sluiceway.split import Compressor, Conv4, SplitRecord
+from sluiceway.split.client import ClientSide
+from sluiceway.split.parties import Here
 from sluiceway.split.rounds import Split
-from sluiceway.split.setup import build
+from sluiceway.split.setup import here
 from sluiceway.strategies import FedAvg
 
 CLASSES = 3
@@ -117,7 +119,7 @@ def set_up(
         "device": torch.device("cpu"),
     }
     settings |= changed
-    return build(
+    return here(
         model,
         cut_at,
         sets=sets,
@@ -169,3 +171,8 @@ def masked(front: nn.Module, mask: Tensor, back: nn.Module) -> nn.Sequential:
     layer = Mask()
     layer.kept = mask.float()
     return nn.Sequential(front, layer, back).eval()
+
+
+def sides(split: Split) -> list[ClientSide]:
+    """The clients of a run of this process."""
+    return [party.side for party in split.parties if isinstance(party, Here)]

@@ -45,10 +45,14 @@ def between_rounds(model: dict[str, Tensor], part: dict[str, Tensor], facts: obj
 def test_bytes_are_the_lengths_of_all_messages(name: str, form: str) -> None:
     model = normed()
     front, back = cut(model, "conv1")
-    exchanged = {f"front.{n}": t for n, t in front.state_dict().items() if t.is_floating_point()}
+    held = {f"front.{n}": t for n, t in front.state_dict().items()}
     if form == "u":
         _, tail = cut(back, "conv4")
-        exchanged |= {f"tail.{n}": t for n, t in tail.state_dict().items() if t.is_floating_point()}
+        held |= {f"tail.{n}": t for n, t in tail.state_dict().items()}
+    exchanged = {n: t for n, t in held.items() if t.is_floating_point()}
+    closing = {f"counts/{n}": t for n, t in held.items() if n not in exchanged}
+    if form == "u":
+        closing |= {"loss/examples": torch.tensor(1), "loss/sum": torch.tensor(1.0).double()}
     sets, method = [*clients()], METHODS[name]()
     sets[1] = Pictures(2, 5)  # one example alone would be left out in two of the forms
     result = split_train(
@@ -64,7 +68,7 @@ def test_bytes_are_the_lengths_of_all_messages(name: str, form: str) -> None:
             down += between_rounds(exchanged, mask, {"version": 1, "round": number})
             size = len(sets[client])
             facts = {"version": 1, "round": number, "client": client, "examples": size}
-            up += between_rounds(exchanged, scores, facts)
+            up += between_rounds(exchanged, closing | scores, facts)
             up += method.bytes_up((size, 8, 3, 3), kept, label_bytes=form != "u")
             down += method.bytes_down((size, 8, 3, 3), kept)
             if form == "u":

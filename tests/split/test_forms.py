@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
-from tests.split.small import Pictures, clients, normed, plain, same, set_up, tail_of
+from tests.split.small import Pictures, clients, normed, plain, same, set_up, sides, tail_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,6 +29,7 @@ from sluiceway.split import (
 )
 from sluiceway.split.client import ClientSide
 from sluiceway.split.header import Header
+from sluiceway.split.parties import generator
 from sluiceway.split.rounds import Split
 
 STEP = Optimisation(lr=0.1, batch_size=8, optimizer="sgd")
@@ -52,15 +53,15 @@ def begun(form: str, method: Compressor | None = None) -> tuple[Split, list[Batc
     )
     opening = built.opening(1)
     turns = []
-    for client in built.clients:
+    for client in sides(built):
         client.begin(1, opening, built.strategy, built.masks.mask(client.number))
-        turns.append(next(client.batches(1, built.generator(1, client.number))))
+        turns.append(next(client.batches(1, generator(0, 1, client.number))))
     return built, [name for name, _ in turns], [batch for _, batch in turns]
 
 
 def wanted_gradients(built: Split, batches: list[Batch]) -> list[dict[str, Tensor]]:
     """Of each client's own layers, by plain autograd through copies of all layers at once."""
-    layers = [copy.deepcopy(client.layers).train() for client in built.clients]
+    layers = [copy.deepcopy(client.layers).train() for client in sides(built)]
     back = copy.deepcopy(built.back).train()
     hidden = back(torch.cat([m["front"](b.inputs) for m, b in zip(layers, batches, strict=True)]))
     parts = hidden.split([len(b.labels) for b in batches])
@@ -83,20 +84,20 @@ def wanted_gradients(built: Split, batches: list[Batch]) -> list[dict[str, Tenso
 @given(sending=orders, receiving=orders)
 def test_gradient_i_belongs_to_batch_i(form: str, sending: list[int], receiving: list[int]) -> None:
     built, names, batches = begun(form)
-    before = [{n: p.detach().clone() for n, p in c.params.items()} for c in built.clients]
+    before = [{n: p.detach().clone() for n, p in c.params.items()} for c in sides(built)]
     wanted = wanted_gradients(built, batches)
-    messages = [built.clients[i].send(names[i], batches[i]) for i in sending]
+    messages = [sides(built)[i].send(names[i], batches[i]) for i in sending]
     server = built.servers[-1]
     if form == "u":
         opened = [server.open(message, labels=False) for message in messages]
-        replies, refused = server.step_u(opened, lambda n, m: built.clients[n.client].finish(n, m))
+        replies, refused = server.step_u(opened, lambda n, m: sides(built)[n.client].finish(n, m))
         assert refused == {}
     else:
         replies = server.step([server.open(message, labels=True) for message in messages])
     answers = dict(zip(sending, replies, strict=True))
     for i in receiving:
-        built.clients[i].receive(names[i], answers[i])
-    for client, old, gradients in zip(built.clients, before, wanted, strict=True):
+        sides(built)[i].receive(names[i], answers[i])
+    for client, old, gradients in zip(sides(built), before, wanted, strict=True):
         for name, gradient in gradients.items():
             # Of the tail it is the mean over the client's own batch as it stands.
             moved = (old[name] - client.params[name].detach()) / STEP.lr
@@ -107,17 +108,17 @@ def test_gradient_i_belongs_to_batch_i(form: str, sending: list[int], receiving:
 @given(swapped=orders)
 def test_a_gradient_that_went_astray_is_refused(swapped: list[int]) -> None:
     built, names, batches = begun("parallel")
-    messages = [built.clients[i].send(names[i], batches[i]) for i in range(4)]
+    messages = [sides(built)[i].send(names[i], batches[i]) for i in range(4)]
     server = built.servers[-1]
     replies = server.step([server.open(message, labels=True) for message in messages])
     for i, other in enumerate(swapped):
         if i == other:
-            built.clients[i].receive(names[i], replies[other])
+            sides(built)[i].receive(names[i], replies[other])
             continue
-        before = {n: p.detach().clone() for n, p in built.clients[i].params.items()}
+        before = {n: p.detach().clone() for n, p in sides(built)[i].params.items()}
         with pytest.raises(WireError):
-            built.clients[i].receive(names[i], replies[other])
-        assert same(before, {n: p.detach() for n, p in built.clients[i].params.items()})
+            sides(built)[i].receive(names[i], replies[other])
+        assert same(before, {n: p.detach() for n, p in sides(built)[i].params.items()})
 
 
 @few
@@ -130,16 +131,16 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
     )
     one.play(1, [0, 1, 2])
     opening, steps = other.opening(1), {}
-    for client in other.clients:
+    for client in sides(other):
         client.begin(1, opening, other.strategy)
-        steps[client.number] = client.batches(1, other.generator(1, client.number))
+        steps[client.number] = client.batches(1, generator(0, 1, client.number))
     for number in turns:
         name, batch = next(steps[number])
-        client = other.clients[number]
+        client = sides(other)[number]
         server = other.servers[number]
         (reply,) = server.step([server.open(client.send(name, batch), labels=True)])
         client.receive(name, reply)
-    for mine, yours in zip(one.clients, other.clients, strict=True):
+    for mine, yours in zip(sides(one), sides(other), strict=True):
         assert same(
             {n: t.detach() for n, t in mine.owned.items()},
             {n: t.detach() for n, t in yours.owned.items()},
@@ -194,7 +195,7 @@ def test_labels_stay_in_a_u_shape_and_all_that_crosses_is_counted(
     )  # fmt: skip
     for message in (*post.between_down, *post.between_up):
         parts = {key.split("/")[0] for key in load(message)}
-        assert parts <= {"model", "mask", "scores"}
+        assert parts <= {"model", "mask", "scores", "counts", "loss"}
     headers = [Header.parse(memoryview(m), 1 << 20) for m in (*post.ups, *post.downs)]
     sent = [h for h in headers if not h.gradient]
     assert sent
@@ -222,7 +223,7 @@ def test_a_u_shape_rates_channels_with_labels_as_the_others_do() -> None:
 
 def test_a_server_of_a_u_shape_refuses_labels() -> None:
     built, names, batches = begun("parallel")
-    message = built.clients[0].send(names[0], batches[0])
+    message = sides(built)[0].send(names[0], batches[0])
     with pytest.raises(WireError, match="labels: expected none"):
         built.servers[-1].open(message, labels=False)
 
@@ -234,7 +235,7 @@ def test_a_server_refuses_what_is_not_of_its_cut() -> None:
         Compressor().up(torch.zeros(2, 8, 3, 3), names[0])[0],
         Compressor().up(torch.zeros(2, 8, 3, 3), names[0], torch.tensor([0, 9]))[0],
         Compressor(quantize="int8").up(torch.zeros(2, 8, 3, 3), names[0], torch.zeros(2).long())[0],
-        built.clients[0].send(names[0], batches[0])[:-1],
+        sides(built)[0].send(names[0], batches[0])[:-1],
     ]
     for message in wrong:
         with pytest.raises(WireError):

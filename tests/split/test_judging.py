@@ -12,6 +12,7 @@ from tests.split.small import (
     normed,
     records,
     set_up,
+    sides,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,7 +33,7 @@ def test_the_mask_of_training_is_the_mask_of_evaluation() -> None:
     built = set_up(normed(), "conv1", sets, L1Channels(share=0.25, ramp_rounds=0), test)
     for number in (1, 2, 3):
         record = built.play(number, [0, 1])
-        assert record.mask == built.clients[0].mask.tolist()  # type: ignore[union-attr]
+        assert record.mask == sides(built)[0].mask.tolist()  # type: ignore[union-attr]
     mask = built.masks.mask(ALL)
     assert mask is not None
     assert int(mask.sum()) == record.kept == 2

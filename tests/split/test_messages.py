@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.split.small import clients as sets
-from tests.split.small import normed, set_up
+from tests.split.small import normed, set_up, sides
 from torch import Tensor
 
 from sluiceway.federated import wire
@@ -61,31 +61,49 @@ def test_what_no_opening_message_is(message: bytes, why: str) -> None:
 
 
 def test_a_closing_message() -> None:
-    parts = read_closing(closing(torch.arange(3.0)), 1, 2, 3)
-    assert parts["scores"]["channels"].tolist() == [0, 1, 2]
+    found = read_closing(closing(torch.arange(3.0)), 1, 2, 3)
+    assert found.scores is not None
+    assert found.scores.tolist() == [0, 1, 2]
+    assert found.loss == (0, 0.0)
     empty = message_of({"model": {}}, {"client": 1, "round": 2, "examples": 5})
-    assert "scores" not in read_closing(empty, 1, 2, 3)
+    assert read_closing(empty, 1, 2, 3).scores is None
+
+
+def test_counts_and_losses_of_a_closing_message() -> None:
+    counts = {"front.bn.num_batches_tracked": torch.tensor(7)}
+    loss = {"examples": torch.tensor(5), "sum": torch.tensor(2.5).double()}
+    facts = {"client": 1, "round": 2, "examples": 5}
+    found = read_closing(message_of({"counts": counts, "loss": loss}, facts), 1, 2, 3)
+    assert found.counts == {"front.bn.num_batches_tracked": 7}
+    assert found.loss == (5, 2.5)
+
+
+@pytest.mark.parametrize("count", [torch.tensor(-1), torch.tensor(1.0), torch.ones(2).long()])
+def test_what_no_count_is(count: Tensor) -> None:
+    facts = {"client": 1, "round": 2, "examples": 5}
+    with pytest.raises(WireError, match="counts/bn is no count"):
+        read_closing(message_of({"counts": {"bn": count}}, facts), 1, 2, 3)
 
 
 @pytest.mark.parametrize(
-    ("message", "why"),
+    "loss",
     [
-        (closing(torch.ones(3), client=2), "client is 2; expected 1"),
-        (closing(torch.ones(3), round=1), "round is 1; expected 2"),
-        (closing(torch.ones(3), examples="5"), "examples is '5'; expected an integer"),
-        (closing(torch.ones(4)), r"is float32 \[4\]; expected float32 \[3\]"),
-        (closing(torch.ones(3).double()), r"is float64 \[3\]; expected float32 \[3\]"),
-        (closing(torch.tensor([0.0, float("nan"), 1.0])), "NaN or infinity"),
+        {"examples": torch.tensor(5)},
+        {"examples": torch.tensor(5), "sum": torch.tensor(2.5)},
+        {"examples": torch.tensor(5.0), "sum": torch.tensor(2.5).double()},
+        {"examples": torch.tensor([5]), "sum": torch.tensor(2.5).double()},
+        {"what": torch.tensor(5)},
     ],
 )
-def test_what_no_closing_message_is(message: bytes, why: str) -> None:
-    with pytest.raises(WireError, match=why):
-        read_closing(message, 1, 2, 3)
+def test_what_no_loss_is(loss: dict[str, Tensor]) -> None:
+    facts = {"client": 1, "round": 2, "examples": 5}
+    with pytest.raises(WireError, match="loss/"):
+        read_closing(message_of({"loss": loss}, facts), 1, 2, 3)
 
 
 def test_a_client_takes_layers_that_are_its_own_only() -> None:
     run = set_up(normed(), "conv1", sets(), METHODS["acp-sl"]())
-    client = run.clients[0]
+    client = sides(run)[0]
     before = {name: tensor.clone() for name, tensor in client.owned.items()}
     name = next(iter(before))
     wrong: list[tuple[dict[str, Tensor], str]] = [

@@ -15,6 +15,7 @@ from tests.split.small import (
     numbers,
     same,
     set_up,
+    sides,
     tail_of,
 )
 from torch import Tensor
@@ -125,14 +126,14 @@ def test_only_a_step_that_would_fail_is_left_out() -> None:
     sets = [Pictures(9, 1)]
     built = set_up(layers, "lin1", sets, Compressor(), training=Optimisation(batch_size=8, lr=0.01))
     built.play(1, [0])
-    assert built.clients[0].role.steps == 1  # the last example would be alone
+    assert sides(built)[0].role.steps == 1  # the last example would be alone
     assert layers.get_buffer("bn2.num_batches_tracked") == 1
     layers = flat_normed(front=False)
     sets = [Pictures(9, 1), Pictures(17, 3)]
     built = set_up(layers, "lin1", sets, Compressor(), training=Optimisation(batch_size=8, lr=0.01))
     built.play(1, [0, 1])
     # 8; then 8 and 8; then 1 and 1, which are enough together.
-    assert [client.role.steps for client in built.clients] == [2, 3]
+    assert [client.role.steps for client in sides(built)] == [2, 3]
     assert layers.get_buffer("bn2.num_batches_tracked") == 3
 
 
@@ -160,7 +161,7 @@ def test_optimisers_keep_their_state(form: str) -> None:
     def steps(side: Any) -> int:
         return int(next(iter(side.optimiser.state.values()))["step"])
 
-    assert [steps(client) for client in built.clients] == [6, 2]
+    assert [steps(client) for client in sides(built)] == [6, 2]
     found = [steps(server) for server in built.servers.values()]
     assert found == {"copies": [6, 2], "parallel": [6], "sequential": [8]}[form]
 

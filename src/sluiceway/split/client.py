@@ -19,6 +19,7 @@ from sluiceway.split.packing import Ticket
 from sluiceway.split.terms import (
     Terms,
     client_layers,
+    counts_in,
     joined,
     load_optimiser,
     optimiser_of,
@@ -145,13 +146,6 @@ class ClientSide:
         )
         strategy.start(self.role)
 
-    @property
-    def batch_count(self) -> int:
-        """Batches of a round; a last one that is too small for the layers is left out."""
-        training = self.terms.training
-        whole, rest = divmod(len(self.examples), training.batch_size)
-        return training.local_epochs * (whole + (rest >= max(self.smallest, 1)))
-
     def batches(self, number: int, generator: torch.Generator) -> Iterator[tuple[BatchId, Batch]]:
         """The client's batches of round `number`, shuffled and augmented by the generator."""
         count = 0
@@ -164,7 +158,7 @@ class ClientSide:
                     count += 1
 
     def end(self, number: int, scores: Tensor | None) -> bytes:
-        """The message that closes a round: layers, the strategy's extra, and scores if they cross.
+        """The message that closes a round; see `Closing`.
 
         Args:
             scores: [C]; None sends none.
@@ -175,11 +169,23 @@ class ClientSide:
             for piece in self.strategy.shared_pieces
             if self.strategy.sends(piece, ())
         }
-        parts = {"model": model, "extra": extra}
+        parts = {"model": model, "extra": extra, "counts": counts_in(self.layers)}
         if scores is not None:
             parts["scores"] = {"channels": scores.float()}
         facts = {"client": self.number, "round": number, "examples": len(self.examples)}
+        if self.tail is not None:
+            parts["loss"] = self.losses_seen()
         return message_of(parts, facts)
+
+    def losses_seen(self) -> dict[str, Tensor]:
+        """Examples that the tail has seen in the round, and the sum of their losses."""
+        summed = sum(examples * float(loss) for examples, loss in self.losses)
+        seen = sum(examples for examples, _ in self.losses)
+        self.losses = []
+        return {
+            "examples": torch.tensor(seen),
+            "sum": torch.tensor(summed, dtype=torch.float64),
+        }
 
     # -- a step --------------------------------------------------------------------------------
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from sluiceway.federated.wire import WireError, described, integer, parts_of
-from sluiceway.oneline import quoted
+from sluiceway.oneline import line, quoted
 from sluiceway.strategies import Broadcast
 
 #: What the tensors of the two messages may be.
 OPENING: Final = ("model", "extra", "mask")
-CLOSING: Final = ("model", "extra", "scores")
+CLOSING: Final = ("model", "extra", "scores", "counts", "loss")
 RATING: Final = ("scores",)
 
 
@@ -46,27 +47,66 @@ def read_opening(message: bytes, number: int, channels: int) -> tuple[Broadcast,
     return Broadcast(number, parts["model"], parts["extra"]), mask
 
 
-def read_closing(
-    message: bytes, client: int, number: int, channels: int
-) -> dict[str, dict[str, Tensor]]:
-    """The client's message: "model", "extra" and, if it sends them, "scores" as `channels`.
+@dataclass(frozen=True)
+class Closing:
+    """What a client sends at the end of a round.
+
+    Attributes:
+        model: its layers. extra: what its strategy sends beside them.
+        scores: [C] float32; None if it sends none.
+        counts: BatchNorm's counts of batches by name, which no average is made of.
+        loss: (examples, sum of their losses) of the tail in a U-shape; (0, 0) without one.
+    """
+
+    model: Mapping[str, Tensor]
+    extra: Mapping[str, Tensor]
+    scores: Tensor | None
+    counts: Mapping[str, int]
+    loss: tuple[int, float]
+
+
+def read_closing(message: bytes, client: int, number: int, channels: int) -> Closing:
+    """The client's message.
 
     Args:
         client, number: whose message it must be, and of which round.
         channels: C at the cut.
 
     Raises:
-        WireError: no such message, another client's or round's, or scores that are not [C] and
-            finite.
+        WireError: no such message, another client's or round's, scores that are not [C] and
+            finite, or counts that are none.
     """
     where = "closing message"
     facts, parts = parts_of(message, CLOSING, where)
     for name, expected in {"client": client, "round": number}.items():
         same(where, name, integer(facts, name, where), expected)
     integer(facts, "examples", where)
-    if scores_of(parts, channels, where) is None:
-        return {name: part for name, part in parts.items() if name != "scores"}
-    return parts
+    counts = {name: count_of(name, tensor, where) for name, tensor in parts["counts"].items()}
+    scores = scores_of(parts, channels, where)
+    return Closing(parts["model"], parts["extra"], scores, counts, loss_of(parts, where))
+
+
+def count_of(name: str, tensor: Tensor, where: str) -> int:
+    """A count of batches. Raises WireError."""
+    if tensor.dtype != torch.int64 or tensor.dim() or int(tensor) < 0:
+        raise WireError(f"{where}: counts/{line(name, 80)} is no count; expected int64 [] from 0")
+    return int(tensor)
+
+
+def loss_of(parts: Mapping[str, Mapping[str, Tensor]], where: str) -> tuple[int, float]:
+    """Examples, and the sum of their losses. Raises WireError."""
+    if not parts["loss"]:
+        return 0, 0.0
+    kinds = {"examples": torch.int64, "sum": torch.float64}
+    for name, tensor in parts["loss"].items():
+        if kinds.get(name) != tensor.dtype or tensor.dim():
+            raise WireError(
+                f"{where}: loss/{line(name, 80)} is {described(tensor)}; expected loss/examples, "
+                "int64 [], and loss/sum, float64 []"
+            )
+    if parts["loss"].keys() != kinds.keys():
+        raise WireError(f"{where}: loss/examples and loss/sum go together")
+    return int(parts["loss"]["examples"]), float(parts["loss"]["sum"])
 
 
 def read_rating(message: bytes, client: int, channels: int) -> Tensor | None:

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.client import exchanged, mix
+from sluiceway.federated.client import exchanged
 from sluiceway.federated.guards import fault
 from sluiceway.federated.rounds import Record
 from sluiceway.federated.wire import WireError, message_of
 from sluiceway.moe import Anatomy
+from sluiceway.oneline import line
 from sluiceway.split.choosing import ALL, Masks
-from sluiceway.split.client import ClientSide
 from sluiceway.split.forms import Traffic, side_by_side
 from sluiceway.split.judging import Judge
 from sluiceway.split.messages import read_closing, read_rating
+from sluiceway.split.parties import Away, Party
 from sluiceway.split.server import ServerSide
-from sluiceway.split.terms import client_layers
+from sluiceway.split.terms import batch_sizes, client_layers, counts_in
 from sluiceway.strategies import FedAvg, Strategy, Update
 
 
@@ -49,7 +50,7 @@ class Split:
 
     Attributes:
         front, back, tail: the global layers, which are the model's own; tail None but in a U-shape.
-        clients: by number, those without examples included.
+        parties: the clients by number, those without examples included.
         servers: the server's side by client number, or of `ALL`.
         masks: of the channels.
         strategy: averages what clients hold.
@@ -58,15 +59,17 @@ class Split:
         label_counts: [clients, classes].
         channels: C at the cut.
         crossing: channels that cross without a mask.
-        seed: of the whole run.
+        smallest: examples of a client's smallest batch.
         traffic: of the round that is played.
         refused: of the round that is played, by client: why its layers were not averaged.
+        losses: of the round that is played, at the clients' tails: examples, and their sum.
+        counts: of the round that is played, the largest of the clients' counts of batches by name.
     """
 
     front: nn.Sequential
     back: nn.Sequential
     tail: nn.Sequential | None
-    clients: list[ClientSide]
+    parties: Sequence[Party]
     servers: dict[int, ServerSide]
     masks: Masks
     strategy: Strategy
@@ -75,67 +78,69 @@ class Split:
     label_counts: Tensor
     channels: int
     crossing: int
-    seed: int
+    smallest: int
     traffic: Traffic = field(default_factory=Traffic)
     refused: dict[int, str] = field(default_factory=dict)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def play(self, number: int, chosen: Sequence[int]) -> SplitRecord:
         """Round `number` with the chosen clients."""
         began = time.perf_counter()
-        self.traffic, self.refused = Traffic(), {}
-        clients = [self.clients[i] for i in chosen]
+        self.traffic, self.refused, self.losses, self.counts = Traffic(), {}, [], {}
+        parties = [self.parties[i] for i in chosen]
         for client in self.masks.unrated(chosen):
-            self.rate(self.clients[client])
+            self.rate(self.parties[client])
         self.masks.choose(number, chosen)
         # In sequence each client is a group of its own, whose average is its front: handed on.
-        for group in [[c] for c in clients] if self.form == "sequential" else [clients]:
+        for group in [[p] for p in parties] if self.form == "sequential" else [parties]:
             self.train(number, group)
-        self.settle(clients)
+        self.settle(chosen)
         return self.recorded(number, chosen, began)
 
-    def rate(self, client: ClientSide) -> None:
+    def rate(self, party: Party) -> None:
         """Take a client's scores before the first round; without masks of their own they cross."""
-        message = client.rate()
         try:
-            scores = read_rating(message, client.number, self.crossing)
+            message = party.rate()
+            if self.masks.crossing:
+                self.traffic.up += len(message)
+            scores = read_rating(message, party.number, self.crossing)
             if scores is not None:
-                self.masks.rate(client.number, scores)
+                self.masks.rate(party.number, scores)
         except WireError as error:
-            self.refused[client.number] = str(error)
-        if self.masks.crossing:
-            self.traffic.up += len(message)
+            self.refused[party.number] = str(error)
 
-    def train(self, number: int, clients: Sequence[ClientSide]) -> None:
+    def train(self, number: int, parties: Sequence[Party]) -> None:
         """Clients train on the server's newest layers; then theirs are averaged."""
-        opening = self.opening(number)
-        for client in clients:
-            mask = None if self.masks.crossing else self.masks.mask(client.number)
-            client.begin(number, opening, self.strategy, mask)
-            self.traffic.down += len(opening)
-        turns = {c.number: c.batches(number, self.generator(number, c.number)) for c in clients}
+        there = self.begun(number, parties)
+        sizes = {
+            p.number: batch_sizes(p.size, self.judge.terms.training, self.smallest) for p in there
+        }
+        tails = self.tail is not None
+        groups = [[p] for p in there] if self.form == "copies" else [there]
+        for group in groups:
+            if group:
+                server = self.servers[group[0].number if self.form == "copies" else ALL]
+                of_these = {p.number: sizes[p.number] for p in group}
+                self.refused |= side_by_side(
+                    group, number, of_these, server, self.traffic, tails=tails
+                )
         if self.form == "copies":
-            for client in clients:
-                server = self.servers[client.number]
-                self.refused |= side_by_side([client], turns, server, self.traffic)
-            self.average_copies([c for c in clients if c.number not in self.refused])
-        else:
-            self.refused |= side_by_side(clients, turns, self.servers[ALL], self.traffic)
-        updates = []
-        for client in clients:
-            try:
-                update = self.closed(number, client)
-                why = fault(update, self.strategy, number, [client.number])
-            except WireError as error:
-                why = str(error)
-            if why is not None:
-                self.refused.setdefault(client.number, why)
-            elif client.number not in self.refused:
-                updates.append(update)
-        self.strategy.aggregate(updates)
+            self.average_copies([p for p in there if p.number not in self.refused])
+        self.strategy.aggregate(self.closed(number, there))
 
-    def generator(self, number: int, client: int) -> torch.Generator:
-        """What shuffles and augments a client's batches of a round."""
-        return torch.Generator().manual_seed(mix(self.seed, number, client))
+    def begun(self, number: int, parties: Sequence[Party]) -> list[Party]:
+        """Those of the clients that could be sent the layers."""
+        opening, there = self.opening(number), []
+        for party in parties:
+            try:
+                mask = None if self.masks.crossing else self.masks.mask(party.number)
+                party.begin(number, opening, mask)
+                self.traffic.down += len(opening)
+                there.append(party)
+            except Away as error:
+                self.refused[party.number] = str(error)
+        return there
 
     def opening(self, number: int) -> bytes:
         """What the server sends each client at the start of a round: layers, and a merged mask."""
@@ -145,47 +150,67 @@ class Split:
             parts["mask"] = {"kept": mask}
         return message_of(parts, {"round": number})
 
-    def closed(self, number: int, client: ClientSide) -> Update:
-        """A client's layers at the end of its round, as the server reads them; scores are noted."""
-        scores = client.meter.scores() if client.meter is not None else None
-        message = client.end(number, scores if self.masks.crossing else None)
+    def closed(self, number: int, parties: Sequence[Party]) -> list[Update]:
+        """The layers of the clients whose round stands, at its end."""
+        updates = []
+        for party in parties:
+            try:
+                update = self.update_of(number, party)
+                why = fault(update, self.strategy, number, [party.number])
+            except WireError as error:
+                why = str(error)
+            if why is not None:
+                self.refused.setdefault(party.number, why)
+            elif party.number not in self.refused:
+                updates.append(update)
+        return updates
+
+    def update_of(self, number: int, party: Party) -> Update:
+        """A client's layers at the end of its round; scores, losses and counts are noted."""
+        message, scores = party.end(number, self.masks.crossing)
         self.traffic.up += len(message)
-        parts = read_closing(message, client.number, number, self.crossing)
-        if self.masks.crossing and "scores" in parts:
-            scores = parts["scores"]["channels"]
-        if scores is not None and client.number not in self.refused:
-            self.masks.rate(client.number, scores)
+        found = read_closing(message, party.number, number, self.crossing)
+        if found.scores is not None:
+            scores = found.scores
+        if strange := sorted(set(found.counts) - set(self.counted())):
+            raise WireError(f"closing message: counts/{line(strange[0], 80)} was not to be sent")
+        for name, value in found.counts.items():
+            self.counts[name] = max(value, self.counts.get(name, 0))
+        self.losses.append(found.loss)
+        if scores is not None and party.number not in self.refused:
+            self.masks.rate(party.number, scores)
         return Update(
-            client.number,
-            number,
-            len(client.examples),
-            parts.get("model", {}),
-            extra=parts.get("extra", {}),
-            nbytes=len(message),
+            party.number, number, party.size, found.model, extra=found.extra, nbytes=len(message)
         )
 
+    def counted(self) -> dict[str, Tensor]:
+        """Counts of batches in the global layers that clients hold, by name."""
+        return counts_in(client_layers(self.front, self.tail))
+
     @torch.no_grad()
-    def average_copies(self, clients: Sequence[ClientSide]) -> None:
+    def average_copies(self, parties: Sequence[Party]) -> None:
         """Average the server's copies that trained, by examples; every client's starts from it.
 
         Optimisers, and BatchNorm's counts of batches, stay with the copies.
         """
         averaged = exchanged(self.back)
         strategy = FedAvg()
-        strategy.setup(averaged, Anatomy(()), len(clients))
+        strategy.setup(averaged, Anatomy(()), len(parties))
         strategy.aggregate(
-            Update(c.number, 0, len(c.examples), exchanged(self.servers[c.number].back))
-            for c in clients
+            Update(p.number, 0, p.size, exchanged(self.servers[p.number].back)) for p in parties
         )
         for layers in (self.back, *(server.back for server in self.servers.values())):
             write(exchanged(layers), strategy.tensors)
 
-    def settle(self, clients: Sequence[ClientSide]) -> None:
+    def settle(self, chosen: Sequence[int]) -> None:
         """Write what was averaged into the global layers, which are the model's own."""
         write(exchanged(client_layers(self.front, self.tail)), self.strategy.tensors)
-        count(client_layers(self.front, self.tail), [c.layers for c in clients])
+        for name, buffer in self.counted().items():
+            buffer.fill_(self.counts.get(name, int(buffer)))
         if self.form == "copies":
-            count(self.back, [self.servers[c.number].back for c in clients])
+            held = [counts_in(self.servers[i].back) for i in chosen]
+            for name, buffer in counts_in(self.back).items():
+                buffer.fill_(max(int(found[name]) for found in held))
 
     def recorded(self, number: int, chosen: Sequence[int], began: float) -> SplitRecord:
         """Evaluate, and sum the round up."""
@@ -195,7 +220,7 @@ class Split:
         masks = {key: self.masks.mask(key) for key in deployed}
         verdict = self.judge.judge(self.front, self.back, self.tail, masks)
         accuracy, loss = verdict.mean(sizes)
-        kept = [self.crossing if (m := self.clients[i].mask) is None else m.sum() for i in chosen]
+        kept = [self.crossing if (m := self.masks.mask(i)) is None else m.sum() for i in chosen]
         merged = self.masks.merged_scores()
         mask = self.masks.mask(ALL) if self.masks.merged else None
         return SplitRecord(
@@ -222,14 +247,12 @@ class Split:
 
     def train_loss(self) -> float:
         """Mean loss over the round's training examples; NaN if there was no step."""
-        losses: list[tuple[int, Tensor]] = []
-        sides: list[ClientSide | ServerSide] = [*self.clients, *self.servers.values()]
-        for side in sides:
-            losses += side.losses
-            side.losses = []
+        losses = list(self.losses)
+        for server in self.servers.values():
+            losses += [(examples, examples * float(loss)) for examples, loss in server.losses]
+            server.losses = []
         total = sum(examples for examples, _ in losses)
-        summed = sum(examples * float(loss) for examples, loss in losses)
-        return summed / total if total else float("nan")
+        return sum(summed for _, summed in losses) / total if total else float("nan")
 
 
 @torch.no_grad()
@@ -237,11 +260,3 @@ def write(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copy values into the tensors of the same names."""
     for name, value in values.items():
         tensors[name].copy_(value)
-
-
-def count(layers: nn.Module, trained: Sequence[nn.Module]) -> None:
-    """Give BatchNorm's counts of batches, which are not averaged, the largest of those trained."""
-    for name, buffer in layers.named_buffers():
-        if buffer.dtype == torch.int64:
-            found = torch.stack([dict(m.named_buffers())[name] for m in trained])
-            buffer.copy_(found.amax(0))

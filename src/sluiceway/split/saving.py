@@ -23,7 +23,7 @@ def state_of(split: Split) -> dict[str, dict[str, Tensor]]:
     return {
         "layers": layers_of(split),
         "strategy": split.strategy.state_dict(),
-        "clients": joined({str(c.number): c.state_dict() for c in split.clients}),
+        "clients": joined({str(p.number): p.state_dict() for p in split.parties}),
         "servers": joined({str(key): s.state_dict() for key, s in split.servers.items()}),
         "copies": joined({str(key): back.state_dict() for key, back in own.items()}),
         "masks": split.masks.state_dict(),
@@ -46,8 +46,8 @@ def restore(split: Split, saved: Saved) -> None:
             for name, tensor in now[file].items():
                 tensor.copy_(state[file][name])
         split.strategy.load_state_dict(state["strategy"])
-        for client in split.clients:
-            client.load_state_dict(unprefixed(state["clients"], f"{client.number}/"))
+        for party in split.parties:
+            party.load_state_dict(unprefixed(state["clients"], f"{party.number}/"))
         for key, server in split.servers.items():
             server.load_state_dict(unprefixed(state["servers"], f"{key}/"))
         split.masks.load_state_dict(state["masks"])

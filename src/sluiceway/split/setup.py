@@ -21,10 +21,12 @@ from sluiceway.split.client import ClientSide
 from sluiceway.split.compress import Compressor
 from sluiceway.split.cut import cut
 from sluiceway.split.judging import Judge
+from sluiceway.split.meters import Meter
 from sluiceway.split.methods import ChannelChoice
+from sluiceway.split.parties import Here, Party
 from sluiceway.split.rounds import Split
 from sluiceway.split.server import ServerSide
-from sluiceway.split.terms import Terms, client_layers
+from sluiceway.split.terms import Terms, client_layers, counts_in
 from sluiceway.strategies import Strategy
 
 
@@ -48,7 +50,115 @@ class Halves(NamedTuple):
     smallest: tuple[int, int]
 
 
+class Ground(NamedTuple):
+    """What both sides of a run make alike, each for itself.
+
+    Attributes:
+        halves: the cut network.
+        terms: what both sides know.
+        strategy: averages what clients hold; set up.
+        choice: the method, or None for one that chooses no channels.
+        seed: of the whole run.
+    """
+
+    halves: Halves
+    terms: Terms
+    strategy: Strategy
+    choice: ChannelChoice | None
+    seed: int
+
+    def meter(self, number: int) -> Meter | None:
+        """A client's meter; None for a method that rates no channels."""
+        if self.choice is None:
+            return None
+        own = self.choice.masks == "client"
+        seed = mix(self.seed, number) if own else self.seed
+        return self.choice.meter(self.halves.shape[0], self.terms.classes, seed)
+
+    def side(self, number: int, examples: Examples, meter: Meter | None) -> ClientSide:
+        """A client with its layers."""
+        h = self.halves
+        return ClientSide(number, examples, h.front, h.tail, self.terms, meter, h.smallest[0])
+
+
+def ground(
+    model: nn.Module,
+    cut_at: str,
+    tail_at: str | None,
+    example: Batch,
+    classes: int,
+    clients: int,
+    method: Compressor,
+    *,
+    strategy: Strategy,
+    seed: int,
+    training: Optimisation,
+    loss: Loss,
+    device: torch.device,
+) -> Ground:
+    """Cut the model and settle what both sides know.
+
+    Args:
+        example: a batch of one, of any client or of the test set.
+        classes: labels are below it.
+        clients: how many there are.
+        method: the run's own.
+    """
+    halves = halve(model.to(device), cut_at, tail_at, example, method)
+    require_trainable(halves, training)
+    terms = Terms(training, method, rounding_of(method), loss, halves.shape, classes, device)
+    strategy.setup(exchanged_by_clients(halves), Anatomy(()), clients)
+    choice = method if isinstance(method, ChannelChoice) else None
+    return Ground(halves, terms, strategy, choice, seed)
+
+
 def build(
+    made: Ground,
+    plan: Rounds,
+    form: str,
+    test: Examples,
+    counts: Tensor,
+    parties: Sequence[Party],
+    meters: Sequence[Meter | None],
+) -> Split:
+    """The server's side of a run.
+
+    Args:
+        made: what both sides make alike.
+        plan: how many rounds there are, and who takes part.
+        form: one of `FORMS`.
+        test: the global test set.
+        counts: who holds what, [clients, classes].
+        parties: the clients.
+        meters: of each client, for methods that need not see anything to rate channels.
+    """
+    halves, terms = made.halves, made.terms
+    sizes = counts.sum(1).tolist()
+    taking_part = sorted(sizes, reverse=True)[: len(plan.chosen(1, holders(counts)))]
+    per_client = layer_bytes(made.strategy, halves)
+    cost = round_bytes(terms, halves.tail_shape, taking_part, per_client)
+    masks = Masks(made.choice, halves.shape[0], sizes, cost, plan.seed)
+    for number, meter in enumerate(meters):
+        if meter is not None and (scores := meter.scores()) is not None:
+            masks.rate(number, scores)
+    return Split(
+        front=halves.front,
+        back=halves.back,
+        tail=halves.tail,
+        parties=parties,
+        servers=server_sides(halves, terms, form, len(parties)),
+        masks=masks,
+        strategy=made.strategy,
+        form=form,
+        judge=Judge(test, terms),
+        label_counts=counts,
+        channels=halves.channels,
+        crossing=halves.shape[0],
+        smallest=halves.smallest[0],
+    )
+
+
+def here(
     model: nn.Module,
     cut_at: str,
     tail_at: str | None,
@@ -63,37 +173,30 @@ def build(
     loss: Loss,
     device: torch.device,
 ) -> Split:
-    """Cut the model and set up both sides; see `split_train`."""
+    """A run whose clients are all in this process; see `split_train`."""
     counts = label_counts(sets)
     if not counts.shape[1]:
         raise ValueError("no client holds any example")
-    halves = halve(model.to(device), cut_at, tail_at, example_of(sets, device), method)
-    require_trainable(halves, training)
-    classes = counts.shape[1]
-    terms = Terms(training, method, rounding_of(method), loss, halves.shape, classes, device)
-    strategy.setup(exchanged_by_clients(halves), Anatomy(()), len(sets))
-    sizes = counts.sum(1).tolist()
-    taking_part = sorted(sizes, reverse=True)[: len(plan.chosen(1, holders(counts)))]
-    choice = method if isinstance(method, ChannelChoice) else None
-    cost = round_bytes(terms, halves.tail_shape, taking_part, layer_bytes(strategy, halves.shape))
-    masks = Masks(choice, halves.shape[0], sizes, cost, plan.seed)
-    clients = client_sides(halves, sets, terms, choice, plan.seed)
-    rate_unseen(masks, clients)
-    return Split(
-        front=halves.front,
-        back=halves.back,
-        tail=halves.tail,
-        clients=clients,
-        servers=server_sides(halves, terms, form, len(sets)),
-        masks=masks,
+    made = ground(
+        model,
+        cut_at,
+        tail_at,
+        example_of(sets, device),
+        counts.shape[1],
+        len(sets),
+        method,
         strategy=strategy,
-        form=form,
-        judge=Judge(test, terms),
-        label_counts=counts,
-        channels=halves.channels,
-        crossing=halves.shape[0],
         seed=plan.seed,
+        training=training,
+        loss=loss,
+        device=device,
     )
+    meters = [made.meter(number) for number in range(len(sets))]
+    parties = [
+        Here(made.side(i, examples, meter), strategy, plan.seed)
+        for i, (examples, meter) in enumerate(zip(sets, meters, strict=True))
+    ]
+    return build(made, plan, form, test, counts, parties, meters)
 
 
 def require_trainable(halves: Halves, training: Optimisation) -> None:
@@ -114,13 +217,6 @@ def rounding_of(method: Compressor) -> Compressor:
         error_feedback=method.error_feedback,
         limit=method.limit,
     )
-
-
-def rate_unseen(masks: Masks, clients: Sequence[ClientSide]) -> None:
-    """Take the scores of methods that need not see anything to rate channels."""
-    for client in clients:
-        if client.meter is not None and (scores := client.meter.scores()) is not None:
-            masks.rate(client.number, scores)
 
 
 def holders(counts: Tensor) -> list[int]:
@@ -193,27 +289,6 @@ def exchanged_by_clients(halves: Halves) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in exchanged(layers).items()}
 
 
-def client_sides(
-    halves: Halves,
-    sets: Sequence[Examples],
-    terms: Terms,
-    choice: ChannelChoice | None,
-    seed: int,
-) -> list[ClientSide]:
-    """Every client with its layers and its meter."""
-    own = choice is not None and choice.masks == "client"
-    meters = [
-        choice.meter(halves.shape[0], terms.classes, mix(seed, i) if own else seed)
-        if choice
-        else None
-        for i in range(len(sets))
-    ]
-    return [
-        ClientSide(i, examples, halves.front, halves.tail, terms, meter, halves.smallest[0])
-        for i, (examples, meter) in enumerate(zip(sets, meters, strict=True))
-    ]
-
-
 def server_sides(halves: Halves, terms: Terms, form: str, clients: int) -> dict[int, ServerSide]:
     """The server's side: one for `ALL`, or a copy for each client."""
     smallest = halves.smallest[1]
@@ -222,15 +297,16 @@ def server_sides(halves: Halves, terms: Terms, form: str, clients: int) -> dict[
     return {i: ServerSide(copy.deepcopy(halves.back), terms, smallest) for i in range(clients)}
 
 
-def layer_bytes(strategy: Strategy, shape: tuple[int, ...]) -> int:
+def layer_bytes(strategy: Strategy, halves: Halves) -> int:
     """Bytes per client and round of the messages that open and close it, at most.
 
     What a strategy's clients send beside the layers is taken to be as long as what it sends them.
     """
     broadcast = strategy.broadcast(1)
     opening = message_of({"model": broadcast.tensors, "extra": broadcast.extra}, {})
+    counted = len(counts_in(client_layers(halves.front, halves.tail)))
     # Mask and float32 scores, in the first round twice, their names, and facts of this length.
-    return 2 * len(opening) + shape[0] + 2 * 4 * shape[0] + 512
+    return 2 * len(opening) + 9 * halves.shape[0] + 512 + 256 * counted
 
 
 def round_bytes(

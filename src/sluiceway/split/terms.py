@@ -40,6 +40,23 @@ def client_layers(front: nn.Module, tail: nn.Module | None) -> nn.ModuleDict:
     return nn.ModuleDict({"front": front} | ({"tail": tail} if tail is not None else {}))
 
 
+def counts_in(layers: nn.Module) -> dict[str, Tensor]:
+    """BatchNorm's counts of batches by name, which are not averaged; not copied."""
+    return {name: b for name, b in layers.named_buffers() if b.dtype == torch.int64}
+
+
+def batch_sizes(examples: int, training: Optimisation, smallest: int) -> list[int]:
+    """Sizes of a client's batches of a round; a last one that is too small is left out.
+
+    Args:
+        examples: how many it holds.
+        smallest: see `Halves`.
+    """
+    whole, rest = divmod(examples, training.batch_size)
+    last = [rest] if rest >= max(smallest, 1) else []
+    return ([training.batch_size] * whole + last) * training.local_epochs
+
+
 def optimiser_of(layers: nn.Module, training: Optimisation) -> torch.optim.Optimizer | None:
     """An optimiser of what is trained in the layers; None if nothing is."""
     trained = [p for p in layers.parameters() if p.requires_grad]

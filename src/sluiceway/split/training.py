@@ -21,7 +21,7 @@ from sluiceway.split.forms import FORMS
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import Split, SplitRecord
 from sluiceway.split.saving import restore, state_of
-from sluiceway.split.setup import build, holders
+from sluiceway.split.setup import here, holders
 from sluiceway.strategies import FedAvg, Strategy
 
 __all__ = ["SplitRecord", "split_train"]
@@ -94,7 +94,7 @@ def split_train(
     # The run's own: error feedback remembers what a method did before.
     own = replace(made(method))
     with torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []):
-        built = build(
+        built = here(
             model,
             cut_at,
             tail_at,
@@ -122,7 +122,7 @@ def run(
     with_examples = holders(built.label_counts)
     plan.check(with_examples)
     result = Result(
-        empty=[c.number for c in built.clients if c.number not in with_examples],
+        empty=[p.number for p in built.parties if p.number not in with_examples],
         label_counts=built.label_counts.tolist(),
     )
     if saved := checkpoint.newest() if checkpoint else None:
