@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
 import tomli_w
+from flwr.app.user_config import UserConfigValue
 
 from sluiceway.engines.flower.keys import Certificates, new_certificates, new_node_key, secret
 from sluiceway.oneline import line
@@ -235,6 +236,59 @@ class Deployment:
                 return
             time.sleep(0.1)
         raise DeploymentError(f"{name} did not start: {self.last_words(name)}")
+
+
+def write_app(
+    folder: Path, server: str, client: str, config: Mapping[str, UserConfigValue]
+) -> None:
+    """Make a folder that `flwr run` takes as an app.
+
+    Args:
+        folder: new, or with modules of the app in it.
+        server, client: where the ServerApp and the ClientApp are, as "module:name".
+        config: what `--run-config` may set, and what is meant without it.
+    """
+    app = {
+        "publisher": "sluiceway",
+        "components": {"serverapp": server, "clientapp": client},
+        "config": dict(config),
+    }
+    project = {
+        "name": "sluiceway-app",
+        "version": "1.0.0",
+        "description": "Federated training with Sluiceway",
+        "license": "Apache-2.0",
+        "dependencies": [],
+    }
+    folder.mkdir(exist_ok=True)
+    tables = {"project": project, "tool": {"flwr": {"app": app}}}
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+
+
+def try_app(app: Path, nodes: Sequence[Mapping[str, str | int]], folder: Path) -> str:
+    """Run an app on this machine, on a SuperLink of its own; what it logged.
+
+    Args:
+        app: its folder.
+        nodes: the configuration of each SuperNode.
+        folder: for keys, certificates and logs; still there at the end.
+
+    Raises:
+        DeploymentError: the app did not run to its end.
+    """
+    with Deployment(folder) as flower:
+        flower.start_link()
+        flower.start_executor()
+        names = [f"node-{number}" for number in range(len(nodes))]
+        flower.register(*names)
+        for name, config in zip(names, nodes, strict=True):
+            flower.start_node(name, config)
+        run = flower.run(app, {})
+        while not (status := flower.status(run))[0].startswith("finished"):
+            time.sleep(1)
+        if status[0] != "finished:completed":
+            raise DeploymentError(line(f"{status[0]}: {status[1]}"))
+        return flower.log("superexec").read_text(errors="replace")
 
 
 def end_with_parent() -> None:

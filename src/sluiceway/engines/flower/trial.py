@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 import tomli_w
 
 from sluiceway.engines.flower.apps import DEFAULTS
-from sluiceway.engines.flower.deployment import Deployment, DeploymentError
+from sluiceway.engines.flower.deployment import Deployment, DeploymentError, write_app
 from sluiceway.engines.flower.serving import heard
 from sluiceway.engines.scratch import scratch_folder
 from sluiceway.experiment.errors import InputError
@@ -30,27 +30,8 @@ TICK: Final = 0.2
 #: Seconds that a ServerApp may take to begin, and to end the step in hand when it is to stop.
 BEGIN, LAST_STEP = 120.0, 600.0
 
-APP: Final[dict[str, Any]] = {
-    "project": {
-        "name": "sluiceway-recipe",
-        "version": "1.0.0",
-        "description": "Runs a Sluiceway recipe across SuperNodes",
-        "license": "Apache-2.0",
-        "dependencies": [],
-    },
-    "tool": {
-        "flwr": {
-            "app": {
-                "publisher": "sluiceway",
-                "components": {
-                    "serverapp": "sluiceway.engines.flower.apps:server",
-                    "clientapp": "sluiceway.engines.flower.apps:client",
-                },
-                "config": DEFAULTS,
-            }
-        }
-    },
-}
+#: Where the apps of whole recipes are.
+APPS: Final = "sluiceway.engines.flower.apps"
 
 
 def run_trial(
@@ -95,8 +76,7 @@ def run_trial(
 def deployed(recipe: Recipe, out: Path, folder: Path, progress: Progress) -> Iterator[Deployment]:
     """A SuperLink, what starts its ServerApp, and a SuperNode for each client."""
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.resolved()), encoding="utf-8")
-    (folder / "app").mkdir()
-    (folder / "app" / "pyproject.toml").write_text(tomli_w.dumps(APP), encoding="utf-8")
+    write_app(folder / "app", f"{APPS}:server", f"{APPS}:client", DEFAULTS)
     count = recipe.data.clients
     progress.say(f"Flower: a SuperLink and {count} SuperNodes on this machine, over TLS")
     with Deployment(folder / "flower") as flower:
