@@ -155,14 +155,7 @@ class Deployment:
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Run Flower's own command; what it says as JSON. Raises DeploymentError."""
-        done = subprocess.run(
-            [command("flwr"), *arguments, "--format", "json"],
-            env=self.variables(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = self.ask_flwr(*arguments, "--format", "json")
         try:
             found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
@@ -171,6 +164,21 @@ class Deployment:
             said = found.get("error-message") or done.stderr.strip() or done.stdout.strip()
             raise DeploymentError(f"flwr {arguments[0]}: {line(str(said))}")
         return found
+
+    def logged(self, run: str) -> str:
+        """What the ServerApp of a run has printed."""
+        return self.ask_flwr("log", run, LINK, "--show").stdout
+
+    def ask_flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Flower's own command, which knows this deployment from its configuration."""
+        return subprocess.run(
+            [command("flwr"), *arguments],
+            env=self.variables(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     def variables(self) -> dict[str, str]:
         """The environment of all processes: nothing is reported or looked up elsewhere."""
@@ -288,7 +296,7 @@ def try_app(app: Path, nodes: Sequence[Mapping[str, str | int]], folder: Path) -
             time.sleep(1)
         if status[0] != "finished:completed":
             raise DeploymentError(line(f"{status[0]}: {status[1]}"))
-        return flower.log("superexec").read_text(errors="replace")
+        return flower.logged(run)
 
 
 def end_with_parent() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 import tomli_w
 
 from sluiceway.engines.flower.apps import DEFAULTS
-from sluiceway.engines.flower.deployment import Deployment, DeploymentError, write_app
+from sluiceway.engines.flower.deployment import HERE, Deployment, DeploymentError, write_app
 from sluiceway.engines.flower.serving import heard
 from sluiceway.engines.scratch import scratch_folder
 from sluiceway.experiment.errors import InputError
@@ -35,7 +35,13 @@ APPS: Final = "sluiceway.engines.flower.apps"
 
 
 def run_trial(
-    recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False, progress: Progress
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress,
+    front: Callable[[int], int] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe over a SuperLink and a SuperNode for each client, all on this machine.
 
@@ -47,6 +53,8 @@ def run_trial(
         out: the run folder.
         resume, force: as of `experiment.run.run`.
         progress: what to tell while it goes on.
+        front: from the SuperLink's port to one that SuperNodes are to dial instead, of something
+            that passes all on, such as a meter; None for the SuperLink's own.
 
     Returns:
         What is in `summary.json`.
@@ -54,7 +62,10 @@ def run_trial(
     Raises:
         InputError, StorageError, RunFailed, Stopped: see `experiment.run.run`.
     """
-    with scratch_folder() as folder, deployed(recipe, out.resolve(), folder, progress) as flower:
+    with (
+        scratch_folder() as folder,
+        deployed(recipe, out.resolve(), folder, progress, front) as flower,
+    ):
         config: dict[str, str | int | float | bool] = {
             "recipe": str(folder / "recipe.toml"),
             "out": str(out.resolve()),
@@ -64,8 +75,8 @@ def run_trial(
             "told": str(folder / "told.jsonl"),
         }
         try:
-            flower.run(folder / "app", config)
-            followed(flower, folder / "told.jsonl", progress)
+            number = flower.run(folder / "app", config)
+            followed(flower, number, folder / "told.jsonl", progress)
         except DeploymentError as error:
             raise RunFailed(str(error)) from None
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -73,13 +84,21 @@ def run_trial(
 
 
 @contextmanager
-def deployed(recipe: Recipe, out: Path, folder: Path, progress: Progress) -> Iterator[Deployment]:
+def deployed(
+    recipe: Recipe,
+    out: Path,
+    folder: Path,
+    progress: Progress,
+    front: Callable[[int], int] | None = None,
+) -> Iterator[Deployment]:
     """A SuperLink, what starts its ServerApp, and a SuperNode for each client."""
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.resolved()), encoding="utf-8")
     write_app(folder / "app", f"{APPS}:server", f"{APPS}:client", DEFAULTS)
     count = recipe.data.clients
     progress.say(f"Flower: a SuperLink and {count} SuperNodes on this machine, over TLS")
     with Deployment(folder / "flower") as flower:
+        if front is not None:
+            flower.fleet = f"{HERE}:{front(flower.port)}"
         try:
             flower.start_link()
             flower.start_executor()
@@ -102,8 +121,8 @@ def shared_site(folder: Path, recipe: Recipe) -> Path:
     return path
 
 
-def followed(flower: Deployment, told: Path, progress: Progress) -> None:
-    """Pass on what the ServerApp tells, until it ends. Raises what it ended with."""
+def followed(flower: Deployment, run: str, told: Path, progress: Progress) -> None:
+    """Pass on what the ServerApp of a run tells, until it ends. Raises what it ended with."""
     began = time.monotonic()
     process, at, stop_by = 0, 0, float("inf")
     while True:
@@ -126,9 +145,9 @@ def followed(flower: Deployment, told: Path, progress: Progress) -> None:
         if gone := flower.ended():
             raise RunFailed(f"{gone} ended: {flower.last_words(gone)}")
         if process and not lines and not alive(process) and not new_lines(told, at)[0]:
-            raise RunFailed(f"the ServerApp ended: {flower.last_words('superexec')}")
+            raise RunFailed(f"the ServerApp ended: {' '.join(flower.status(run))}")
         if not process and time.monotonic() - began > BEGIN:
-            raise RunFailed(f"no ServerApp began: {flower.last_words('superexec')}")
+            raise RunFailed(f"no ServerApp began: {' '.join(flower.status(run))}")
         time.sleep(TICK)
 
 
