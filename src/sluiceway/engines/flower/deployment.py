@@ -46,6 +46,7 @@ class Deployment:
         port: of the SuperLink, for everything; chosen by the system.
         fleet: address that SuperNodes dial; the SuperLink's own unless a relay is between.
         processes: by name, "superlink", "superexec", and those of the SuperNodes.
+        configs: what each SuperNode was told at last.
         environment: beside that of this process.
     """
 
@@ -54,6 +55,7 @@ class Deployment:
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    configs: dict[str, Mapping[str, str | int]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,7 @@ class Deployment:
             key: another private key than that of the name.
         """
         port = free_port()
+        self.configs[name] = config
         told = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         paths = self.certificates
         self.start(
@@ -194,7 +197,10 @@ class Deployment:
         }
 
     def start(self, name: str, program: str, *arguments: str | Path) -> None:
-        """Start a process in a group of its own, with a log named after it."""
+        """Start a process in a group of its own, with a log named after it.
+
+        On Linux it ends, at the latest, with the thread that calls this.
+        """
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [command(program), *map(str, arguments)],
