@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from flwr.app import Context, RecordDict
 from sluiceway.cli import main
 from sluiceway.engines.flower import apps, trial
 from sluiceway.engines.flower.apps import DEFAULTS
-from sluiceway.engines.flower.deployment import Deployment
+from sluiceway.engines.flower.deployment import Deployment, write_app
 from sluiceway.engines.flower.keys import new_node_key
 from sluiceway.engines.flower.serving import ENDS, Teller, chosen
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
+from sluiceway.experiment.site import open_site
 from sluiceway.federated.checkpoints import StorageError
 from sluiceway.federated.guards import RunFailed
 from sluiceway.federated.stopping import Stopped
@@ -134,6 +136,16 @@ def test_a_bad_run_configuration_is_one_line() -> None:
         assert "\n" not in str(caught.value)
     recipe, out = chosen({**DEFAULTS, "recipe": "agnews", "out": "x", "set": "run.rounds=3\n"})
     assert (recipe.run.rounds, recipe.run.engine, out) == (3, "flower", Path("x"))
+
+
+def test_the_example_app_is_that_of_the_trial(tmp_path: Path) -> None:
+    example = Path(__file__).parents[3] / "examples" / "flower" / "pyproject.toml"
+    found = tomllib.loads(example.read_text())["tool"]["flwr"]["app"]
+    write_app(tmp_path / "app", f"{trial.APPS}:server", f"{trial.APPS}:client", DEFAULTS)
+    made = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert found["components"] == made["components"]
+    assert found["config"] == {**made["config"], "recipe": "quickstart"}
+    open_site(example.with_name("site.toml"))
 
 
 def test_a_supernode_without_a_site_file() -> None:
