@@ -11,17 +11,18 @@ there:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from flwr.app import Context
 from flwr.app.user_config import UserConfigValue
 from flwr.serverapp import Grid, ServerApp
 
+from sluiceway.engines.carrying import Site
 from sluiceway.engines.flower.client import site_app
+from sluiceway.engines.flower.keeper import KeptSite
 
-if TYPE_CHECKING:
-    from sluiceway.experiment.site import HomeSite
-
+#: Seconds without a request after which a site is closed, unless the node config has "keep".
+IDLE: Final = 600.0
 #: The run configuration, with what is meant where `flwr run --run-config` does not say it.
 DEFAULTS: Final[dict[str, UserConfigValue]] = {
     "recipe": "",  # a shipped recipe's name, or a TOML file on the SuperLink's machine
@@ -63,11 +64,14 @@ def site_file(context: Context) -> Path:
     return Path(named)
 
 
-def opened(context: Context) -> HomeSite:
-    """The site of a SuperNode."""
+def opened(context: Context) -> Site:
+    """The site of a SuperNode: open in a process of its own, or with keep=0 for this message."""
+    file, idle = site_file(context), float(context.node_config.get("keep", IDLE))
+    if idle > 0:
+        return KeptSite(file, file.parent / "keeper", idle)
     from sluiceway.experiment.site import open_site
 
-    return open_site(site_file(context))
+    return open_site(file)
 
 
 def under_way(context: Context) -> Path:

@@ -12,6 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from sluiceway.engines.carrying import Ask, Site
+from sluiceway.engines.flower.keeper import in_a_line
 from sluiceway.engines.flower.parcels import (
     NAME,
     PIECE_LIMIT,
@@ -21,7 +22,6 @@ from sluiceway.engines.flower.parcels import (
     length,
     put,
 )
-from sluiceway.oneline import line
 
 #: Seconds after which what a broken-off run left behind is removed.
 STALE: Final = 86_400
@@ -31,7 +31,7 @@ def site_app(opened: Callable[[Context], Site], room: Callable[[Context], Path])
     """A ClientApp in front of a site.
 
     Flower starts a process for every message, so the site is opened anew each time, and only when
-    a request has wholly arrived. What must outlive a message is in files.
+    a request has wholly arrived. What must outlive a message is in files, or with a `KeptSite`.
 
     Args:
         opened: opens the site of a node.
@@ -48,8 +48,7 @@ def site_app(opened: Callable[[Context], Site], room: Callable[[Context], Path])
         except Exception as error:
             # Not left to Flower, which would send the whole error to the server.
             transfer = parcel.transfer if parcel else "0" * 32
-            why = line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-            reply = Parcel(transfer, fault=why)
+            reply = Parcel(transfer, fault=in_a_line(error))
         return Message(reply.packed(), reply_to=message)
 
     return app

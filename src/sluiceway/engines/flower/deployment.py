@@ -55,7 +55,7 @@ class Deployment:
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    configs: dict[str, Mapping[str, str | int]] = field(default_factory=dict)
+    configs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class Deployment:
             list(pool.map(one, names))
 
     def start_node(
-        self, name: str, config: Mapping[str, str | int], key: Path | None = None
+        self, name: str, config: Mapping[str, str | int | float], key: Path | None = None
     ) -> None:
         """Start a SuperNode.
 
@@ -279,7 +279,7 @@ def write_app(
     (folder / "pyproject.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
 
 
-def try_app(app: Path, nodes: Sequence[Mapping[str, str | int]], folder: Path) -> str:
+def try_app(app: Path, nodes: Sequence[Mapping[str, str | int | float]], folder: Path) -> str:
     """Run an app on this machine, on a SuperLink of its own; what it logged.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 
 import tomli_w
 
-from sluiceway.engines.flower.apps import DEFAULTS
+from sluiceway.engines.flower.apps import DEFAULTS, IDLE
 from sluiceway.engines.flower.deployment import HERE, Deployment, DeploymentError, write_app
 from sluiceway.engines.flower.serving import heard
 from sluiceway.engines.scratch import scratch_folder
@@ -30,6 +30,9 @@ TICK: Final = 0.2
 #: Seconds that a ServerApp may take to begin, and to end the step in hand when it is to stop.
 BEGIN, LAST_STEP = 120.0, 600.0
 
+#: Most clients whose sites stay open between rounds: each holds the model in memory, half a GB and
+#: more. Of more clients, a site is opened for its turn and closed after it.
+KEPT: Final = 8
 #: Where the apps of whole recipes are.
 APPS: Final = "sluiceway.engines.flower.apps"
 
@@ -108,7 +111,8 @@ def deployed(
             raise RunFailed(str(error)) from None
         for name in names:
             check_stop()
-            flower.start_node(name, {"site": str(shared_site(out / "sites" / name, recipe))})
+            site = shared_site(out / "sites" / name, recipe)
+            flower.start_node(name, {"site": str(site), "keep": IDLE if count <= KEPT else 0})
         yield flower
 
 
