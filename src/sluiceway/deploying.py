@@ -120,16 +120,20 @@ def submit_command(args: argparse.Namespace) -> None:
     """Submit a recipe to a server, watch the run and bring its summary home."""
     desk, submitting = part_of("nvflare", "desk"), part_of("nvflare", "submitting")
     kits = part_of("nvflare", "kits")
-    from sluiceway.cli import new_folder, overrides
-    from sluiceway.experiment.progress import line
+    from sluiceway.cli import new_folder, overrides, stoppable
+    from sluiceway.experiment.progress import shown
     from sluiceway.experiment.recipe import load_recipe
     from sluiceway.experiment.report import write_report
 
     recipe = load_recipe(args.recipe, [*overrides(args), "run.engine=nvflare"])
     out = args.out or new_folder(args.recipe, recipe)
-    with desk.opened(kits.read_kit(args.kit)) as session:
+    with (
+        shown() as progress,
+        stoppable(progress, f"; continue with --out {out} --resume"),
+        desk.opened(kits.read_kit(args.kit)) as session,
+    ):
         sites = args.sites.split(",") if args.sites else sorted(session.sites())
         order = submitting.Order(recipe, out.name, sites, args.resume, args.force, args.wait)
-        submitting.submit(session, order, out, line)
+        submitting.submit(session, order, out, progress.say)
     write_report([out])
     print(f"run folder: {out} (summary.json, report.html); its checkpoints are on the server")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sluiceway.engines.pool import described
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.session import Say
 from sluiceway.federated.guards import RunFailed
+from sluiceway.federated.stopping import check_stop
 from sluiceway.oneline import line
 
 #: Seconds between looks at a job.
@@ -28,9 +29,11 @@ class Desk:
 
     Attributes:
         session: NVFlare's.
+        told: lines of the newest job that were told.
     """
 
     session: Any
+    told: int = 0
 
     def sites(self) -> list[str]:
         """Names of the sites that are connected."""
@@ -41,6 +44,7 @@ class Desk:
         until = time.monotonic() + seconds
         told = False
         while missing := [site for site in wanted if site not in self.sites()]:
+            check_stop()
             if time.monotonic() > until:
                 raise RunFailed(f"not connected after {seconds:g} s: {', '.join(missing)}")
             if not told:
@@ -50,25 +54,31 @@ class Desk:
 
     def submit(self, job: Path) -> str:
         """Submit a job's folder; returns its id."""
+        self.told = 0
         return str(self.session.submit_job(str(job)))
 
-    def watch(self, job: str, say: Say) -> int:
-        """Tell what the job tells, until it ends; returns how many lines there were."""
-        seen = 0
+    def watch(self, job: str, say: Say, check: Callable[[], None] = check_stop) -> None:
+        """Tell what the newest job tells, until it ends.
+
+        Args:
+            check: raises Stopped if this is to end before.
+        """
         while True:
+            check()
             status = self.status(job)
             if status.startswith("FINISHED"):
-                return seen
+                return
             if status == "RUNNING":
-                for text in self.lines(job, seen):
+                for text in self.lines(job):
                     say(text)
-                    seen += 1
+                    self.told += 1
             time.sleep(LOOK)
 
-    def lines(self, job: str, seen: int) -> list[str]:
-        """What the job told after the first `seen` lines."""
+    def lines(self, job: str) -> list[str]:
+        """What the job told since it was last asked."""
         with contextlib.suppress(Exception):  # it is only starting, or has just ended
-            return [str(t) for t in self.session.do_app_command(job, TELL, {"seen": seen})["lines"]]
+            found = self.session.do_app_command(job, TELL, {"seen": self.told})
+            return [str(text) for text in found["lines"]]
         return []
 
     def stop(self, job: str) -> None:
@@ -104,6 +114,7 @@ def opened(kit: Kit, seconds: float = 10) -> Iterator[Desk]:
 
     until = time.monotonic() + seconds
     while True:
+        check_stop()
         try:
             with muted():
                 session = new_secure_session(kit.name, str(kit.folder), timeout=5)

@@ -38,7 +38,8 @@ def environment_of(
     Raises:
         InputError: a site without a file, or a server with one.
     """
-    told: dict[str, str] = {KIT: str(kit.folder)}
+    # Fewer memory arenas, as NVFlare's own scripts set it: chunks leave less behind.
+    told = {KIT: str(kit.folder), "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "4")}
     if kit.role == "site":
         if site is None:
             raise InputError(f"site {kit.name} needs its site file: --site FILE")

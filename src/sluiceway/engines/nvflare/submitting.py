@@ -55,11 +55,11 @@ def submit(desk: Desk, order: Order, out: Path | None, say: Say) -> None:
     """
     with scratch_folder() as folder:
         job = sent(desk, order, folder / "job", say)
-        seen = attended(desk, job, say)
+        attend(desk, job, say)
         brought = desk.fetch(job, folder / "brought")
         status = desk.status(job)
         found = outcome_in(brought)
-        for text in found.get("lines", [])[seen:]:
+        for text in found.get("lines", [])[desk.told :]:
             say(str(text))
         if brought is not None and out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -95,18 +95,17 @@ def sent(desk: Desk, order: Order, folder: Path, say: Say) -> str:
     return job
 
 
-def attended(desk: Desk, job: str, say: Say) -> int:
+def attend(desk: Desk, job: str, say: Say) -> None:
     """Watch a job to its end; Ctrl-C asks it to stop, a second one aborts it."""
     try:
-        return desk.watch(job, say)
+        desk.watch(job, say)
     except KeyboardInterrupt:
-        say("asking the server to stop after this step; once more aborts the job")
-    try:
-        desk.stop(job)
-        return desk.watch(job, lambda line: None)
-    except KeyboardInterrupt:
-        desk.abort(job)
-        raise
+        try:
+            desk.stop(job)
+            desk.watch(job, say, check=lambda: None)
+        except BaseException:  # it does not run yet, or this is the second Ctrl-C
+            desk.abort(job)
+            raise
 
 
 def outcome_in(brought: Path | None) -> dict[str, Any]:

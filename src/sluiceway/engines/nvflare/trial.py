@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from sluiceway.experiment.session import Progress
 STARTING = 180.0
 #: Seconds in which processes that were asked to end must have ended.
 ENDING = 5.0
+#: Of prctl: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 ADMIN = "admin@sluiceway.local"
 
 
@@ -76,7 +79,8 @@ class Deployment:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for whoever submits; and all end together
+                start_new_session=True,  # Ctrl-C is for whoever submits
+                preexec_fn=end_with_parent,
             )
 
     def end(self, name: str, how: int = signal.SIGTERM) -> None:
@@ -91,6 +95,12 @@ class Deployment:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
+
+
+def end_with_parent() -> None:
+    """Where the system can (Linux), have this process ended when the one that started it ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def family_of(number: int) -> list[psutil.Process]:
