@@ -7,7 +7,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import trustme
+
 from sluiceway.engines.carrying import Answer, Ask, Site
+from sluiceway.engines.gate import Keys
 from sluiceway.engines.pool import Lost, described
 from sluiceway.experiment.site import HomeSite, open_site
 
@@ -57,12 +60,37 @@ class Nearby:
         return Answer(json.loads(json.dumps(found.facts)), back)
 
 
-def sharing(place: Path, count: int) -> dict[str, HomeSite]:
-    """Sites that share the recipe's own data, with a file each."""
+class Authority:
+    """Issues certificates.
+
+    Args:
+        place: folder for their files.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.ca = trustme.CA()
+        self.place = place
+        place.mkdir(parents=True, exist_ok=True)
+        self.ca.cert_pem.write_to_path(place / "root.pem")
+
+    def keys(self, name: str) -> Keys:
+        """Of a party with this common name, at this machine."""
+        issued = self.ca.issue_cert("localhost", common_name=name)
+        paths = self.place / f"{name}.pem", self.place / f"{name}.key"
+        for blob, path in zip(
+            (issued.cert_chain_pems[0], issued.private_key_pem), paths, strict=True
+        ):
+            blob.write_to_path(path)
+        return Keys(*paths, self.place / "root.pem")
+
+
+def sharing(place: Path, count: int, authority: Authority | None = None) -> dict[str, HomeSite]:
+    """Sites that share the recipe's own data, with a file and keys each."""
     sites = {}
     for number in range(count):
         folder = place / f"site-{number}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "site.toml").write_text('device = "cpu"\n[data]\nshare = true\n')
-        sites[f"site-{number}"] = open_site(folder / "site.toml")
+        keys = authority.keys(f"site-{number}") if authority else None
+        sites[f"site-{number}"] = open_site(folder / "site.toml", keys)
     return sites

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sluiceway.engines.carrying import Answer, Ask
 from sluiceway.federated.client import Worker
@@ -22,22 +23,62 @@ class SiteError(ValueError):
     """What a site was asked for cannot be done; the message is one line."""
 
 
-class Trainer:
-    """Trains as one client; what it keeps from round to round lies in files, by run and round.
+class Kept:
+    """What a site keeps from round to round, in files by run and round.
 
     A round that the server did not use, or that it forgot when it was restarted, leaves no trace:
-    each request says from which round on the client's states stand.
+    each request says from which round on the site's state stands.
+
+    Args:
+        folder: for the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, run: str, number: int) -> dict[str, Tensor]:
+        """The state as it was after round `number`. Raises SiteError."""
+        path = self.folder / run / f"{number}"
+        if not path.is_file():
+            raise SiteError(f"what this site kept of round {number} is gone")
+        return load_file(path)
+
+    def save(
+        self, run: str, number: int, state: Mapping[str, Tensor], keep: int, needed: int
+    ) -> None:
+        """Keep the state after round `number`.
+
+        Args:
+            keep: how many of this run stay, >= 1; of other runs the newest stay whole.
+            needed: a round that stays in any case.
+        """
+        room = self.folder / run
+        room.mkdir(parents=True, exist_ok=True)
+        fresh = room / "fresh"
+        save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, fresh)
+        os.replace(fresh, room / f"{number}")
+        rounds = sorted((int(p.name) for p in room.iterdir() if p.name.isdigit()), reverse=True)
+        for old in rounds[max(keep, 1) :]:
+            if old not in (number, needed):
+                (room / f"{old}").unlink()
+        others = [other for other in self.folder.iterdir() if other != room]
+        for other in sorted(others, key=lambda p: p.stat().st_mtime)[:-OTHER_RUNS]:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+class Trainer:
+    """Trains as one client.
 
     Args:
         worker: model and data; its clients but this one may be empty.
         number: this client's.
-        states: folder for what is kept.
+        kept: what it keeps from round to round.
     """
 
-    def __init__(self, worker: Worker, number: int, states: Path) -> None:
+    def __init__(self, worker: Worker, number: int, kept: Kept) -> None:
         self.worker = worker
         self.number = number
-        self.states = states
+        self.kept = kept
 
     def train(self, ask: Ask, folder: Path) -> Answer:
         """Train from the packed broadcast to a packed update.
@@ -52,41 +93,23 @@ class Trainer:
         """
         if ask.message is None:
             raise SiteError("asked to train without a model")
-        kept = self.states / safe_name(ask.facts)
-        based, keep = whole(ask.facts, "based"), whole(ask.facts, "keep")
-        state = {}
-        if based:
-            before = kept / f"{based}"
-            if not before.is_file():
-                raise SiteError(f"what this site kept of round {based} is gone")
-            state = load_file(before)
+        run, based, keep = (
+            name_of_run(ask.facts),
+            whole(ask.facts, "based"),
+            whole(ask.facts, "keep"),
+        )
+        state = self.kept.load(run, based) if based else {}
         broadcast = read_broadcast(ask.message)
         personal = bool(ask.facts.get("personal")) and len(self.worker.test) > 0
         update = self.worker.train(self.number, broadcast, state, personal=personal)
         path = folder / "update"
         write_update(path, update)
         if state:
-            kept.mkdir(parents=True, exist_ok=True)
-            fresh = kept / "fresh"
-            save_file({name: t.contiguous() for name, t in state.items()}, fresh)
-            os.replace(fresh, kept / f"{broadcast.round}")
-            self.tidy(kept, keep, {based, broadcast.round})
+            self.kept.save(run, broadcast.round, state, keep, based)
         return Answer({"kept": bool(state)}, path)
 
-    def tidy(self, kept: Path, keep: int, needed: set[int]) -> None:
-        """Remove the oldest states of this run, and all of runs that are long gone."""
-        rounds = sorted((int(p.name) for p in kept.iterdir() if p.name.isdigit()), reverse=True)
-        for old in rounds[max(keep, 1) :]:
-            if old not in needed:
-                (kept / f"{old}").unlink()
-        others = sorted(
-            (p for p in self.states.iterdir() if p != kept), key=lambda p: p.stat().st_mtime
-        )
-        for other in others[:-OTHER_RUNS]:
-            shutil.rmtree(other, ignore_errors=True)
 
-
-def safe_name(facts: Mapping[str, Any]) -> str:
+def name_of_run(facts: Mapping[str, Any]) -> str:
     """The run's name, which becomes a folder's. Raises SiteError."""
     name = facts.get("run")
     if not isinstance(name, str) or not name.isalnum() or len(name) > 64:

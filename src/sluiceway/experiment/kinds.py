@@ -169,8 +169,7 @@ def run_split(
     parts = parts_of(recipe, pictures)
     chosen, classes = recipe.model, len(pictures.label_names)
     model = network(chosen.name, chosen.width, train.shape, classes=classes, seed=recipe.run.seed)
-    method = recipe.built()
-    assert isinstance(method, Compressor)
+    method = chosen_compressor(recipe)
     assert recipe.model.cut is not None
     progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}")
     try:
@@ -198,6 +197,13 @@ def run_split(
     except ValueError as error:
         raise InputError(str(error)) from None
     return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
+
+
+def chosen_compressor(recipe: Recipe) -> Compressor:
+    """What a split recipe's [method] says. Raises InputError."""
+    method = recipe.built()
+    assert isinstance(method, Compressor)
+    return method
 
 
 def split_facts(result: Result) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import torch
 
 import sluiceway
 from sluiceway.engines.carrying import Carrier
+from sluiceway.engines.gate import Doorway
 from sluiceway.engines.local import chosen_device
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.folder import Folder
 from sluiceway.experiment.kinds import Outcome, run_federated, run_split
 from sluiceway.experiment.recipe import Recipe
-from sluiceway.experiment.serving import serve_federated
+from sluiceway.experiment.serving import serve_federated, serve_split
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.checkpoints import Checkpoint
 from sluiceway.federated.rounds import Record, Result
@@ -34,6 +35,7 @@ def run(
     session: Session | None = None,
     progress: Progress | None = None,
     carrier: Carrier | None = None,
+    doorway: Doorway | None = None,
 ) -> tuple[Result, dict[str, Any]]:
     """Run a recipe on the embedded engine, or across sites.
 
@@ -45,6 +47,7 @@ def run(
         session: shares data and frozen layers' outputs between runs.
         progress: what to tell while it goes on.
         carrier: reaches the sites that are the clients; None plays them here.
+        doorway: where sites dial in a split run.
 
     Returns:
         The result, and the summary that is in `summary.json`.
@@ -77,11 +80,14 @@ def run(
 
         told = replace(progress, on_start=on_start, on_round=on_round)
         checkpoint = checkpoint_of(recipe, out, resume, progress) if out else None
-        if carrier is not None:
-            outcome = serve_federated(recipe, device, session, told, checkpoint, carrier)
+        given = recipe, device, session, told, checkpoint
+        split = recipe.run.kind == "split"
+        if carrier is None:
+            outcome = (run_split if split else run_federated)(*given)
+        elif split:
+            outcome = serve_split(*given, carrier, doorway)
         else:
-            runner = run_split if recipe.run.kind == "split" else run_federated
-            outcome = runner(recipe, device, session, told, checkpoint)
+            outcome = serve_federated(*given, carrier)
         summary = summarise(recipe, outcome, device, time.perf_counter() - began)
         if folder:
             folder.finish(outcome.result, summary)

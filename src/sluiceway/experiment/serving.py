@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from sluiceway.engines.carrying import Carrier
+from sluiceway.engines.gate import Doorway
 from sluiceway.engines.remote import federate_remote
+from sluiceway.engines.remote_split import split_remote
 from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.kinds import Outcome, chosen_strategy, language_model
+from sluiceway.experiment.kinds import (
+    Outcome,
+    chosen_compressor,
+    chosen_strategy,
+    language_model,
+    network,
+    split_facts,
+)
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.federated.checkpoints import Checkpoint
+from sluiceway.federated.checkpoints import Checkpoint, CheckpointError
+from sluiceway.federated.joining import JoinError
 from sluiceway.federated.rounds import Rounds
+from sluiceway.strategies import STRATEGIES
 
 
 def serve_federated(
@@ -50,6 +61,61 @@ def serve_federated(
         checkpoint=checkpoint,
     )
     return Outcome(result, data.source, data.label_names)
+
+
+def serve_split(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    carrier: Carrier,
+    doorway: Doorway | None,
+) -> Outcome:
+    """Train an image classifier that is cut between sites and this server.
+
+    Raises:
+        InputError: there are more or fewer sites than clients, or no doorway.
+    """
+    require_sites(recipe, carrier)
+    if doorway is None:
+        raise InputError(
+            f"run.engine = {recipe.run.engine!r} carries no split run: it has no line for a "
+            "message a mini-batch; nvflare has"
+        )
+    pictures, train, test = session.images(recipe.data, progress.say)
+    chosen = recipe.model
+    assert chosen.cut is not None
+    outputs = len(pictures.label_names)
+    model = network(chosen.name, chosen.width, train.shape, classes=outputs, seed=recipe.run.seed)
+    progress.say(
+        f"model: {chosen.name} cut at {chosen.cut}, on {device}; sites: {', '.join(carrier.sites)}"
+    )
+    try:
+        result = split_remote(
+            model,
+            chosen.cut,
+            carrier,
+            doorway,
+            facts_of(recipe, pictures.label_names),
+            test,
+            chosen_compressor(recipe),
+            plan_of(recipe),
+            recipe.training(),
+            form=recipe.run.form,
+            tail_at=chosen.tail,
+            fronts=STRATEGIES[recipe.run.fronts](),
+            device=device,
+            timeout=recipe.run.timeout,
+            on_start=progress.on_start,
+            on_round=progress.on_round,
+            checkpoint=checkpoint,
+        )
+    except (CheckpointError, JoinError):
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
 
 
 def plan_of(recipe: Recipe) -> Rounds:

@@ -13,67 +13,32 @@ import os
 import threading
 import tomllib
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from sluiceway.data import ChoiceData, TextData, TextDataset
 from sluiceway.engines.carrying import Answer, Ask
+from sluiceway.engines.gate import Keys
 from sluiceway.engines.local import standing
-from sluiceway.engines.site import SiteError, Trainer
+from sluiceway.engines.site import Kept, SiteError, Trainer
 from sluiceway.experiment.errors import InputError, first_fault
 from sluiceway.experiment.kinds import chosen_strategy, language_model, parts_of
-from sluiceway.experiment.recipe import TABLE, Data, Recipe, Text, recipe_from
+from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.run import usable_device
 from sluiceway.experiment.session import Session, capped, load_texts
+from sluiceway.experiment.site_file import Invitation, Own, SiteFile, invitation
+from sluiceway.experiment.split_work import begin_split
 from sluiceway.federated.client import prepare
 from sluiceway.federated.evaluation import label_counts
 from sluiceway.federated.joining import Card
 
 #: What is remembered of the newest joining, so that a site that was restarted can go on.
 JOINED = "joined.json"
-
-
-class Own(BaseModel):
-    """[data] of a site file: whose examples are trained on.
-
-    path: a file of texts, with text_column and label_column; test_path: held-out texts of the
-    site, by which its own model is judged. name: a data set by name. share: the client's part of
-    the recipe's partition. limit: cap on the examples, stratified, 0 for none.
-    """
-
-    model_config = TABLE
-    path: Text | None = None
-    test_path: Text | None = None
-    text_column: Text = "text"
-    label_column: Text = "label"
-    name: Text | None = None
-    share: bool = False
-    limit: int = Field(default=0, ge=0, le=10**12)
-
-    @model_validator(mode="after")
-    def one_source(self) -> Own:
-        if (self.path is not None) + (self.name is not None) + self.share != 1:
-            raise ValueError("give one of path, name and share = true")
-        return self
-
-
-class SiteFile(BaseModel):
-    """What a site says of itself.
-
-    data: see `Own`. folder: where it keeps what outlives a round, beside the file if relative.
-    device: where it trains. model: the model's folder here, in place of the recipe's model.name.
-    """
-
-    model_config = TABLE
-    data: Own
-    folder: Text = "kept"
-    device: Text = "auto"
-    model: Text | None = None
 
 
 class Work(Protocol):
@@ -88,8 +53,16 @@ class Work(Protocol):
         ...
 
 
-def open_site(path: Path) -> HomeSite:
-    """A site by its file. Raises InputError."""
+def open_site(path: Path, keys: Keys | None = None) -> HomeSite:
+    """A site by its file.
+
+    Args:
+        path: of the file.
+        keys: by which it proves who it is on a line of its own, needed for split learning.
+
+    Raises:
+        InputError: the file is not there, or says what cannot be.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,7 +71,7 @@ def open_site(path: Path) -> HomeSite:
         raise InputError(f"{path} is not TOML: {error}") from None
     known = {"": list(SiteFile.model_fields), "data": list(Own.model_fields)}
     try:
-        return HomeSite(SiteFile.model_validate(tables), path.parent.resolve())
+        return HomeSite(SiteFile.model_validate(tables), path.parent.resolve(), keys)
     except ValidationError as error:
         raise InputError(f"{path}: {first_fault(error, '', known)}") from None
 
@@ -109,10 +82,12 @@ class HomeSite:
     Args:
         file: what the site says of itself.
         place: folder that its paths are relative to.
+        keys: see `open_site`.
     """
 
-    def __init__(self, file: SiteFile, place: Path) -> None:
+    def __init__(self, file: SiteFile, place: Path, keys: Keys | None = None) -> None:
         self.file = file
+        self.keys = keys
         self.place = place
         self.folder = place / file.folder
         self.work: Work | None = None
@@ -150,36 +125,27 @@ class HomeSite:
 
     def begun(self, facts: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
         """The work of a run, and what the server is told. Raises InputError, DataError."""
-        invited = invitation(facts)
-        return begin_federated(self.file, self.place, self.folder, invited)
+        invited, device = invitation(facts), usable_device(self.file.device)
+        if invited.recipe.run.kind == "split":
+            return begin_split(self.file, self.folder, invited, device, self.keys, self.forget)
+        return begin_federated(self.file, self.place, self.folder, invited, device)
+
+    def resume(self) -> None:
+        """Go on with a run that this site was in when it was restarted, if it was in one."""
+        with self._lock:
+            if self.work is None and (self.folder / JOINED).exists():
+                self.work, _ = self.begun(self.remembered())
+
+    def forget(self) -> None:
+        """The run has ended."""
+        (self.folder / JOINED).unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
         """Leave the run."""
         if self.work is not None:
             self.work.close()
             self.work = None
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """What a site is told when it joins: the recipe, the classes' names, and its number."""
-
-    recipe: Recipe
-    label_names: tuple[str, ...]
-    client: int
-
-
-def invitation(facts: dict[str, Any]) -> Invitation:
-    """The facts, checked. Raises InputError."""
-    recipe, names, client = (facts.get(key) for key in ("recipe", "label_names", "client"))
-    if not isinstance(recipe, dict):
-        raise InputError("the server sent no recipe")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError("the server sent no names of classes")
-    checked = recipe_from(recipe)
-    if type(client) is not int or not 0 <= client < checked.data.clients:
-        raise InputError(f"the server calls this client {client!r}")
-    return Invitation(checked, tuple(names), client)
 
 
 class FederatedWork:
@@ -201,10 +167,10 @@ class FederatedWork:
 
 
 def begin_federated(
-    file: SiteFile, place: Path, folder: Path, invited: Invitation
+    file: SiteFile, place: Path, folder: Path, invited: Invitation, device: str
 ) -> tuple[Work, dict[str, Any]]:
     """A site's part of a federated run."""
-    recipe, device = invited.recipe, usable_device(file.device)
+    recipe = invited.recipe
     if file.model is not None:
         chosen = recipe.model.model_copy(update={"name": str(place / file.model)})
         recipe = recipe.model_copy(update={"model": chosen})
@@ -228,7 +194,7 @@ def begin_federated(
             seed=recipe.run.seed,
         )
     )
-    work = FederatedWork(Trainer(worker, invited.client, folder / "states"), stack)
+    work = FederatedWork(Trainer(worker, invited.client, Kept(folder / "states")), stack)
     card = Card.of(strategy.tensors).to_json()
     return work, {"card": card, "label_counts": label_counts([train])[0].tolist()}
 
