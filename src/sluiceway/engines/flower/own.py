@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from sluiceway.engines.carrying import Answer, Ask
 from sluiceway.engines.flower.client import site_app
 from sluiceway.engines.local import chosen_device, standing
-from sluiceway.engines.site import SiteError, Trainer, whole
+from sluiceway.engines.site import Kept, SiteError, Trainer, whole
 from sluiceway.experiment.errors import first_fault
 from sluiceway.experiment.methods import method_of
 from sluiceway.federated.batches import Examples
@@ -126,7 +126,7 @@ class OwnSite:
                 )
             )
             if ask.what == "train":
-                return Trainer(worker, number, self.folder / "states").train(ask, folder)
+                return Trainer(worker, number, Kept(self.folder / "states")).train(ask, folder)
             return judged(worker, ask.message)
 
 
