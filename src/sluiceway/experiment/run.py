@@ -59,6 +59,10 @@ def run(
     """
     session = session or Session()
     progress = progress or Progress()
+    if carrier is None and recipe.run.engine != "local":
+        raise InputError(
+            f"run.engine = {recipe.run.engine!r} is for `sluiceway run`; here it must be 'local'"
+        )
     began = time.perf_counter()
     device = usable_device(recipe.run.device)
     with contextlib.ExitStack() as stack:
