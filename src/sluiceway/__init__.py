@@ -9,27 +9,31 @@ The call that does what `sluiceway run` does, with your own model, data and stra
 
 __version__ = "0.1.0"
 
-from sluiceway.engines.local import federate
-from sluiceway.federated import Checkpoint, Result, Training
-from sluiceway.federated.client import Optimisation
-from sluiceway.moe import NoExpertsError, anatomy, upcycle
-from sluiceway.split.methods import METHODS as SPLIT_METHODS
-from sluiceway.split.training import split_train
-from sluiceway.strategies import (
-    FedAdam,
-    FedAlignMoE,
-    FedAvg,
-    FedMoE,
-    FedProx,
-    FrozenGate,
-    Median,
-    NonExpert,
-    NormClipping,
-    Scaffold,
-    Strategy,
-    TrimmedMean,
-    Usage,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sluiceway.engines.local import federate
+    from sluiceway.federated import Checkpoint, Result, Training
+    from sluiceway.federated.client import Optimisation
+    from sluiceway.moe import NoExpertsError, anatomy, upcycle
+    from sluiceway.split.methods import METHODS as SPLIT_METHODS
+    from sluiceway.split.training import split_train
+    from sluiceway.strategies import (
+        FedAdam,
+        FedAlignMoE,
+        FedAvg,
+        FedMoE,
+        FedProx,
+        FrozenGate,
+        Median,
+        NonExpert,
+        NormClipping,
+        Scaffold,
+        Strategy,
+        TrimmedMean,
+        Usage,
+    )
 
 __all__ = [
     "SPLIT_METHODS",
@@ -56,3 +60,44 @@ __all__ = [
     "split_train",
     "upcycle",
 ]
+
+#: Where each name is, but for those of another name there. They are imported when they are asked
+#: for: a process that only passes a message on need not wait for torch.
+_PLACES = {
+    "federate": "sluiceway.engines.local",
+    "Checkpoint": "sluiceway.federated",
+    "Result": "sluiceway.federated",
+    "Training": "sluiceway.federated",
+    "Optimisation": "sluiceway.federated.client",
+    "NoExpertsError": "sluiceway.moe",
+    "anatomy": "sluiceway.moe",
+    "upcycle": "sluiceway.moe",
+    "SPLIT_METHODS": "sluiceway.split.methods",
+    "split_train": "sluiceway.split.training",
+    "FedAdam": "sluiceway.strategies",
+    "FedAlignMoE": "sluiceway.strategies",
+    "FedAvg": "sluiceway.strategies",
+    "FedMoE": "sluiceway.strategies",
+    "FedProx": "sluiceway.strategies",
+    "FrozenGate": "sluiceway.strategies",
+    "Median": "sluiceway.strategies",
+    "NonExpert": "sluiceway.strategies",
+    "NormClipping": "sluiceway.strategies",
+    "Scaffold": "sluiceway.strategies",
+    "Strategy": "sluiceway.strategies",
+    "TrimmedMean": "sluiceway.strategies",
+    "Usage": "sluiceway.strategies",
+}
+_OTHER_NAMES = {"SPLIT_METHODS": "METHODS"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_PLACES[name]), _OTHER_NAMES.get(name, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -88,7 +88,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
     command.add_argument("--device", metavar="auto|cpu|cuda")
-    command.add_argument("--engine", metavar="local|nvflare")
+    command.add_argument("--engine", metavar="local|nvflare|flower")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sluiceway.engines.pool import Lost
+if TYPE_CHECKING:
+    from sluiceway.engines.pool import Lost
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""An app whose one client answers with a file of many bytes; `benchmarks/flower.py big` runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from sluiceway.engines.carrying import Answer, Ask
+from sluiceway.engines.flower.client import site_app
+
+
+class Giver:
+    """A site whose answer's message is a copy of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def answer(self, ask: Ask, folder: Path) -> Answer:
+        """Copy the file."""
+        return Answer(message=Path(shutil.copy(self.path, folder / "copy")))
+
+
+client = site_app(
+    lambda context: Giver(Path(str(context.node_config["file"]))),
+    lambda context: Path(str(context.node_config["room"])),
+)
+server = ServerApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Ask once for a small file, so that all is there, and once for the large one."""
+    from sluiceway.engines.flower.carrier import GridCarrier
+
+    config = context.run_config
+    carrier = GridCarrier(grid, 1, piece=int(config["piece-mb"]) << 20)
+    folder = Path(str(config["out"]))
+    began = time.perf_counter()
+    [(_, found)] = carrier.ask({0: Ask("give")}, folder)
+    seconds = time.perf_counter() - began
+    size = found.message.stat().st_size if isinstance(found, Answer) and found.message else 0
+    (folder / "found.json").write_text(json.dumps({"seconds": seconds, "bytes": size}))
