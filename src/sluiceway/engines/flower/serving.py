@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid
 
 from sluiceway.data import DataError
 from sluiceway.engines.flower.carrier import GridCarrier
+from sluiceway.engines.flower.keeper import watch
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import Recipe, load_recipe
@@ -87,6 +89,9 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
         InputError and others of `ENDS`: the run did not reach its end; told before.
     """
     teller = Teller(Path(str(config["told"])) if config["told"] else None)
+    if teller.path is not None:
+        # Flower would only interrupt it, and that waits for a SuperLink that is gone too.
+        threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
     teller.tell("process", os.getpid())
     try:
         recipe, out = chosen(config)
