@@ -96,20 +96,13 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
     try:
         recipe, out = chosen(config)
         with graceful_stop(teller.progress().say):
-            carrier = GridCarrier(
-                grid,
-                recipe.data.clients,
-                patience=float(config["patience"]),
-                at_once=int(config["at-once"]),
-                piece=int(config["piece-mb"]) << 20,
-            )
             run(
                 recipe,
                 out,
                 resume=bool(config["resume"]),
                 force=bool(config["force"]),
                 progress=teller.progress(),
-                carrier=carrier,
+                carrier=carrier_of(grid, config, recipe.data.clients),
             )
         write_report([out])
         teller.tell("end", "")
@@ -119,6 +112,17 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
         if kind == "stopped" and teller.path is not None:
             return
         raise
+
+
+def carrier_of(grid: Grid, config: Mapping[str, UserConfigValue], clients: int) -> GridCarrier:
+    """The way to the SuperNodes. Raises InputError."""
+    return GridCarrier(
+        grid,
+        clients,
+        patience=float(config["patience"]),
+        at_once=int(config["at-once"]),
+        piece=int(config["piece-mb"]) << 20,
+    )
 
 
 def chosen(config: Mapping[str, UserConfigValue]) -> tuple[Recipe, Path]:
