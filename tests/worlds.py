@@ -30,13 +30,13 @@ class TinyText:
         return inputs, self.labels[index]
 
 
-def tiny_bert(layers: int = 2) -> BertModel:
-    """A random BERT of 16 dimensions, the same at every call."""
+def tiny_bert(layers: int = 2, width: int = 16) -> BertModel:
+    """A random BERT, the same at every call."""
     torch.manual_seed(0)
     return BertModel(
         BertConfig(
             vocab_size=64,
-            hidden_size=16,
+            hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=2,
             intermediate_size=32,

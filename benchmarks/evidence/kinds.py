@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pages import Runs, final, gaps, level, reached, table
+from pages import Runs, final, gaps, level, pooled, reached, table
 from pictures import by_megabytes, panels
 
 
@@ -27,7 +27,7 @@ def federated(runs: Runs, docs: Path) -> str:
         "![accuracy by round](federated.png)",
     ]
     if others:
-        parts += ["Other skews and data:", table(runs, others, methods_of(runs), final, "fedavg")]
+        parts += ["Other skews:", table(runs, others, methods_of(runs), final, "fedavg")]
     for name in ours:
         parts += [
             f"`{name}` against the rivals, mean of the second half of the rounds, in points:",
@@ -51,6 +51,28 @@ def ablation(runs: Runs, docs: Path) -> str:
             "Mean of the second half of the rounds:",
             table(runs, settings, names, level, names[0]),
         ]
+    )
+
+
+def choices(runs: Runs, docs: Path) -> str:
+    """Ways to do one thing, on held-out training examples."""
+    settings, names = list(runs), methods_of(runs)
+    return "\n\n".join(
+        [
+            f"Mean accuracy of the second half of the rounds; a star marks a difference to "
+            f"`{names[0]}`, the last column what a way is ahead of it over all, in points:",
+            with_pool(table(runs, settings, names, level, names[0]), runs, settings, names[0]),
+        ]
+    )
+
+
+def with_pool(text: str, runs: Runs, settings: Sequence[str], against: str) -> str:
+    """The table with a last column: the mean difference over all settings and seeds."""
+    head, rule, *rows = text.splitlines()
+    named = [(row, row[1:].split("|", 1)[0].strip()) for row in rows]
+    return "\n".join(
+        [f"{head} all |", f"{rule}---:|"]
+        + [f"{row} {pooled(runs, settings, name, against, level)} |" for row, name in named]
     )
 
 
@@ -136,4 +158,4 @@ def methods_of(runs: Runs) -> list[str]:
     return list({name: None for methods in runs.values() for name in methods})
 
 
-KINDS = {"federated": federated, "ablation": ablation, "split": split}
+KINDS = {"federated": federated, "ablation": ablation, "choices": choices, "split": split}

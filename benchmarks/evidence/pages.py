@@ -111,7 +111,10 @@ def gaps(
     runs: Runs, settings: Sequence[str], ours: str, rivals: Sequence[str], value: Value
 ) -> str:
     """Markdown: what `ours` is ahead of each rival, paired by seed: points, 95 % interval."""
-    lines = [f"| {ours} against | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
+    lines = [
+        f"| {ours} against | {' | '.join(settings)} | all |",
+        f"|---|{'---:|' * (len(settings) + 1)}",
+    ]
     for rival in rivals:
         cells = []
         for setting in settings:
@@ -123,8 +126,23 @@ def gaps(
             gap = Interval.of([100 * (value(mine[s]) - value(other[s])) for s in shared])
             cells.append(f"{gap.mean:+.1f} ± {gap.half:.1f}")
         if any(cells):
+            cells.append(pooled(runs, settings, ours, rival, value))
             lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def pooled(runs: Runs, settings: Sequence[str], ours: str, rival: str, value: Value) -> str:
+    """What `ours` is ahead of a rival, over all pairs of a setting and a seed: points, interval."""
+    found = [
+        100 * (value(run) - value(other))
+        for setting in settings
+        for seed, run in runs.get(setting, {}).get(ours, {}).items()
+        if (other := runs[setting].get(rival, {}).get(seed)) is not None
+    ]
+    if len(found) < 2 or ours == rival:
+        return ""
+    gap = Interval.of(found)
+    return f"{gap.mean:+.1f} ± {gap.half:.1f} ({len(found)})"
 
 
 def put(page: Path, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The command: run, compare, report, inspect, recipes."""
+"""The command: run, compare, report, inspect, recipes, deploy."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.markup import escape
 from rich.table import Table
 
 from sluiceway import __version__
+from sluiceway.deploying import add_deploy, trial_of
+from sluiceway.outcome import BAD_INPUT, outcome_of
 
 if TYPE_CHECKING:
     from sluiceway.experiment.recipe import Recipe
     from sluiceway.experiment.session import Progress
-
-#: Exit codes beside 0: a run that could not go on, bad input, and stopped by Ctrl-C or SIGTERM.
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,25 +31,10 @@ class OneLineParser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(arguments)
-    from sluiceway.data import DataError
-    from sluiceway.experiment.errors import InputError
-    from sluiceway.federated.checkpoints import CheckpointError, StorageError
-    from sluiceway.federated.guards import RunFailed
-    from sluiceway.moe import NoExpertsError
-
-    action: Callable[[argparse.Namespace], None] = args.action
-    try:
-        action(args)
-    except (InputError, DataError, NoExpertsError, CheckpointError) as error:
-        print(f"sluiceway: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (StorageError, RunFailed) as error:
-        print(f"sluiceway: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt as stop:
-        print(f"sluiceway: stopped{stop}", file=sys.stderr)
-        return STOPPED
-    return 0
+    code, line = outcome_of(lambda: args.action(args))
+    if line:
+        print(f"sluiceway: {line}", file=sys.stderr)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--gguf", default="", metavar="FILE", help="of a model in a GGUF file")
 
     add("recipes", recipes_command)
+    add_deploy(commands, add_settings, OneLineParser)
     return top
 
 
@@ -103,7 +88,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
     command.add_argument("--device", metavar="auto|cpu|cuda")
-    command.add_argument("--engine", metavar="local|flower")
+    command.add_argument("--engine", metavar="local|nvflare|flower")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -125,10 +110,10 @@ def run_command(args: argparse.Namespace) -> None:
     out = args.out or new_folder(args.recipe, recipe)
     with shown() as progress, stoppable(progress, f"; continue with --out {out} --resume"):
         how = {"resume": args.resume, "force": args.force, "progress": progress}
-        if recipe.run.engine == "flower":
-            summary = flower_trial()(recipe, out, **how)
-        else:
+        if recipe.run.engine == "local":
             _, summary = run(recipe, out, **how)
+        else:
+            summary = trial_of(recipe.run.engine)(recipe, out, **how)
     write_report([out])
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
     beside = f", personal {personal:.4f}" if personal is not None else ""
@@ -140,21 +125,6 @@ def run_command(args: argparse.Namespace) -> None:
         f"{summary['bytes_down'] / 1e6:.1f} MB down, {summary['seconds']:.0f} s"
     )
     print(f"run folder: {out} (summary.json, report.html)")
-
-
-def flower_trial() -> Callable[..., dict[str, Any]]:
-    """What runs a recipe over Flower on this machine. Raises InputError without the extra."""
-    from sluiceway.experiment.errors import InputError
-
-    try:
-        from sluiceway.engines.flower.trial import run_trial
-    except ModuleNotFoundError as error:
-        if error.name not in ("flwr", "cryptography"):
-            raise
-        raise InputError(
-            "run.engine = 'flower' needs the extra: pip install 'sluiceway[flower]'"
-        ) from None
-    return run_trial
 
 
 def compare_command(args: argparse.Namespace) -> None:

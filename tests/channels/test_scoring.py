@@ -13,6 +13,7 @@ from sluiceway.channels import (
     FISHER_FLOOR,
     ClassStatistics,
     between,
+    distinct,
     fisher,
     similarity,
 )
@@ -21,7 +22,7 @@ Score = Callable[[ClassStatistics], Tensor]
 
 few = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 10**6)
-scorers = pytest.mark.parametrize("score", [fisher, between, similarity])
+scorers = pytest.mark.parametrize("score", [fisher, between, distinct, similarity])
 
 
 def make(seed: int, B: int = 11, C: int = 4, g: int = 3, K: int = 4) -> tuple[Tensor, Tensor]:
@@ -236,3 +237,51 @@ class TestDegenerate:
         z = torch.tensor([[1.0, 0], [0, 0], [0, 1], [0, 1]]).unsqueeze(1)
         score = similarity(ClassStatistics.of(z, _pairs(), 2))
         assert score.item() == pytest.approx((0 + 1) / 2)
+
+
+class TestDistinct:
+    """Channels that say the same thing count once."""
+
+    @few
+    @given(seeds)
+    def test_is_what_least_squares_leaves(self, seed: int) -> None:
+        z, y = make(seed, B=20, C=5)
+        stats = ClassStatistics.of(z, y, 4)
+        patterns = []
+        for c in range(5):
+            overall = z[:, c].mean(0)
+            rows = [
+                (y == k).sum().sqrt() * (z[y == k, c].mean(0) - overall)
+                for k in range(4)
+                if (y == k).any()
+            ]
+            patterns.append(torch.cat(rows) / math.sqrt(20 * 3))
+        found, taken = distinct(stats), []
+        for _ in range(5):
+            left = {}
+            for c in set(range(5)) - set(taken):
+                rest = patterns[c]
+                if taken:
+                    basis = torch.stack([patterns[t] for t in taken], 1)
+                    rest = (
+                        rest - basis @ torch.linalg.lstsq(basis, rest.unsqueeze(1)).solution[:, 0]
+                    )
+                left[c] = float(rest.square().sum())
+            best = max(left, key=lambda c: left[c])
+            assert float(found[best]) == pytest.approx(left[best], rel=1e-6, abs=1e-12)
+            taken.append(best)
+
+    def test_a_copy_and_a_sum_of_others_have_nothing_of_their_own(self) -> None:
+        z, y = make(3, B=30, C=3, K=3)
+        z = torch.cat([z, 2 * z[:, :1], z[:, 1:2] + z[:, 2:3]], 1)
+        found = distinct(ClassStatistics.of(z, y, 3))
+        assert sorted(found.tolist())[:2] == pytest.approx([0, 0], abs=1e-12)
+        assert float(found[0]) == pytest.approx(0, abs=1e-12)  # its double was taken first
+
+    @few
+    @given(seeds)
+    def test_never_above_the_scatter_and_the_best_has_all_of_it(self, seed: int) -> None:
+        stats = ClassStatistics.of(*make(seed), 4)
+        found, scatter = distinct(stats), between(stats)
+        assert bool((found <= scatter).all())
+        assert float(found.max()) == pytest.approx(float(scatter.max()))

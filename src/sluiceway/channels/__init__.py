@@ -28,7 +28,14 @@ from sluiceway.channels.pruning import (
     top,
 )
 from sluiceway.channels.rivals import entropy, l1, random_scores, std, taylor
-from sluiceway.channels.scoring import FISHER_FLOOR, between, fisher, merge_scores, similarity
+from sluiceway.channels.scoring import (
+    FISHER_FLOOR,
+    between,
+    distinct,
+    fisher,
+    merge_scores,
+    similarity,
+)
 from sluiceway.channels.statistics import ClassStatistics, pooled
 
 __all__ = [
@@ -39,6 +46,7 @@ __all__ = [
     "between",
     "budget",
     "cumulative",
+    "distinct",
     "entropy",
     "fisher",
     "fraction",

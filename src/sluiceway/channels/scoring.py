@@ -74,6 +74,44 @@ def between(stats: ClassStatistics) -> Tensor:
 
 
 @torch.no_grad()
+def distinct(stats: ClassStatistics) -> Tensor:
+    """Between-class scatter that the better channels do not show already  [ours].
+
+    Channels that tell the same classes apart in the same places say the same thing. With the class
+    pattern of a channel, p_c = (sqrt(n_k) (m_kc - m_c))_k of length K g, channels are taken one by
+    one, each time the one whose pattern has the most left beside the patterns taken before::
+
+        score(c) = ||p_c - projection of p_c on the span of those before||^2 / (g sum_k n_k)
+
+    The first has its `between` score; one whose pattern is a sum of others' has 0.
+
+    Args:
+        stats: class statistics of K classes and C channels.
+
+    Returns:
+        Scores, [C], at least 0, not above those of `between`, float64, always finite, on the
+        device of `stats`; all 0 with fewer than two classes.
+    """
+    bound = between(stats)
+    count = stats.count.clamp(min=_tiny(stats.count)).view(-1, 1, 1)
+    patterns = (stats.count.sqrt().view(-1, 1, 1) * (stats.sums / count - stats.mean)).transpose(
+        0, 1
+    )
+    size = stats.count.sum().clamp(min=_tiny(stats.count)) * stats.sums.shape[-1]
+    left = torch.where(bound.unsqueeze(1) > 0, patterns.flatten(1) / size.sqrt(), 0.0)
+    scores = torch.zeros_like(bound)
+    free = torch.ones_like(bound, dtype=torch.bool)
+    for _ in range(len(scores)):
+        lengths = left.square().sum(1).masked_fill(~free, -1.0)
+        best = int(lengths.argmax())
+        scores[best] = lengths[best]
+        free[best] = False
+        axis = left[best] / lengths[best].sqrt().clamp(min=_tiny(scores))
+        left = left - (left @ axis).unsqueeze(1) * axis
+    return torch.minimum(_finite_or_zero(scores), bound)
+
+
+@torch.no_grad()
 def similarity(stats: ClassStatistics) -> Tensor:
     """Mean cosine of same-class pairs minus mean cosine of different-class pairs  [ours].
 

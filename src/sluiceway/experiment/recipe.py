@@ -56,9 +56,9 @@ class Run(BaseModel):
 
     kind: "federated" or "split". rounds: 1 to 99,999; times data.clients at most 20 million. seed:
     in [0, 2^63). participation: share of clients a round, (0, 1]. device: "auto", "cpu", "cuda",
-    ... engine: "local", or "flower" for a trial of that deployment on this machine. min_clients:
-    usable updates that a round needs, >= 1. checkpoint_every: rounds between checkpoints, >= 1;
-    checkpoint_keep: how many stay, >= 1.
+    ... engine: "local", or "nvflare" or "flower" for a deployment of it on this machine, a process
+    for the server and each site. min_clients: usable updates that a round needs, >= 1.
+    checkpoint_every: rounds between checkpoints, >= 1; checkpoint_keep: how many stay, >= 1.
 
     Federated runs: workers: processes, at most 1,024, 0 for one a core (one on a GPU). threads:
     torch threads a worker, 1 to 1,024. feature_memory_mb: of frozen layers' outputs that may be
@@ -76,7 +76,7 @@ class Run(BaseModel):
     seed: Seed = 0
     participation: float = Field(default=1.0, gt=0, le=1)
     device: Text = "auto"
-    engine: Literal["local", "flower"] = "local"
+    engine: Literal["local", "nvflare", "flower"] = "local"
     workers: int = Field(default=0, ge=0, le=1024)
     threads: int = Field(default=1, ge=1, le=1024)
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)

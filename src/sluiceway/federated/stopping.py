@@ -21,6 +21,11 @@ def check_stop() -> None:
         raise Stopped
 
 
+def ask_to_stop() -> None:
+    """Ask the run that goes on, inside `graceful_stop`, to stop after the step in hand."""
+    _asked.set()
+
+
 @contextlib.contextmanager
 def graceful_stop(say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """While it lasts, SIGINT and SIGTERM let the step in hand end, and then raise `Stopped`.

@@ -104,12 +104,13 @@ def affordable(scores: Tensor, budget: float, nbytes: Callable[[int], int]) -> T
 class ACPSL(ChannelChoice):
     """ACP-SL (arXiv 2603.09792): label-aware scores decide which channels cross.
 
-    score: "fisher", "between" or "similarity" [ours]. grid: cells a side that channels are pooled
-    to, at most 1024. memory: how much of earlier batches' class statistics stays, in [0, 1].
+    score: "fisher", "between", "distinct" or "similarity" [ours]. grid: cells a side that channels
+    are pooled to, at most 1024. memory: how much of earlier batches' class statistics stays, in
+    [0, 1].
     """
 
     name: ClassVar[str] = "acp-sl"
-    score: Literal["fisher", "between", "similarity"] = "fisher"
+    score: Literal["fisher", "between", "distinct", "similarity"] = "fisher"
     grid: int = Field(default=4, ge=1, le=1024)
     memory: float = Field(default=0.9, ge=0, le=1)
 
@@ -117,6 +118,7 @@ class ACPSL(ChannelChoice):
         forms = {
             "fisher": channels.fisher,
             "between": channels.between,
+            "distinct": channels.distinct,
             "similarity": channels.similarity,
         }
         return LabelAware(forms[self.score], classes, self.grid, self.memory)

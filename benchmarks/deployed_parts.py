@@ -1,0 +1,86 @@
+"""Parts of a deployment that `benchmarks/deployed.py` measures: a site that answers with bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from nvflare.collab import collab
+
+from sluiceway.engines.carrying import Answer, Ask
+from sluiceway.engines.nvflare.carrier import NvflareCarrier
+from sluiceway.engines.nvflare.names import BROUGHT, typed
+from sluiceway.engines.nvflare.plain import refuse_tensors
+from sluiceway.engines.nvflare.relay import Relay
+from sluiceway.engines.nvflare.worker import serve
+
+refuse_tensors()
+
+#: Bytes that are written at a time.
+BLOCK = 1 << 20
+
+
+class Bytes:
+    """A site that answers with a message of the length it is asked for."""
+
+    def answer(self, ask: Ask, folder: Path) -> Answer:
+        """Write `size` bytes, no two blocks of which are the same."""
+        left, path = int(ask.facts["size"]), folder / "answer"
+        block = os.urandom(BLOCK)
+        with path.open("wb") as file:
+            while left:
+                file.write((left.to_bytes(8, "little") + block)[: min(BLOCK, left)])
+                left -= min(BLOCK, left)
+        return Answer({}, path)
+
+
+class BytesRelay(Relay):
+    """Hands asks to `Bytes`."""
+
+    def command(self) -> list[str]:
+        """What starts it."""
+        return [sys.executable, "-m", "benchmarks.deployed_parts"]
+
+
+class Clock:
+    """Asks the first site for messages of some lengths, and notes how long each took.
+
+    Args:
+        sizes: bytes of each.
+    """
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    @typed(collab.main)
+    def conduct(self) -> None:
+        """Called by NVFlare."""
+        proxy = collab.clients[0]
+        brought = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / BROUGHT
+        brought.mkdir(exist_ok=True)
+        found = [{"size": size, "seconds": asked(proxy, size)} for size in [1, *self.sizes]]
+        (brought / "times.json").write_text(json.dumps(found[1:]), encoding="utf-8")
+
+
+def asked(proxy: Any, size: int) -> float:
+    """Seconds until a message of that length is here."""
+    carrier = NvflareCarrier([proxy], [str(proxy.name)])
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        for _, answer in carrier.ask({0: Ask("bytes", {"size": size})}, Path(folder)):
+            if not isinstance(answer, Answer) or answer.message is None:
+                raise RuntimeError(f"{size} bytes: {answer}")
+            if answer.message.stat().st_size != size:
+                raise RuntimeError(f"{size} bytes came as {answer.message.stat().st_size}")
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(Bytes(), sys.stdin, answers)
