@@ -80,7 +80,7 @@ class Relay:
 
 
 class Memory(threading.Thread):
-    """Most memory that a deployment's processes took, by program and all at once; and their work."""
+    """Most memory that a deployment's processes took, by program and at once; and their work."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
