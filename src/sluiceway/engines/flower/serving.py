@@ -24,13 +24,14 @@ from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
 from sluiceway.federated.checkpoints import CheckpointError, StorageError
 from sluiceway.federated.guards import RunFailed
+from sluiceway.federated.joining import JoinError
 from sluiceway.federated.rounds import Record
 from sluiceway.federated.stopping import graceful_stop
 from sluiceway.moe import NoExpertsError
 
 #: What may end a run with a line that is meant for people, by the name that is told of it.
 ENDS: dict[str, tuple[type[BaseException], ...]] = {
-    "input": (InputError, DataError, NoExpertsError, CheckpointError),
+    "input": (InputError, DataError, NoExpertsError, CheckpointError, JoinError),
     "storage": (StorageError,),
     "failed": (RunFailed,),
     "stopped": (KeyboardInterrupt,),
@@ -95,7 +96,8 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
     teller.tell("process", os.getpid())
     try:
         recipe, out = chosen(config)
-        with graceful_stop(teller.progress().say):
+        # Who started a trial says itself that it stops.
+        with graceful_stop() if teller.path else graceful_stop(teller.progress().say):
             run(
                 recipe,
                 out,
