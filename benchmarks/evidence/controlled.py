@@ -51,6 +51,7 @@ METHODS: dict[str, Callable[[], Strategy]] = {
     "fedmoe": FedMoE,
     "median": lambda: Median(FedAvg()),
     "fedalign-moe": FedAlignMoE,
+    "weights = select": lambda: FedAlignMoE(weights="select"),
     "gates alone": lambda: FedAlignMoE(semantic=False),
     "match = meaning": lambda: FedAlignMoE(match="meaning"),
     "match, FedAvg": lambda: FedAlignMoE(

@@ -44,18 +44,20 @@ def panels(
     figure, axes = plt.subplots(
         rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
-    colours = plt.get_cmap("tab10")
+    drawn = [m for m in methods if any(runs[setting].get(m) for setting in shown)]
+    palette = [*plt.get_cmap("tab10").colors, "black", "gold", "teal"]  # type: ignore[attr-defined]
+    colours = {method: palette[i % len(palette)] for i, method in enumerate(drawn)}
     for place, setting in zip(axes.flat, shown, strict=False):
-        for index, method in enumerate(methods):
+        for method in drawn:
             mine = runs[setting].get(method)
             if not mine:
                 continue
             x, accuracies = points(mine)
             found = [Interval.of(list(column)) for column in accuracies.T]
             mean, half = (np.array([getattr(f, name) for f in found]) for name in ("mean", "half"))
-            place.plot(x, mean, color=colours(index % 10), label=method, linewidth=1.6)
+            place.plot(x, mean, color=colours[method], label=method, linewidth=1.6)
             place.fill_between(
-                x, mean - half, mean + half, color=colours(index % 10), alpha=0.08, linewidth=0
+                x, mean - half, mean + half, color=colours[method], alpha=0.08, linewidth=0
             )
             place.set_ylim(*limits(place, mean))
         if log:

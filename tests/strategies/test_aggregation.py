@@ -207,7 +207,9 @@ def test_the_order_of_updates_changes_nothing_beyond_rounding(order: list[int], 
         torch.testing.assert_close(other.tensors[key], tensor, atol=2e-6, rtol=1e-5)
 
 
-def fedalign_by_loop(updates: list[Update], r_g: Tensor | None) -> tuple[dict, Tensor]:
+def fedalign_by_loop(
+    updates: list[Update], r_g: Tensor | None, weights: str
+) -> tuple[dict, Tensor]:
     """Docs/methods.md in plain loops and float64: weights, aggregate, new global routing."""
     n = len(updates)
     r = [u.routing[0].routing.double() for u in updates]
@@ -245,11 +247,18 @@ def fedalign_by_loop(updates: list[Update], r_g: Tensor | None) -> tuple[dict, T
         mean = sum(pairs) / len(pairs) if pairs else 0.0
         tau = mean - math.sqrt(sum((p - mean) ** 2 for p in pairs) / len(pairs)) if pairs else 0.0
         q = load[:, e] / load[:, e].sum().clamp_min(1)
+        near = {
+            (i, j): 1.0 if i == j else value[i, j] if value[i, j] >= tau - 1e-9 else 0.0
+            for i in active
+            for j in active
+        }
         for i in active:
-            near = q[i] + sum(
-                value[i, j] * q[j] for j in active if j != i and value[i, j] >= tau - 1e-9
-            )
-            expert[i, e] = q[i] * near
+            of_i = sum(near[i, j] * q[j] for j in active)
+            for j in active:
+                if weights == "select":
+                    expert[i, e] += q[i] * near[i, j] * q[j]
+                else:  # the update of j has a share in what stands for i's
+                    expert[j, e] += q[i] * near[i, j] * q[j] / of_i
         expert[:, e] /= expert[:, e].sum().clamp_min(1e-30)
 
     def weight(u: Update, key: str) -> float | Tensor:
@@ -262,9 +271,10 @@ def fedalign_by_loop(updates: list[Update], r_g: Tensor | None) -> tuple[dict, T
     return mean_by_loop(updates, weight), new_r / new_r.sum()
 
 
-def test_fedalign_moe_is_what_the_documentation_says_over_two_rounds() -> None:
-    made, updates = ready("fedalign-moe"), several()
-    wanted, r_g = fedalign_by_loop(updates, None)
+@pytest.mark.parametrize("weights", ["select", "smooth"])
+def test_fedalign_moe_is_what_the_documentation_says_over_two_rounds(weights: str) -> None:
+    made, updates = ready("fedalign-moe", weights=weights), several()
+    wanted, r_g = fedalign_by_loop(updates, None, weights)
     made.aggregate(iter(updates))
     assert_pieces(made, wanted)
     assert isinstance(made, FedAlignMoE)

@@ -61,7 +61,7 @@ class FedAlignMoE(FedAvg):
     reference: Literal["marginal", "conditional"] = "conditional"
     gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
     match: Literal["index", "meaning"] = "index"
-    weights: Literal["select", "smooth"] = "select"
+    weights: Literal["select", "smooth"] = "smooth"
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
 
