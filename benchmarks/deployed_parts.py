@@ -13,7 +13,9 @@ from typing import Any
 from nvflare.collab import collab
 
 from sluiceway.engines.carrying import Answer, Ask
+from sluiceway.engines.gate import Dialler
 from sluiceway.engines.nvflare.carrier import NvflareCarrier
+from sluiceway.engines.nvflare.kits import read_kit
 from sluiceway.engines.nvflare.names import BROUGHT, typed
 from sluiceway.engines.nvflare.plain import refuse_tensors
 from sluiceway.engines.nvflare.relay import Relay
@@ -51,11 +53,12 @@ class Clock:
     """Asks the first site for messages of some lengths, and notes how long each took.
 
     Args:
-        sizes: bytes of each.
+        both: bytes of messages that go there, and of answers that come back.
+        back: bytes of answers to asks without a message.
     """
 
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
+    def __init__(self, both: list[int], back: list[int]) -> None:
+        self.both, self.back = both, back
 
     @typed(collab.main)
     def conduct(self) -> None:
@@ -63,16 +66,23 @@ class Clock:
         proxy = collab.clients[0]
         brought = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / BROUGHT
         brought.mkdir(exist_ok=True)
-        found = [{"size": size, "seconds": asked(proxy, size)} for size in [1, *self.sizes]]
-        (brought / "times.json").write_text(json.dumps(found[1:]), encoding="utf-8")
+        asked(proxy, 1, there=False)  # the site's process is up from here on
+        found = {
+            "both": [asked(proxy, size, there=True) for size in self.both],
+            "back": [asked(proxy, size, there=False) for size in self.back],
+        }
+        (brought / "times.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def asked(proxy: Any, size: int) -> float:
-    """Seconds until a message of that length is here."""
+def asked(proxy: Any, size: int, there: bool) -> float:
+    """Seconds until a message of that length is here, after one went there or not."""
     carrier = NvflareCarrier([proxy], [str(proxy.name)])
     with tempfile.TemporaryDirectory() as folder:
+        message = Path(folder) / "ask"
+        message.write_bytes(bytes(size if there else 0))
+        ask = Ask("bytes", {"size": size}, message if there else None)
         began = time.perf_counter()
-        for _, answer in carrier.ask({0: Ask("bytes", {"size": size})}, Path(folder)):
+        for _, answer in carrier.ask({0: ask}, Path(folder)):
             if not isinstance(answer, Answer) or answer.message is None:
                 raise RuntimeError(f"{size} bytes: {answer}")
             if answer.message.stat().st_size != size:
@@ -80,7 +90,21 @@ def asked(proxy: Any, size: int) -> float:
         return time.perf_counter() - began
 
 
-if __name__ == "__main__":
+def echo(kit: Path, port: int) -> None:
+    """Dial the gate at a port of this machine, and send back what comes, until ended."""
+    answered = Dialler(read_kit(kit).keys, "localhost", port, lambda facts, body: (facts, body))
+    answered.thread.join()
+
+
+def bring() -> None:
+    """Be a site's process that answers with bytes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(Bytes(), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["echo"]:
+        echo(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        bring()

@@ -80,13 +80,14 @@ class Relay:
 
 
 class Memory(threading.Thread):
-    """Most memory that the processes of a deployment took: by program, and all at once."""
+    """Most memory that a deployment's processes took, by program and at once; and their work."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
         self.mark = f"FLWR_HOME={folder}".encode()
         self.going = True
         self.peaks: dict[str, int] = defaultdict(int)
+        self.worked: dict[str, float] = {}
 
     def run(self) -> None:
         names: dict[str, str] = {}
@@ -98,6 +99,7 @@ class Memory(threading.Thread):
                         names[path.name] = self.program(path)
                     if names[path.name]:
                         now[names[path.name]] += anonymous(path)
+                        self.worked[path.name] = worked(path)
                 except OSError:
                     names.pop(path.name, None)
             now["all at once"] = sum(now.values())
@@ -117,6 +119,12 @@ def anonymous(path: Path) -> int:
     """Bytes that a process allocated (Linux)."""
     lines = (path / "status").read_text().splitlines()
     return next((int(text.split()[1]) << 10 for text in lines if text.startswith("RssAnon")), 0)
+
+
+def worked(path: Path) -> float:
+    """Seconds of a processor that a process has taken (Linux)."""
+    fields = (path / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -189,6 +197,7 @@ def big(gigabytes: float, piece: int) -> None:
         "update, GB": size / 1e9,
         "pieces of, MiB": piece,
         "seconds": found["seconds"],
+        "seconds of a processor, start and end included": sum(memory.worked.values()),
         "on the socket, GB": (relay.up + relay.down) / 1e9,
         "the SuperLink's database, GB": base / 1e9,
     }

@@ -77,7 +77,9 @@ def add_deploy(
     step.add_argument("recipe", help="a shipped recipe's name, or a TOML file")
     step.add_argument("--kit", type=Path, required=True, metavar="KIT", help="the admin's")
     step.add_argument("--sites", metavar="A,B,C", help="by client number; else all, by name")
-    step.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="for sites")
+    step.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="for the server and sites"
+    )
     settings(step)
     step.add_argument("--resume", action="store_true", help="continue the run of that name")
     step.add_argument("--force", action="store_true", help="replace the run of that name")
@@ -130,7 +132,7 @@ def submit_command(args: argparse.Namespace) -> None:
     with (
         shown() as progress,
         stoppable(progress, f"; continue with --out {out} --resume"),
-        desk.opened(kits.read_kit(args.kit)) as session,
+        desk.opened(kits.read_kit(args.kit), args.wait) as session,
     ):
         sites = args.sites.split(",") if args.sites else sorted(session.sites())
         order = submitting.Order(recipe, out.name, sites, args.resume, args.force, args.wait)

@@ -33,7 +33,6 @@ class Node:
     app: ClientApp
     config: dict[str, Any] = field(default_factory=dict)
     online: bool = True
-    since: str = "2026-01-01"
     deaf: bool = False  # takes messages and never answers
     gone: bool = False  # Flower answers in its place
 
@@ -67,7 +66,7 @@ class DoubleGrid(Grid):
 
     def get_nodes(self) -> list[NodeInfo]:
         return [
-            NodeInfo(node_id=number, name=node.name, last_activated_at=node.since)
+            NodeInfo(node_id=number, name=node.name)
             for number, node in self.nodes.items()
             if node.online
         ]

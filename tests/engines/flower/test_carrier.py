@@ -127,27 +127,6 @@ def test_lost_sites_are_named_and_the_others_answer(tmp_path):
     assert found[3].facts == {"name": "d", "told": 3}
 
 
-def test_a_request_is_sent_again_to_a_supernode_that_was_started_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(carriers, "LOOK", 0.05)
-    grid = world(tmp_path, "a")
-    [node] = grid.nodes.values()
-    node.deaf = True
-    looks = []
-
-    def get_nodes(plain=grid.get_nodes):
-        looks.append(None)
-        if len(looks) == 4:
-            grid.waiting.clear()
-            node.deaf, node.since = False, "2026-01-02"
-        return plain()
-
-    grid.get_nodes = get_nodes
-    path = tmp_path / "file"
-    path.write_bytes(b"123")
-    found = asked(grid, tmp_path, {0: Ask("hi", {"told": 0}, path)}, piece=2)
-    assert found[0].message.read_bytes() == b"123123"
-
-
 def test_another_number_of_supernodes_is_refused(tmp_path):
     grid = world(tmp_path, "a", "b")
     with pytest.raises(InputError, match=r"2 SuperNodes are connected \(a, b\); data.clients = 3"):

@@ -39,6 +39,12 @@ def test_damaged_swapped_and_surplus_chunks_are_refused(tmp_path: Path) -> None:
         inbox.add(second)
 
 
+def test_a_message_of_an_impossible_length_is_refused_before_it_comes(tmp_path: Path) -> None:
+    for size, why in ((-1, "cannot have"), (1 << 60, "no room")):
+        with pytest.raises(ChunkError, match=why):
+            Inbox(tmp_path / "copy", size)
+
+
 @pytest.mark.parametrize("found", [None, b"x", {}, {"data": "x", "digest": b""}, {"data": b""}])
 def test_what_is_no_chunk_is_refused(found: object) -> None:
     with pytest.raises(ChunkError):

@@ -24,7 +24,7 @@ from sluiceway.engines.nvflare.kits import Keys, provision
 from sluiceway.engines.nvflare.submitting import Order, sent, submit
 from sluiceway.engines.nvflare.trial import STARTING, Deployment, running, site_files
 from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.recipe import Recipe, recipe_from
+from sluiceway.experiment.recipe import Recipe, load_recipe, recipe_from
 from sluiceway.experiment.run import run
 
 SITES = ["north", "south"]
@@ -110,6 +110,19 @@ def test_a_site_that_was_killed_is_named_and_comes_back(
     for record in rounds:
         assert list(record["failed"]) in ([], ["1"]), record
     assert json.loads((folder / "summary.json").read_text())["failed"][0]["client"] == 1
+
+
+def test_a_split_run_gives_the_embedded_numbers(
+    deployment: Deployment, split_recipe: Path, tmp_path: Path
+) -> None:
+    settings = ["data.clients=2", "run.rounds=2", "method.name=acp-sl"]
+    _, embedded = run(load_recipe(str(split_recipe), settings))
+    recipe = load_recipe(str(split_recipe), [*settings, "run.engine=nvflare"])
+    with opened(deployment.admin, STARTING) as desk:
+        submit(desk, Order(recipe, "split", SITES, wait=STARTING), tmp_path / "home", print)
+    summary = json.loads((tmp_path / "home" / "summary.json").read_text())
+    for key in ("accuracy_by_round", "bytes_up", "bytes_down", "failed_updates"):
+        assert summary[key] == embedded[key], key
 
 
 def test_a_site_with_other_shapes_is_refused_in_one_line(

@@ -25,26 +25,22 @@ from sluiceway.oneline import line
 
 #: The type of our messages, which a ClientApp has a function for.
 MESSAGE_TYPE: Final = "query.sluiceway"
-#: Seconds between two looks at whether answers came, and at which nodes there are.
+#: Seconds between two looks at whether answers came.
 TICK: Final = 0.25
-LOOK: Final = 5.0
 #: Messages on the way to one site at once: the next is there when its node looks for it.
 WINDOW: Final = 2
-#: How often a request is sent again because its SuperNode was started anew.
-REPEATS: Final = 2
 
 
 @dataclass(frozen=True)
 class Node:
-    """A SuperNode: the name it was registered by (else its id), its id, and since when it runs."""
+    """A SuperNode: the name it was registered by (else its id), and its id."""
 
     name: str
     number: int
-    since: str
 
     @classmethod
     def of(cls, info: NodeInfo) -> Node:
-        return cls(info.name or str(info.node_id), info.node_id, info.last_activated_at)
+        return cls(info.name or str(info.node_id), info.node_id)
 
 
 class GridCarrier:
@@ -92,8 +88,7 @@ class GridCarrier:
             if node is None:
                 yield number, Lost(f"SuperNode {self.sites[number]} is not connected")
             else:
-                open_ones[number] = Exchange(ask, node.number, node.since, folder, self.piece)
-        looked = time.monotonic()
+                open_ones[number] = Exchange(ask, node.number, folder, self.piece)
         while open_ones:
             check_stop()
             now = dict(islice(open_ones.items(), self.at_once))
@@ -105,9 +100,6 @@ class GridCarrier:
                     yield number, found
             if time.monotonic() > deadline:
                 break
-            if time.monotonic() - looked > LOOK:
-                looked = time.monotonic()
-                self._renew(now)
             time.sleep(TICK)
         for number, exchange in open_ones.items():
             exchange.drop()
@@ -150,17 +142,6 @@ class GridCarrier:
             if exchange.done is not None:
                 return exchange.done
         return exchange.done
-
-    def _renew(self, exchanges: Mapping[int, Exchange]) -> None:
-        """Send again what a SuperNode had that was started anew, for it is answered no more."""
-        here = self._here()
-        for exchange in exchanges.values():
-            node = here.get(exchange.node)
-            if node is not None and node.since != exchange.since:
-                if exchange.turns >= REPEATS:
-                    exchange.fail("its SuperNode was started anew again and again")
-                else:
-                    exchange.restart(node.since)
 
     def _here(self) -> dict[int, Node]:
         """The SuperNodes that are connected, by id."""

@@ -27,6 +27,9 @@ from sluiceway.oneline import line
 #: Seconds in which a SuperLink must be there, and processes must have ended.
 START, END = 60.0, 10.0
 HERE: Final = "127.0.0.1"
+#: Names of processes; the others are SuperNodes, by the names of their keys.
+SUPERLINK: Final = "superlink"
+SUPEREXEC: Final = "superexec"
 #: The name of the SuperLink in Flower's own configuration.
 LINK: Final = "trial"
 
@@ -84,7 +87,7 @@ class Deployment:
         """
         paths = self.certificates
         self.start(
-            "superlink",
+            SUPERLINK,
             "flower-superlink",
             *("--host", HERE, "--port", str(self.port)),
             *("--ssl-certfile", paths.certificate, "--ssl-keyfile", paths.key),
@@ -93,12 +96,12 @@ class Deployment:
             *("--superexec-auth-secret-file", self.folder / "executor.secret"),
             "--enable-supernode-auth",
         )
-        self.wait_for_port("superlink", self.port)
+        self.wait_for_port(SUPERLINK, self.port)
 
     def start_executor(self) -> None:
         """Start what starts the ServerApp; apart from the SuperLink, so as to outlive it."""
         self.start(
-            "superexec",
+            SUPEREXEC,
             "flower-superexec",
             *("--runtime-api-address", self.address),
             *("--root-certificates", self.certificates.authority),

@@ -20,36 +20,25 @@ class Exchange:
     Args:
         ask: what is sent.
         node: Flower's id of the SuperNode.
-        since: when the SuperNode was started.
         folder: for the file of the answer.
         piece: bytes of the request's file in one message, at most.
 
     Attributes:
         going: Flower's ids of messages that have no answer yet.
         done: how it ended, None before.
-        turns: how often it began anew.
     """
 
-    def __init__(self, ask: Ask, node: int, since: str, folder: Path, piece: int) -> None:
-        self.ask, self.node, self.since = ask, node, since
-        self.piece = piece
+    def __init__(self, ask: Ask, node: int, folder: Path, piece: int) -> None:
+        self.ask, self.node, self.piece = ask, node, piece
         self.size = length(ask.message)
         self.target = folder / uuid.uuid4().hex
-        self.turns = -1
-        self.done: Answer | Lost | None = None
-        self.restart(since)
-
-    def restart(self, since: str) -> None:
-        """Begin anew, with a SuperNode that was started at `since`."""
-        self.since = since
-        self.turns += 1
         self.transfer = uuid.uuid4().hex
         self.going: list[str] = []
+        self.done: Answer | Lost | None = None
         self.sent: int | None = None
         self.first: Parcel | None = None
         self.wanted = 0
         self.early: dict[int, Parcel] = {}
-        self.target.unlink(missing_ok=True)
 
     def next(self) -> Parcel | None:
         """What is to be sent now; None while there is nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid
 
 from sluiceway.data import DataError
 from sluiceway.engines.flower.carrier import GridCarrier
+from sluiceway.engines.flower.keeper import watch
 from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import Recipe, load_recipe
@@ -22,13 +24,14 @@ from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
 from sluiceway.federated.checkpoints import CheckpointError, StorageError
 from sluiceway.federated.guards import RunFailed
+from sluiceway.federated.joining import JoinError
 from sluiceway.federated.rounds import Record
 from sluiceway.federated.stopping import graceful_stop
 from sluiceway.moe import NoExpertsError
 
 #: What may end a run with a line that is meant for people, by the name that is told of it.
 ENDS: dict[str, tuple[type[BaseException], ...]] = {
-    "input": (InputError, DataError, NoExpertsError, CheckpointError),
+    "input": (InputError, DataError, NoExpertsError, CheckpointError, JoinError),
     "storage": (StorageError,),
     "failed": (RunFailed,),
     "stopped": (KeyboardInterrupt,),
@@ -87,24 +90,21 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
         InputError and others of `ENDS`: the run did not reach its end; told before.
     """
     teller = Teller(Path(str(config["told"])) if config["told"] else None)
+    if teller.path is not None:
+        # Flower would only interrupt it, and that waits for a SuperLink that is gone too.
+        threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
     teller.tell("process", os.getpid())
     try:
         recipe, out = chosen(config)
-        with graceful_stop(teller.progress().say):
-            carrier = GridCarrier(
-                grid,
-                recipe.data.clients,
-                patience=float(config["patience"]),
-                at_once=int(config["at-once"]),
-                piece=int(config["piece-mb"]) << 20,
-            )
+        # Who started a trial says itself that it stops.
+        with graceful_stop() if teller.path else graceful_stop(teller.progress().say):
             run(
                 recipe,
                 out,
                 resume=bool(config["resume"]),
                 force=bool(config["force"]),
                 progress=teller.progress(),
-                carrier=carrier,
+                carrier=carrier_of(grid, config, recipe.data.clients),
             )
         write_report([out])
         teller.tell("end", "")
@@ -114,6 +114,17 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
         if kind == "stopped" and teller.path is not None:
             return
         raise
+
+
+def carrier_of(grid: Grid, config: Mapping[str, UserConfigValue], clients: int) -> GridCarrier:
+    """The way to the SuperNodes. Raises InputError."""
+    return GridCarrier(
+        grid,
+        clients,
+        patience=float(config["patience"]),
+        at_once=int(config["at-once"]),
+        piece=int(config["piece-mb"]) << 20,
+    )
 
 
 def chosen(config: Mapping[str, UserConfigValue]) -> tuple[Recipe, Path]:

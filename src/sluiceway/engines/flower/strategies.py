@@ -52,38 +52,56 @@ class Named(Adapter):
 
 
 class FedAlignMoE(Named):
+    """`sluiceway.strategies.FedAlignMoE` in Flower's loop."""
+
     kind = rules.FedAlignMoE
 
 
 class FedAvg(Named):
+    """`sluiceway.strategies.FedAvg` in Flower's loop."""
+
     kind = rules.FedAvg
 
 
 class FedProx(Named):
+    """`sluiceway.strategies.FedProx` in Flower's loop."""
+
     kind = rules.FedProx
 
 
 class FedMoE(Named):
+    """`sluiceway.strategies.FedMoE` in Flower's loop."""
+
     kind = rules.FedMoE
 
 
 class Usage(Named):
+    """`sluiceway.strategies.Usage` in Flower's loop."""
+
     kind = rules.Usage
 
 
 class NonExpert(Named):
+    """`sluiceway.strategies.NonExpert` in Flower's loop."""
+
     kind = rules.NonExpert
 
 
 class FrozenGate(Named):
+    """`sluiceway.strategies.FrozenGate` in Flower's loop."""
+
     kind = rules.FrozenGate
 
 
 class Scaffold(Named):
+    """`sluiceway.strategies.Scaffold` in Flower's loop."""
+
     kind = rules.Scaffold
 
 
 class FedAdam(Named):
+    """`sluiceway.strategies.FedAdam` in Flower's loop."""
+
     kind = rules.FedAdam
 
 

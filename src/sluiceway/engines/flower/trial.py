@@ -14,7 +14,14 @@ from typing import Any, Final, NoReturn
 import tomli_w
 
 from sluiceway.engines.flower.apps import DEFAULTS, IDLE
-from sluiceway.engines.flower.deployment import HERE, Deployment, DeploymentError, write_app
+from sluiceway.engines.flower.deployment import (
+    HERE,
+    SUPEREXEC,
+    SUPERLINK,
+    Deployment,
+    DeploymentError,
+    write_app,
+)
 from sluiceway.engines.flower.serving import heard
 from sluiceway.engines.scratch import scratch_folder
 from sluiceway.experiment.errors import InputError
@@ -24,11 +31,14 @@ from sluiceway.experiment.session import Progress
 from sluiceway.federated.checkpoints import StorageError
 from sluiceway.federated.guards import RunFailed
 from sluiceway.federated.stopping import Stopped, check_stop
+from sluiceway.oneline import line
 
 #: Seconds between two looks at what the ServerApp told, and at whether all processes are there.
 TICK: Final = 0.2
-#: Seconds that a ServerApp may take to begin, and to end the step in hand when it is to stop.
-BEGIN, LAST_STEP = 120.0, 600.0
+#: Seconds without a word from the ServerApp after which the SuperLink is asked how it is, and that
+#: it may take for the step in hand when it is to stop.
+QUIET: Final = 20.0
+LAST_STEP: Final = 600.0
 
 #: Most clients whose sites stay open between rounds: each holds the model in memory, half a GB and
 #: more. Of more clients, a site is opened for its turn and closed after it.
@@ -127,11 +137,12 @@ def shared_site(folder: Path, recipe: Recipe) -> Path:
 
 def followed(flower: Deployment, run: str, told: Path, progress: Progress) -> None:
     """Pass on what the ServerApp of a run tells, until it ends. Raises what it ended with."""
-    began = time.monotonic()
-    process, at, stop_by = 0, 0, float("inf")
+    process, at = 0, 0
+    quiet, stop_by = time.monotonic(), float("inf")
     while True:
         lines, at = new_lines(told, at)
         for what, value in lines:
+            quiet = time.monotonic()
             if what == "process":
                 process = int(value)
             elif what in OUTCOMES:
@@ -146,13 +157,32 @@ def followed(flower: Deployment, run: str, told: Path, progress: Progress) -> No
             if stop_by == float("inf"):
                 stop_by = time.monotonic() + LAST_STEP
                 os.kill(process, signal.SIGTERM)
-        if gone := flower.ended():
-            raise RunFailed(f"{gone} ended: {flower.last_words(gone)}")
-        if process and not lines and not alive(process) and not new_lines(told, at)[0]:
-            raise RunFailed(f"the ServerApp ended: {' '.join(flower.status(run))}")
-        if not process and time.monotonic() - began > BEGIN:
-            raise RunFailed(f"no ServerApp began: {' '.join(flower.status(run))}")
+        require_running(flower, progress)
+        if not lines and time.monotonic() - quiet > QUIET:
+            quiet = time.monotonic()
+            require_unfinished(flower, run, told, at)
         time.sleep(TICK)
+
+
+def require_running(flower: Deployment, progress: Progress) -> None:
+    """Say which SuperNode ended, for a run does without it. Raises RunFailed for other parts."""
+    gone = flower.ended()
+    if gone is None:
+        return
+    if gone in (SUPERLINK, SUPEREXEC):
+        raise RunFailed(f"{gone} ended: {flower.last_words(gone)}")
+    progress.say(f"{gone} ended: {flower.last_words(gone)}")
+    flower.stop(gone)
+
+
+def require_unfinished(flower: Deployment, run: str, told: Path, at: int) -> None:
+    """Raise RunFailed if the ServerApp ended without having told so."""
+    try:
+        status, details = flower.status(run)
+    except DeploymentError:
+        return  # a SuperLink that is being started anew
+    if status.startswith("finished") and not new_lines(told, at)[0]:
+        raise RunFailed(f"the ServerApp ended: {line(details or status)}")
 
 
 def new_lines(path: Path, at: int) -> tuple[list[tuple[str, Any]], int]:
@@ -163,16 +193,7 @@ def new_lines(path: Path, at: int) -> tuple[list[tuple[str, Any]], int]:
         file.seek(at)
         fresh = file.read()
     whole = fresh[: fresh.rfind(b"\n") + 1]
-    return [tuple(json.loads(line)) for line in whole.splitlines()], at + len(whole)
-
-
-def alive(process: int) -> bool:
-    """Whether there is such a process."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return [tuple(json.loads(text)) for text in whole.splitlines()], at + len(whole)
 
 
 def raising(kind: Callable[[str], BaseException]) -> Callable[[str], NoReturn]:

@@ -16,13 +16,15 @@ from nvflare.collab.api.exceptions import RunAborted
 
 from sluiceway.engines.carrying import Answer, Ask
 from sluiceway.engines.nvflare.chunks import ChunkError, Inbox, chunk_from, chunks_of
-from sluiceway.engines.nvflare.names import GRACE, PATIENCE
+from sluiceway.engines.nvflare.names import CARRYING, GRACE, PATIENCE
 from sluiceway.engines.pool import Lost
 from sluiceway.federated.stopping import Stopped, check_stop
 from sluiceway.oneline import line
 
 #: Seconds between looks at whether the run is to stop.
 TICK = 0.2
+#: Bytes of a message that goes along with its ask.
+AT_ONCE = 64 << 10
 #: Messages that cross at a time, so that chunks of many sites do not fill the memory.
 CROSSING = 4
 
@@ -134,7 +136,8 @@ class Call:
         """Bring the ask and its message to the site, which begins to work."""
         size = ask.message.stat().st_size if ask.message else -1
         parts = chunks_of(ask.message) if ask.message else iter(())
-        first = next(parts, None)
+        # A message of any size waits until the site has said that it is there.
+        first = next(parts, None) if size <= AT_ONCE else None
         data, digest = (first.data, first.digest) if first else (b"", b"")
         facts = json.dumps(dict(ask.facts))
         self.call("give", what=ask.what, facts=facts, size=size, data=data, digest=digest)
@@ -159,7 +162,7 @@ class Call:
         """
         if self.over.is_set():
             self.give_up("nobody waits for it any more")
-        seconds = PATIENCE + GRACE
+        seconds = CARRYING if method in ("add", "take") else PATIENCE + GRACE
         if self.until is not None:
             left = self.until - time.monotonic()
             seconds = min(seconds, max(left, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,8 @@ class Inbox:
     def __post_init__(self) -> None:
         if self.size < 0:
             raise ChunkError(f"a message cannot have {self.size} bytes")
+        if self.size > shutil.disk_usage(self.path.parent).free:
+            raise ChunkError(f"there is no room for a message of {self.size} bytes")
         self._running = hashlib.blake2b(digest_size=32)
         self.path.write_bytes(b"")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ def opened(kit: Kit, seconds: float = 10) -> Iterator[Desk]:
         raise InputError(f"{kit.folder} is a {kit.role}'s kit; submitting needs the admin's")
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
+    logging.getLogger().addHandler(logging.NullHandler())  # else NVFlare's warnings are printed
     until = time.monotonic() + seconds
     while True:
         check_stop()

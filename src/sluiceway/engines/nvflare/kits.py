@@ -177,7 +177,9 @@ def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
     settings = json.loads(default.read_text(encoding="utf-8"))
     settings |= {"class_list_enforcement_mode": "enforce", "class_allow_list": list(classes)}
     if party == "server":
-        keep_in(settings, folder)
+        for part in settings["components"]:
+            if part["id"] == "job_scheduler":
+                part["args"] |= {"min_schedule_interval": 1.0}  # look for jobs every second
     else:
         settings["allow_log_streaming"] = False
         parts = [part for part in settings["components"] if part["id"] != "site_log_streamer"]
@@ -192,15 +194,18 @@ def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
     write(local / "authorization.json", permissions)
 
 
-def keep_in(settings: dict[str, Any], folder: Path) -> None:
-    """Let the server keep its jobs inside its kit, and look for new ones every second."""
+def settle(kit: Kit) -> None:
+    """Let a server keep its jobs in its kit, wherever the kit has been brought."""
+    if kit.role != "server":
+        return
+    path = kit.folder / "local" / "resources.json"
+    settings = table_of(path)
     store = settings["snapshot_persistor"]["args"]["storage"]["args"]
-    store["root_dir"] = str(folder / "snapshots")
+    store["root_dir"] = str(kit.folder / "snapshots")
     for part in settings["components"]:
         if part["id"] == "job_manager":
-            part["args"]["uri_root"] = str(folder / "jobs")
-        if part["id"] == "job_scheduler":
-            part["args"] |= {"min_schedule_interval": 1.0}
+            part["args"]["uri_root"] = str(kit.folder / "jobs")
+    write(path, settings)
 
 
 def write(path: Path, table: dict[str, Any]) -> None:

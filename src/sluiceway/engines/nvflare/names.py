@@ -8,11 +8,13 @@ from typing import Any, Final, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Bytes of a message that cross in one call. NVFlare holds a few copies of them at each end.
-CHUNK: Final = 16 << 20
+CHUNK: Final = 8 << 20
 #: Seconds that a site holds back an answer to "are you done" before it says no.
 PATIENCE: Final = 5.0
-#: Seconds in which a site must answer any call beyond that; one that does not is away.
+#: Seconds in which a site must answer any call beyond that, and one that carries a chunk, which may
+#: have to pass a slow line together with those of others. One that does not is away.
 GRACE: Final = 15.0
+CARRYING: Final = 120.0
 
 #: Environment of a started kit: its folder, the site's own file, where the server keeps runs, and
 #: the address and port on which it takes the lines of split learning.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sluiceway.engines.nvflare.kits import ORG, Kit
+from sluiceway.engines.nvflare.kits import ORG, Kit, settle
 from sluiceway.engines.nvflare.names import GATE, KIT, RUNS, SITE
 from sluiceway.experiment.errors import InputError
 
@@ -62,6 +62,7 @@ def checked_gate(text: str) -> str:
 
 def start_here(kit: Kit, told: Mapping[str, str]) -> None:
     """Become NVFlare's process of this kit; does not return."""
-    os.environ.update(told)
     command = command_of(kit)
+    settle(kit)
+    os.environ.update(told)
     os.execv(command[0], command)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from sluiceway.engines.nvflare.desk import opened
-from sluiceway.engines.nvflare.kits import CLASSES, Kit, provision
+from sluiceway.engines.nvflare.kits import CLASSES, Kit, provision, settle
 from sluiceway.engines.nvflare.starting import command_of, environment_of
 from sluiceway.engines.nvflare.submitting import Order, submit
 from sluiceway.engines.scratch import scratch_folder
@@ -72,6 +72,7 @@ class Deployment:
         """Start the server, or a site with its file."""
         kit = self.kits[name]
         told = environment_of(kit, site, self.runs, "127.0.0.1:0")
+        settle(kit)
         with (kit.folder / "console.log").open("ab") as log:
             self.started[name] = subprocess.Popen(
                 command_of(kit),
