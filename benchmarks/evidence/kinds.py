@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pages import Runs, final, gaps, level, pooled, reached, table
+from pages import Runs, final, gaps, level, pooled, pools, reached, spent, table
 from pictures import by_megabytes, panels
 
 
@@ -28,9 +28,14 @@ def federated(runs: Runs, docs: Path) -> str:
     ]
     if others:
         parts += ["Other skews:", table(runs, others, methods_of(runs), final, "fedavg")]
+    parts += [
+        "What each form of FedAlign-MoE is ahead of a rival over all settings and seeds, mean of "
+        "the second half of the rounds, in points, paired, with the number of pairs:",
+        pools(runs, ours, methods_of(runs), level),
+    ]
     for name in ours:
         parts += [
-            f"`{name}` against the rivals, mean of the second half of the rounds, in points:",
+            f"The same for `{name}` by setting; the last column is over these:",
             gaps(runs, skewed, name, [m for m in methods_of(runs) if m not in ours], level),
         ]
     parts += [
@@ -93,13 +98,31 @@ def split(runs: Runs, docs: Path) -> str:
             table(runs, settings, names, final, "acp-sl"),
         ]
     parts += ["![accuracy by data sent](split.png)"]
-    compressed = [s for s in runs if not s.endswith(" 1x")]
-    rivals = [name for name in names if name not in ("acp-sl", "sl")]
+    compressed = {s: methods for s, methods in runs.items() if not s.endswith(" 1x")}
+    ours = [name for name in names if name.startswith("acp-sl")]
     parts += [
-        "`acp-sl` against its rivals, mean of the second half of the rounds, in points:",
-        gaps(runs, compressed, "acp-sl", rivals, level),
+        "What ACP-SL is ahead of a rival over all settings with less traffic and all seeds, mean "
+        "of the second half of the rounds, in points, paired, with the number of pairs:",
+        pools(compressed, ours, [name for name in names if name != "sl"], level),
+        "Megabytes, both directions, until 95 % of the level of `sl` is reached (the mean over "
+        "seeds; inf: not by all):",
+        costs(by_group(runs), list(groups), lines),
     ]
     return "\n\n".join(parts)
+
+
+def costs(runs: Runs, groups: Sequence[str], names: Sequence[str]) -> str:
+    """What it costs to come near uncompressed training, by setting."""
+    columns = []
+    for group in groups:
+        whole = runs[group].get("sl 1x")
+        if not whole:
+            continue
+        target = 0.95 * float(np.mean([level(run) for run in whole.values()]))
+        columns.append(
+            table(runs, [group], names, spent(target), "sl 1x", tenths, best=min, spread=False)
+        )
+    return side_by_side(columns)
 
 
 LEVELS = ("1x", "8x", "32x", "128x")

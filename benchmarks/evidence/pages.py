@@ -145,6 +145,16 @@ def pooled(runs: Runs, settings: Sequence[str], ours: str, rival: str, value: Va
     return f"{gap.mean:+.1f} ± {gap.half:.1f} ({len(found)})"
 
 
+def pools(runs: Runs, ours: Sequence[str], rivals: Sequence[str], value: Value) -> str:
+    """Markdown: what each of `ours` is ahead of each rival, over all settings and seeds."""
+    lines = [f"| against | {' | '.join(ours)} |", f"|---|{'---:|' * len(ours)}"]
+    for rival in rivals:
+        cells = [pooled(runs, list(runs), name, rival, value) for name in ours]
+        if any(cells):
+            lines.append(f"| {rival} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def put(page: Path, name: str, text: str) -> None:
     """Replace what stands between the marks of a table in a page."""
     begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
