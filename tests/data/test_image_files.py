@@ -40,9 +40,9 @@ WHOLE = idx(np.arange(12).reshape(3, 4))
         (WHOLE[:-1], "has 11 values: its header says 12"),
         (WHOLE + b"x", "has more values: its header says 12"),
         (bytes([0, 0, 8, 3]) + b"\xff" * 12, "at most 1073741824 are read"),
-        (gzip.compress(WHOLE)[:-9], "cannot be read: "),
-        (gzip.compress(WHOLE)[:-4] + b"abcd", "cannot be read: "),
-        (gzip.compress(WHOLE)[:10] + b"\xff" * 20, "cannot be read: "),
+        (gzip.compress(WHOLE, mtime=0)[:-9], "cannot be read: "),
+        (gzip.compress(WHOLE, mtime=0)[:-4] + b"abcd", "cannot be read: "),
+        (gzip.compress(WHOLE, mtime=0)[:10] + b"\xff" * 20, "cannot be read: "),
     ],
 )
 def test_broken_idx(tmp_path: Path, content: bytes, message: str) -> None:
@@ -60,7 +60,7 @@ def test_no_idx_file(tmp_path: Path) -> None:
 
 def test_csv_rows_end_with_the_label(tmp_path: Path) -> None:
     path = tmp_path / "two.csv.gz"
-    path.write_bytes(gzip.compress(b"0,1,2,255,7\n9,8,7,6,0\n"))
+    path.write_bytes(gzip.compress(b"0,1,2,255,7\n9,8,7,6,0\n", mtime=0))
     table = read_csv_images(path, (1, 2, 2))
     assert table.images.tolist() == [[[[0, 1], [2, 255]]], [[[9, 8], [7, 6]]]]
     assert table.labels.tolist() == [7, 0]
@@ -87,7 +87,7 @@ def test_broken_csv(tmp_path: Path, content: str, message: str) -> None:
 
 def test_csv_that_is_no_gzip(tmp_path: Path) -> None:
     path = tmp_path / "bad.csv.gz"
-    for content in (b"1,2,3,4,0\n", gzip.compress(b"1,2,3,4,0\n")[:-9]):
+    for content in (b"1,2,3,4,0\n", gzip.compress(b"1,2,3,4,0\n", mtime=0)[:-9]):
         path.write_bytes(content)
         with pytest.raises(DataError, match="cannot be read"):
             read_csv_images(path, (1, 2, 2))
