@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,8 @@ class Gate:
         self.changed = threading.Condition()
         self.listener = socket.create_server((host, port))
         self.port: int = self.listener.getsockname()[1]
-        #: Those that were turned away, and why; the newest last.
-        self.turned_away: list[str] = []
+        #: The last hundred that were turned away, and why; the newest last.
+        self.turned_away: deque[str] = deque(maxlen=100)
         threading.Thread(target=self.accept, daemon=True).start()
 
     def __enter__(self) -> Self:

@@ -167,6 +167,11 @@ def joined(
     return torch.stack([widened(torch.tensor(counts[i]).long(), width) for i in asks])
 
 
+def states_needed(checkpoint: Checkpoint | None) -> int:
+    """States that a site must keep, so that it can go back as far as a checkpoint does."""
+    return 2 + (checkpoint.every * checkpoint.keep if checkpoint else 0)
+
+
 def counts_of(found: Answer, name: str) -> list[int]:
     """Examples of each class that a site says it holds. Raises JoinError."""
     counts = found.facts.get("label_counts")
@@ -213,7 +218,7 @@ def federate_remote(
     model.to(place)
     prepare(model, strategy, len(carrier.sites))
     counts = joined(carrier, facts, Card.of(strategy.tensors))
-    keep = 2 + (checkpoint.every * checkpoint.keep if checkpoint else 0)
+    keep = states_needed(checkpoint)
     with ExitStack() as stack:
         worker = stack.enter_context(
             standing(model, [], test, strategy, training, loss=loss, device=place, seed=plan.seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sluiceway.engines.carrying import Carrier
 from sluiceway.engines.gate import Doorway, Gate, Line, LineError
-from sluiceway.engines.remote import joined
+from sluiceway.engines.remote import joined, states_needed
 from sluiceway.federated.batches import Batch, Examples
 from sluiceway.federated.checkpoints import Checkpoint
 from sluiceway.federated.client import Loss, Optimisation
@@ -242,7 +242,7 @@ def split_remote(
                 gate,
                 {"classes": counts.shape[1]},
                 Card.of(exchanged_by_clients(both.halves)),
-                2 + (checkpoint.every * checkpoint.keep if checkpoint else 0),
+                states_needed(checkpoint),
                 timeout,
                 both.choice is not None and both.choice.masks == "client",
                 uuid.uuid4().hex,

@@ -120,15 +120,21 @@ def chosen_strategy(recipe: Recipe) -> tuple[Strategy, Training]:
     return strategy, training
 
 
-def check_rounds(recipe: Recipe, parts: Sequence[Sequence[Any]]) -> None:
-    """Raise InputError if too few clients hold examples."""
-    plan = Rounds(
+def plan_of(recipe: Recipe) -> Rounds:
+    """How many rounds there are, and who takes part."""
+    return Rounds(
         rounds=recipe.run.rounds,
         participation=recipe.run.participation,
+        seed=recipe.run.seed,
         min_clients=recipe.run.min_clients,
+        repeats=recipe.run.repeats,
     )
+
+
+def check_rounds(recipe: Recipe, parts: Sequence[Sequence[Any]]) -> None:
+    """Raise InputError if too few clients hold examples."""
     try:
-        plan.check([number for number, part in enumerate(parts) if len(part)])
+        plan_of(recipe).check([number for number, part in enumerate(parts) if len(part)])
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -167,8 +173,7 @@ def run_split(
     """Train an image classifier that is cut between clients and a server."""
     pictures, train, test = session.images(recipe.data, progress.say)
     parts = parts_of(recipe, pictures)
-    chosen, classes = recipe.model, len(pictures.label_names)
-    model = network(chosen.name, chosen.width, train.shape, classes=classes, seed=recipe.run.seed)
+    model = chosen_network(recipe, train.shape, len(pictures.label_names))
     method = chosen_compressor(recipe)
     assert recipe.model.cut is not None
     progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}")
@@ -197,6 +202,12 @@ def run_split(
     except ValueError as error:
         raise InputError(str(error)) from None
     return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
+
+
+def chosen_network(recipe: Recipe, shape: Sequence[int], classes: int) -> nn.Sequential:
+    """The network of a split recipe, for images of shape (C, H, W)."""
+    chosen = recipe.model
+    return network(chosen.name, chosen.width, shape, classes=classes, seed=recipe.run.seed)
 
 
 def chosen_compressor(recipe: Recipe) -> Compressor:

@@ -12,16 +12,16 @@ from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.kinds import (
     Outcome,
     chosen_compressor,
+    chosen_network,
     chosen_strategy,
     language_model,
-    network,
+    plan_of,
     split_facts,
 )
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.checkpoints import Checkpoint, CheckpointError
 from sluiceway.federated.joining import JoinError
-from sluiceway.federated.rounds import Rounds
 from sluiceway.strategies import STRATEGIES
 
 
@@ -86,8 +86,7 @@ def serve_split(
     pictures, train, test = session.images(recipe.data, progress.say)
     chosen = recipe.model
     assert chosen.cut is not None
-    outputs = len(pictures.label_names)
-    model = network(chosen.name, chosen.width, train.shape, classes=outputs, seed=recipe.run.seed)
+    model = chosen_network(recipe, train.shape, len(pictures.label_names))
     progress.say(
         f"model: {chosen.name} cut at {chosen.cut}, on {device}; sites: {', '.join(carrier.sites)}"
     )
@@ -116,17 +115,6 @@ def serve_split(
     except ValueError as error:
         raise InputError(str(error)) from None
     return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
-
-
-def plan_of(recipe: Recipe) -> Rounds:
-    """How many rounds there are, and who takes part."""
-    return Rounds(
-        rounds=recipe.run.rounds,
-        participation=recipe.run.participation,
-        seed=recipe.run.seed,
-        min_clients=recipe.run.min_clients,
-        repeats=recipe.run.repeats,
-    )
 
 
 def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sluiceway.engines.gate import Dialler, Keys
 from sluiceway.engines.site import Kept, SiteError
 from sluiceway.engines.split_site import SplitTrainer
 from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.kinds import chosen_compressor, network, parts_of
+from sluiceway.experiment.kinds import chosen_compressor, chosen_network, parts_of
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session
 from sluiceway.experiment.site_file import Invitation, Own, SiteFile
@@ -94,9 +94,7 @@ def ground_of(
     """What both sides make alike."""
     chosen = recipe.model
     assert chosen.cut is not None
-    model = network(
-        chosen.name, chosen.width, examples.shape, classes=outputs, seed=recipe.run.seed
-    )
+    model = chosen_network(recipe, examples.shape, outputs)
     place = torch.device(device)
     example = Batch.of(examples if len(examples) else test, torch.tensor([0]), place)
     return ground(
