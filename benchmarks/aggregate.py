@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.client import exchanged, trained_anatomy
-from sluiceway.federated.guards import finite
-from sluiceway.federated.wire import read_update, write_update
+from sluiceway.core.guards import finite
+from sluiceway.core.messages import read_update, write_update
+from sluiceway.core.parameters import exchanged
+from sluiceway.federated.client import trained_anatomy
 from sluiceway.moe import Anatomy, BlockRouting, anatomy
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.strategies import Strategy, Update, strategy

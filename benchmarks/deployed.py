@@ -29,14 +29,20 @@ from typing import Any
 
 import psutil
 
-from sluiceway.engines.gate import Gate, Line
-from sluiceway.engines.nvflare.desk import opened
-from sluiceway.engines.nvflare.job import write_job
-from sluiceway.engines.nvflare.kits import CLASSES
-from sluiceway.engines.nvflare.submitting import Order, submit
-from sluiceway.engines.nvflare.trial import STARTING, Deployment, family_of, running, site_files
+from sluiceway.deploy.nvflare.admin import opened
+from sluiceway.deploy.nvflare.job import write_job
+from sluiceway.deploy.nvflare.kits import CLASSES
+from sluiceway.deploy.nvflare.local_deployment import (
+    STARTING,
+    Deployment,
+    family_of,
+    running,
+    site_files,
+)
+from sluiceway.deploy.nvflare.submit import Order, submit
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
+from sluiceway.transport.tls import Gate, Line
 
 ROOT = Path(__file__).resolve().parent.parent
 SITES = ["site-1", "site-2"]

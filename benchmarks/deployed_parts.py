@@ -12,14 +12,14 @@ from typing import Any
 
 from nvflare.collab import collab
 
-from sluiceway.engines.carrying import Answer, Ask
-from sluiceway.engines.gate import Dialler
-from sluiceway.engines.nvflare.carrier import NvflareCarrier
-from sluiceway.engines.nvflare.kits import read_kit
-from sluiceway.engines.nvflare.names import BROUGHT, typed
-from sluiceway.engines.nvflare.plain import refuse_tensors
-from sluiceway.engines.nvflare.relay import Relay
-from sluiceway.engines.nvflare.worker import serve
+from sluiceway.deploy.nvflare.executor import Relay
+from sluiceway.deploy.nvflare.kits import read_kit
+from sluiceway.deploy.nvflare.names import BROUGHT, typed
+from sluiceway.deploy.nvflare.plain import refuse_tensors
+from sluiceway.deploy.nvflare.transport import NvflareCarrier
+from sluiceway.deploy.nvflare.worker import serve
+from sluiceway.transport.protocol import Answer, Ask
+from sluiceway.transport.tls import Dialler
 
 refuse_tensors()
 

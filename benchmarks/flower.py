@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sluiceway.engines.flower.deployment import HERE, Deployment, write_app
-from sluiceway.engines.flower.trial import run_trial
+from sluiceway.deploy.flower.deployment import HERE, Deployment, write_app
+from sluiceway.deploy.flower.local_deployment import run_trial
 from sluiceway.experiment.progress import described, line
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run

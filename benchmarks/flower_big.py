@@ -10,8 +10,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from sluiceway.engines.carrying import Answer, Ask
-from sluiceway.engines.flower.client import site_app
+from sluiceway.deploy.flower.client import site_app
+from sluiceway.transport.protocol import Answer, Ask
 
 
 class Giver:
@@ -35,7 +35,7 @@ server = ServerApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Ask for the file, and note how long it took."""
-    from sluiceway.engines.flower.carrier import GridCarrier
+    from sluiceway.deploy.flower.transport import GridCarrier
 
     config = context.run_config
     carrier = GridCarrier(grid, 1, piece=int(config["piece-mb"]) << 20)

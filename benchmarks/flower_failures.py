@@ -25,14 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sluiceway.engines.flower import trial
-from sluiceway.engines.flower.deployment import Deployment, command
-from sluiceway.engines.flower.keys import new_node_key
+from sluiceway.core.round_loop import Record
+from sluiceway.deploy.flower import trial
+from sluiceway.deploy.flower.certificates import new_node_key
+from sluiceway.deploy.flower.deployment import Deployment, command
 from sluiceway.experiment.progress import described, line
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
-from sluiceway.federated.rounds import Record
 
 SMALL = ["data.clients=2", "data.limit=120", "data.test_limit=100", "run.rounds=5"]
 SMALL += ["run.device=cpu", "run.workers=2", "method.name=scaffold"]

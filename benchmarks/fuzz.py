@@ -35,14 +35,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sluiceway.engines.local import federate
-from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.recipe import load_recipe, read_tables, recipe_from, shipped_recipes
-from sluiceway.federated import Card, Checkpoint, CheckpointError, JoinError, Training
-from sluiceway.federated.checkpoints import checksum
-from sluiceway.federated.client import Worker, exchanged, prepare
-from sluiceway.federated.guards import fault
-from sluiceway.federated.wire import (
+from sluiceway.core.checkpoints import Checkpoint, CheckpointError, checksum
+from sluiceway.core.guards import fault
+from sluiceway.core.handshake import Card, JoinError
+from sluiceway.core.messages import (
     WireError,
     message_of,
     read_broadcast,
@@ -51,10 +47,16 @@ from sluiceway.federated.wire import (
     write_broadcast,
     write_update,
 )
+from sluiceway.core.parameters import exchanged
+from sluiceway.core.settings import Training
+from sluiceway.errors import InputError
+from sluiceway.experiment.recipe import load_recipe, read_tables, recipe_from, shipped_recipes
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.split import BatchId, Compressor, Conv4, Quantized, TopK, split_train
 from sluiceway.split.messages import read_closing, read_opening
 from sluiceway.strategies import Broadcast, FedAlignMoE, Strategy, Update
+from sluiceway.transport.local import federate
 
 #: Seconds an input may take, and bytes it may allocate.
 SECONDS, BYTES = 2.0, 1 << 30

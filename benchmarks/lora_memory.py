@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralModel
 
-from sluiceway.engines.local import federate
+from sluiceway.core.settings import Training
 from sluiceway.experiment.answers import TextClassifier
-from sluiceway.federated.client import Training
 from sluiceway.moe import add_lora, anatomy
+from sluiceway.transport.local import federate
 
 CLIENTS = (1, 8, 64)
 METHODS = ("fedavg", "fedalign-moe")

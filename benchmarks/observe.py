@@ -16,10 +16,10 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from sluiceway.core.batches import Batch
 from sluiceway.experiment.models import classifier, load_pretrained
 from sluiceway.experiment.recipe import Model
-from sluiceway.federated.batches import Batch
-from sluiceway.federated.features import find_trunk
+from sluiceway.federated.frozen_prefix import find_trunk
 from sluiceway.moe import Observer, anatomy
 
 PAIRS = 60

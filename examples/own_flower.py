@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sluiceway import Training
-from sluiceway.engines.flower import FedAlignMoE, Home, client_app, load_arrays
+from sluiceway.deploy.flower import FedAlignMoE, Home, client_app, load_arrays
 from sluiceway.moe import UpcycledExperts, UpcycledMoE, UpcycledRouter
 
 
@@ -74,7 +74,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 if __name__ == "__main__":
-    from sluiceway.engines.flower.deployment import try_app, write_app
+    from sluiceway.deploy.flower.deployment import try_app, write_app
 
     with tempfile.TemporaryDirectory() as name:
         app = Path(name) / "app"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import trustme
 
-from sluiceway.engines.carrying import Answer, Ask, Site
-from sluiceway.engines.gate import Keys
-from sluiceway.engines.pool import Lost, described
-from sluiceway.experiment.site import HomeSite, open_site
+from sluiceway.deploy.site import HomeSite, open_site
+from sluiceway.transport.protocol import Answer, Ask, Site
+from sluiceway.transport.tls import Keys
+from sluiceway.transport.worker_pool import Lost, described
 
 
 class Nearby:

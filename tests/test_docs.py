@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.worlds import TinyClassifier, TinyText
 
-from sluiceway.engines.local import federate
+from sluiceway.transport.local import federate
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = """

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from sluiceway.core.settings import Training
 from sluiceway.experiment.compare import Interval
-from sluiceway.federated import Training
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.strategies import Broadcast, FedAlignMoE, FedAvg, FedMoE, Median, Strategy, Usage

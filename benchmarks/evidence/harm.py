@@ -17,15 +17,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sluiceway.engines.local import usable_trunk
+from sluiceway.core.settings import Training
 from sluiceway.experiment.compare import Interval
 from sluiceway.experiment.kinds import parts_of
 from sluiceway.experiment.models import assembled, load_pretrained
 from sluiceway.experiment.readings import answer_of
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.session import Session
-from sluiceway.federated.client import Training, Worker, prepare
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import FedAvg, Update
+from sluiceway.transport.local import usable_trunk
 
 SETTINGS = {
     "AG News .1, 1 epoch": ["data.alpha=0.1"],

@@ -13,9 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sluiceway.engines.local import federate
-    from sluiceway.federated import Checkpoint, Result, Training
-    from sluiceway.federated.client import Optimisation
+    from sluiceway.core.checkpoints import Checkpoint
+    from sluiceway.core.round_loop import Result
+    from sluiceway.core.settings import Optimisation, Training
     from sluiceway.moe import NoExpertsError, anatomy, upcycle
     from sluiceway.split.methods import METHODS as SPLIT_METHODS
     from sluiceway.split.training import split_train
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TrimmedMean,
         Usage,
     )
+    from sluiceway.transport.local import federate
 
 __all__ = [
     "SPLIT_METHODS",
@@ -64,11 +65,11 @@ __all__ = [
 #: Where each name is, but for those of another name there. They are imported when they are asked
 #: for: a process that only passes a message on need not wait for torch.
 _PLACES = {
-    "federate": "sluiceway.engines.local",
-    "Checkpoint": "sluiceway.federated",
-    "Result": "sluiceway.federated",
-    "Training": "sluiceway.federated",
-    "Optimisation": "sluiceway.federated.client",
+    "federate": "sluiceway.transport.local",
+    "Checkpoint": "sluiceway.core.checkpoints",
+    "Result": "sluiceway.core.round_loop",
+    "Training": "sluiceway.core.settings",
+    "Optimisation": "sluiceway.core.settings",
     "NoExpertsError": "sluiceway.moe",
     "anatomy": "sluiceway.moe",
     "upcycle": "sluiceway.moe",

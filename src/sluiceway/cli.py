@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sluiceway import __version__
-from sluiceway.deploying import add_deploy, trial_of
-from sluiceway.outcome import BAD_INPUT, outcome_of
+from sluiceway.deploy.commands import add_deploy, trial_of
+from sluiceway.errors import BAD_INPUT, outcome_of
 
 if TYPE_CHECKING:
     from sluiceway.experiment.recipe import Recipe
@@ -152,7 +152,7 @@ def compare_command(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def stoppable(progress: Progress, hint: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM end what is inside between two steps, with a hint how to go on."""
-    from sluiceway.federated.stopping import graceful_stop
+    from sluiceway.core.signals import graceful_stop
 
     try:
         with graceful_stop(progress.say):
@@ -163,7 +163,7 @@ def stoppable(progress: Progress, hint: str) -> Iterator[None]:
 
 def parse_seeds(text: str | None) -> list[int] | None:
     """`0,1,2` as numbers. Raises InputError."""
-    from sluiceway.experiment.errors import InputError
+    from sluiceway.errors import InputError
 
     if text is None:
         return None

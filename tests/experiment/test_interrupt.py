@@ -18,7 +18,7 @@ from benchmarks.resume import KEYS, kill_and_resume
 from filelock import FileLock
 
 from sluiceway.cli import main
-from sluiceway.federated.stopping import Stopped, check_stop, graceful_stop
+from sluiceway.core.signals import Stopped, check_stop, graceful_stop
 
 
 @pytest.fixture(autouse=True)

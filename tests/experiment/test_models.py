@@ -283,7 +283,7 @@ def test_what_cannot_be_asked_of_a_model_is_one_line(
 
 
 def test_smollm2_is_a_language_model_from_a_gguf_file() -> None:
-    from sluiceway.experiment.errors import InputError
+    from sluiceway.errors import InputError
 
     try:
         loaded = load_pretrained("smollm2", language=True)

@@ -10,8 +10,10 @@ import pytest
 import tomli_w
 from pydantic import TypeAdapter
 
+from sluiceway.core.round_loop import Rounds
+from sluiceway.core.settings import Training
+from sluiceway.errors import InputError
 from sluiceway.experiment.compare import compare
-from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import (
     Data,
     Model,
@@ -21,8 +23,6 @@ from sluiceway.experiment.recipe import (
     recipe_from,
     shipped_recipes,
 )
-from sluiceway.federated.rounds import Rounds
-from sluiceway.federated.settings import Training
 from sluiceway.split import METHODS
 from sluiceway.strategies import ROBUST, STRATEGIES, FedAlignMoE
 from sluiceway.strategies.robust import Robust

@@ -12,9 +12,9 @@ import pytest
 import tomli_w
 from matplotlib.figure import Figure
 
+from sluiceway.core.round_loop import Record, Result
+from sluiceway.errors import InputError
 from sluiceway.experiment.compare import tabulate
-from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.folder import write_json
 from sluiceway.experiment.kinds import Outcome, split_facts
 from sluiceway.experiment.plots import (
     THEME,
@@ -27,7 +27,7 @@ from sluiceway.experiment.plots import (
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
 from sluiceway.experiment.run import summarise
-from sluiceway.federated.rounds import Record, Result
+from sluiceway.experiment.run_directory import write_json
 from sluiceway.split.training import SplitRecord
 
 COUNTS = [[3, 0, 5], [0, 0, 0], [0, 40, 1]]

@@ -18,15 +18,15 @@ from tests.experiment.test_report import (
     write_run,
 )
 
+from sluiceway.core.round_loop import Result
+from sluiceway.core.settings import Optimisation
 from sluiceway.data import ImageDataset
 from sluiceway.experiment.compare import tabulate
-from sluiceway.experiment.folder import write_json
 from sluiceway.experiment.plots import DASHES, THEME, looks, save_png
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import write_report
+from sluiceway.experiment.run_directory import write_json
 from sluiceway.experiment.split_plots import kept_figure, ranks, scores_figure, split_figures
-from sluiceway.federated.client import Optimisation
-from sluiceway.federated.rounds import Result
 from sluiceway.split import METHODS
 from sluiceway.split.networks import Conv4
 from sluiceway.split.training import split_train

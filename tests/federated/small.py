@@ -8,7 +8,8 @@ import torch
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor, nn
 
-from sluiceway.federated.client import Training, Worker, prepare
+from sluiceway.core.settings import Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Strategy, Update
 
 

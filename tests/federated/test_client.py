@@ -7,9 +7,12 @@ import torch
 from tests.worlds import TinyClassifier, TinyText
 from torch import nn
 
-from sluiceway.engines.local import federate
-from sluiceway.federated.client import Training, Worker, exchanged, frozen_modules, mix, prepare
+from sluiceway.core.parameters import exchanged, frozen_modules
+from sluiceway.core.seeds import mix
+from sluiceway.core.settings import Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import FedAvg, NonExpert
+from sluiceway.transport.local import federate
 
 
 def test_frozen_modules_run_in_evaluation_mode(moe_model: TinyClassifier) -> None:

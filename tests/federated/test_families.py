@@ -10,11 +10,12 @@ from tests.moe.conftest import BUILDERS, seeded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from sluiceway.engines.local import federate
+from sluiceway.core.parameters import exchanged
+from sluiceway.core.settings import Training
 from sluiceway.experiment.answers import Endings, TextClassifier, is_encoder_decoder
-from sluiceway.federated.client import Training, exchanged
 from sluiceway.moe import add_lora, anatomy, repair
 from sluiceway.strategies import strategy
+from sluiceway.transport.local import federate
 
 ENCODERS = {"upcycled", "switch_encoder"}
 

@@ -11,10 +11,11 @@ from tests.federated.small import one_round, tiny, weights
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor, nn
 
-from sluiceway.engines.local import federate
-from sluiceway.federated.client import Training, Worker, prepare
+from sluiceway.core.settings import Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.stepping import checkpointed
 from sluiceway.strategies import FedAlignMoE, FedAvg, strategy
+from sluiceway.transport.local import federate
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedalign-moe"])

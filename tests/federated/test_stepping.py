@@ -13,12 +13,14 @@ from tests.federated.small import one_round, tiny, weights
 from tests.worlds import TinyText
 from torch import Tensor, nn
 
-from sluiceway.engines.local import federate
-from sluiceway.federated.batches import Batch
-from sluiceway.federated.client import Optimisation, Training, Worker, mix, prepare
+from sluiceway.core.batches import Batch
+from sluiceway.core.messages import read_update, write_update
+from sluiceway.core.seeds import mix
+from sluiceway.core.settings import Optimisation, Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.stepping import masters_of
-from sluiceway.federated.wire import read_update, write_update
 from sluiceway.strategies import FedAlignMoE, FedAvg, FedProx, Scaffold, Strategy
+from sluiceway.transport.local import federate
 
 HALVES = [torch.bfloat16, torch.float16]
 

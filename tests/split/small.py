@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from sluiceway.federated.client import Optimisation, mix
-from sluiceway.federated.rounds import Record, Rounds
+from sluiceway.core.round_loop import Record, Rounds
+from sluiceway.core.seeds import mix
+from sluiceway.core.settings import Optimisation
 from sluiceway.split import Compressor, Conv4, SplitRecord
 from sluiceway.split.client import ClientSide
-from sluiceway.split.parties import Here
+from sluiceway.split.client_proxy import Here
 from sluiceway.split.rounds import Split
 from sluiceway.split.setup import here
 from sluiceway.strategies import FedAvg

@@ -20,7 +20,7 @@ from tests.split.small import (
 from torch import Tensor
 
 from sluiceway.channels import ClassStatistics, fisher, merge_scores, pooled, top
-from sluiceway.federated.rounds import Record
+from sluiceway.core.round_loop import Record
 from sluiceway.split import (
     ACPSL,
     FORMS,

@@ -8,8 +8,8 @@ from tests.split.small import clients as sets
 from tests.split.small import normed, set_up, sides
 from torch import Tensor
 
-from sluiceway.federated import wire
-from sluiceway.federated.wire import message_of
+from sluiceway.core import messages as wire
+from sluiceway.core.messages import message_of
 from sluiceway.split import METHODS, WireError
 from sluiceway.split.messages import read_closing, read_opening, read_rating
 

@@ -18,8 +18,8 @@ from sluiceway.split import (
     TaylorChannels,
     split_train,
 )
-from sluiceway.split.choosing import ALL, Masks
-from sluiceway.split.meters import Meter
+from sluiceway.split.mask_selector import ALL, Masks
+from sluiceway.split.scorers import Meter
 
 CHOICES = [cls() for cls in METHODS.values() if issubclass(cls, ChannelChoice)]
 

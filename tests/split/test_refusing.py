@@ -10,10 +10,10 @@ import torch
 from tests.split.small import SGD, Pictures, normed, tail_of
 from torch import Tensor, nn
 
-from sluiceway.federated import Result
-from sluiceway.federated.guards import TooFewUpdates
+from sluiceway.core.guards import TooFewUpdates
+from sluiceway.core.round_loop import Result
 from sluiceway.split import split_train
-from sluiceway.split.forms import FORMS
+from sluiceway.split.schedules import FORMS
 
 
 class Broken(Pictures):

@@ -20,7 +20,7 @@ from tests.split.small import (
 )
 from torch import Tensor
 
-from sluiceway.federated.client import Optimisation
+from sluiceway.core.settings import Optimisation
 from sluiceway.split import (
     FORMS,
     METHODS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluiceway.split.forms import spread
+from sluiceway.split.schedules import spread
 
 
 def test_by_hand() -> None:

@@ -29,7 +29,7 @@ from tests.split.small import (
 from torch import nn
 from torch.nn import functional
 
-from sluiceway.federated.client import Optimisation
+from sluiceway.core.settings import Optimisation
 from sluiceway.split import (
     FORMS,
     METHODS,

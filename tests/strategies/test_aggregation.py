@@ -14,7 +14,8 @@ from tests.worlds import TinyClassifier
 from torch import Tensor
 
 from sluiceway import fedalign
-from sluiceway.federated.client import exchanged, trained_anatomy
+from sluiceway.core.parameters import exchanged
+from sluiceway.federated.client import trained_anatomy
 from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, anatomy
 from sluiceway.strategies import STRATEGIES, FedAlignMoE, Strategy, Update, strategy
 from sluiceway.strategies.matching import reordered

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
-from sluiceway.federated.client import Training, Worker, prepare
+from sluiceway.core.settings import Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe import Observer
 from sluiceway.strategies import Broadcast, Client, FedAlignMoE, FedProx, Scaffold, Strategy
 

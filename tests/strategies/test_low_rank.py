@@ -13,10 +13,11 @@ from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor, nn
 
 from sluiceway import fedalign
-from sluiceway.engines.local import federate
-from sluiceway.federated.client import Training, Worker, prepare
+from sluiceway.core.settings import Training
+from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe import add_lora, anatomy, find_adapters
 from sluiceway.strategies import FedAlignMoE, FedAvg, Strategy, Update, strategy
+from sluiceway.transport.local import federate
 
 RANK, ALPHA = 4, 6.0  # the rank is the number of experts too: shapes alone do not tell the axes
 NAMES = ("fedavg", "fedprox", "fedmoe", "usage", "scaffold", "fedalign-moe")

@@ -14,15 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tests.federated.test_checkpoints import Ended, history
+from tests.core.test_checkpoints import Ended, history
 from tests.strategies.test_aggregation import ANATOMY, TENSORS, ready, several, update
 from tests.strategies.test_low_rank import adapted
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
-from sluiceway.engines.local import federate
-from sluiceway.federated import Checkpoint, Result, Training
-from sluiceway.federated.wire import read_update, write_update
+from sluiceway.core.checkpoints import Checkpoint
+from sluiceway.core.messages import read_update, write_update
+from sluiceway.core.round_loop import Result
+from sluiceway.core.settings import Training
 from sluiceway.moe import Anatomy, NoExpertsError
 from sluiceway.strategies import (
     ROBUST,
@@ -38,6 +39,7 @@ from sluiceway.strategies import (
     robust,
 )
 from sluiceway.strategies.robust import Robust, trimmed_mean
+from sluiceway.transport.local import federate
 
 TRAINING = Training(lr=0.02, batch_size=8)
 HUGE = 1e30

@@ -1,8 +1,14 @@
 """The one error of this package, and how its parts say that a place lacks something."""
 
+from __future__ import annotations
 
-class DataError(ValueError):
+from sluiceway.errors import BAD_INPUT, SluicewayError
+
+
+class DataError(SluicewayError, ValueError):
     """Bad data or a bad request for data: one line on what is wrong, where, and what is right."""
+
+    exit_code = BAD_INPUT
 
 
 class Absent(Exception):

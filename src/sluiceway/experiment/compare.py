@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.folder import write_json, write_text
+from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.recipe import (
     Recipe,
     load_recipe,
@@ -24,8 +23,8 @@ from sluiceway.experiment.recipe import (
     set_key,
 )
 from sluiceway.experiment.run import run
+from sluiceway.experiment.run_directory import write_json, write_text
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.oneline import quoted
 
 #: What is compared, by its key in summary.json.
 MEASURES = (

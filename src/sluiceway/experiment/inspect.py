@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sluiceway.experiment.errors import InputError
+from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import network
 from sluiceway.experiment.models import outlined
 from sluiceway.moe import (

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from sluiceway.core.checkpoints import Checkpoint, CheckpointError
+from sluiceway.core.round_loop import Result, Rounds
+from sluiceway.core.settings import Training
 from sluiceway.data import ChoiceData, ImageData, TextData, TextDataset, partition
-from sluiceway.engines.local import federate
-from sluiceway.experiment.errors import InputError
+from sluiceway.errors import InputError
 from sluiceway.experiment.models import assembled, load_pretrained
 from sluiceway.experiment.readings import answer_of
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.federated.checkpoints import Checkpoint, CheckpointError
-from sluiceway.federated.client import Training
-from sluiceway.federated.rounds import Result, Rounds
 from sluiceway.split.compress import Compressor
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.split.training import SplitRecord, split_train
 from sluiceway.strategies import STRATEGIES, Strategy
+from sluiceway.transport.local import federate
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from sluiceway.experiment.errors import InputError, checked
-from sluiceway.oneline import quoted
+from sluiceway.errors import InputError, quoted
+from sluiceway.experiment.validation import checked
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.strategies import ROBUST, STRATEGIES, Strategy

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from sluiceway.data import DataError, check_tokenizer, wheel_folder
+from sluiceway.errors import InputError
 from sluiceway.experiment.answers import TextClassifier
-from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.recipe import Model
 from sluiceway.moe import Anatomy, add_lora, find_anatomy, repair, upcycle
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sluiceway.core.round_loop import Record
 from sluiceway.experiment.session import Progress
-from sluiceway.federated.rounds import Record
 
 
 @contextmanager

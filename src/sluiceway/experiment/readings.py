@@ -22,8 +22,8 @@ from sluiceway.data import (
     encode_pairs,
     word_tokens,
 )
+from sluiceway.errors import InputError
 from sluiceway.experiment.answers import Endings, TextClassifier, Words, is_encoder_decoder
-from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.models import Pretrained
 from sluiceway.experiment.recipe import Model
 

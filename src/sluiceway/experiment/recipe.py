@@ -20,11 +20,11 @@ from pydantic import (
     model_validator,
 )
 
+from sluiceway.core.settings import Optimisation, Training
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
-from sluiceway.experiment.errors import InputError, checked, first_fault
+from sluiceway.errors import InputError, line, quoted
 from sluiceway.experiment.methods import method_of, method_table
-from sluiceway.federated.client import Optimisation, Training
-from sluiceway.oneline import line, quoted
+from sluiceway.experiment.validation import checked, first_fault
 from sluiceway.split.compress import Compressor
 from sluiceway.strategies import Strategy
 from sluiceway.strategies.base import LARGEST_SEED

@@ -22,8 +22,8 @@ import tomli_w
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from sluiceway.errors import InputError
 from sluiceway.experiment.compare import tabulate, variant_name
-from sluiceway.experiment.errors import InputError
 from sluiceway.experiment.plots import (
     STYLE,
     THEME,

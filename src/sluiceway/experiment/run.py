@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 import sluiceway
-from sluiceway.engines.carrying import Carrier
-from sluiceway.engines.gate import Doorway
-from sluiceway.engines.local import chosen_device
-from sluiceway.experiment.errors import InputError
-from sluiceway.experiment.folder import Folder
+from sluiceway.core.checkpoints import Checkpoint
+from sluiceway.core.round_loop import Record, Result
+from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import Outcome, run_federated, run_split
 from sluiceway.experiment.recipe import Recipe
-from sluiceway.experiment.serving import serve_federated, serve_split
+from sluiceway.experiment.remote_runs import serve_federated, serve_split
+from sluiceway.experiment.run_directory import Folder
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.federated.checkpoints import Checkpoint
-from sluiceway.federated.rounds import Record, Result
+from sluiceway.transport.local import chosen_device
+from sluiceway.transport.protocol import Carrier
+from sluiceway.transport.tls import Doorway
 
 
 def run(

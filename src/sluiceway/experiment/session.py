@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from sluiceway.core.round_loop import Record
 from sluiceway.data import (
     CHOICE_NAMES,
     ChoiceData,
@@ -24,8 +25,7 @@ from sluiceway.data.tables import AnyTable
 from sluiceway.experiment.models import Pretrained
 from sluiceway.experiment.readings import read
 from sluiceway.experiment.recipe import Data, Model
-from sluiceway.federated.features import FeatureCache
-from sluiceway.federated.rounds import Record
+from sluiceway.federated.frozen_prefix import FeatureCache
 
 #: Lines for people while a run goes on.
 Say = Callable[[str], None]

@@ -7,20 +7,22 @@ it, it trains in place, and the trained values go out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sluiceway.federated.batches import Batch, Examples, labels_of
-from sluiceway.federated.evaluation import Evaluation, evaluate
-from sluiceway.federated.joining import Card, check_joining
-from sluiceway.federated.settings import Optimisation as Optimisation
-from sluiceway.federated.settings import Training as Training
+from sluiceway.core.batches import Batch, Examples, Loss, labels_of
+from sluiceway.core.evaluation import Evaluation, evaluate
+from sluiceway.core.handshake import Card, check_joining
+from sluiceway.core.messages import take_values
+from sluiceway.core.parameters import exchanged, frozen_modules
+from sluiceway.core.seeds import mix
+from sluiceway.core.settings import Training
+from sluiceway.core.signals import check_stop
 from sluiceway.federated.stepping import (
     Stepper,
     checkpointable,
@@ -28,16 +30,11 @@ from sluiceway.federated.stepping import (
     masters_of,
     refuse_reentrant,
 )
-from sluiceway.federated.stopping import check_stop
-from sluiceway.federated.wire import take_values
 from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy, repair
 from sluiceway.strategies import Broadcast, Client, Strategy, Update
 
 #: Test examples that a client's own model is judged by, about.
 PERSONAL = 500
-
-#: From (logits [B, C], labels [B]) to a scalar.
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
@@ -66,19 +63,6 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
     strategy.setup(held, anatomy, clients)
 
 
-def exchanged(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and the float buffers that training changes, by name (no copies)."""
-    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    still = {module for top in frozen_modules(model) for module in top.modules()}
-    kept = set(model.state_dict())
-    for prefix, module in model.named_modules():
-        if module in still:
-            continue
-        own = module.named_buffers(prefix, recurse=False)
-        tensors |= {n: b for n, b in own if n in kept and b.is_floating_point()}
-    return tensors
-
-
 def trained_anatomy(anatomy: Anatomy, names: set[str]) -> Anatomy:
     """The blocks and LoRA pairs of which a parameter is among `names`, blocks numbered anew."""
     blocks = [
@@ -88,22 +72,6 @@ def trained_anatomy(anatomy: Anatomy, names: set[str]) -> Anatomy:
     ]
     pairs = tuple(pair for pair in anatomy.adapters if pair.b.param in names)
     return Anatomy(tuple(replace(block, position=i) for i, block in enumerate(blocks)), pairs)
-
-
-def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that have parameters of which none is trained.
-
-    They run in evaluation mode always, so that what they compute for an example never changes.
-    """
-    params = list(model.parameters())
-    if not params or any(p.requires_grad for p in params):
-        return [m for child in model.children() for m in frozen_modules(child)]
-    return [model]
-
-
-def mix(*numbers: int) -> int:
-    """One seed from several numbers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Worker:

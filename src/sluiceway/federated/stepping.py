@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.settings import Training
+from sluiceway.core.settings import Training
 from sluiceway.moe.observe import REENTRANT
 from sluiceway.strategies import Client
 

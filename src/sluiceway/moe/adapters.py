@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe.pieces import Piece
+from sluiceway.moe.param_slice import Piece
 
 
 @dataclass(frozen=True)

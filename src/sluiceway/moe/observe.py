@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sluiceway.fedalign.routing import routing_statistics
-from sluiceway.moe.anatomy import Anatomy, Block
 from sluiceway.moe.families import RouterOutput
+from sluiceway.moe.layout import Anatomy, Block
 
 
 @dataclass(frozen=True)

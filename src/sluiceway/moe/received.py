@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe.anatomy import Block
+from sluiceway.moe.layout import Block
 
 
 class _Bare(nn.Module):

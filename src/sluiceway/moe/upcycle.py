@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from sluiceway.moe.anatomy import find_anatomy
+from sluiceway.moe.layout import find_anatomy
 from sluiceway.moe.upcycled import Activation, UpcycledExperts, UpcycledMoE, UpcycledRouter
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,7 +12,6 @@ from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.cut import CutPoint, cut, cut_points
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.errors import WireError
-from sluiceway.split.forms import FORMS
 from sluiceway.split.header import LIMIT, BatchId, Expected, message_bytes
 from sluiceway.split.methods import (
     ACPSL,
@@ -33,7 +32,8 @@ from sluiceway.split.packing import (
     unpack_gradient,
     unpack_smashed,
 )
-from sluiceway.split.places import KeptChannels, KeptElements
+from sluiceway.split.schedules import FORMS
+from sluiceway.split.selection import KeptChannels, KeptElements
 from sluiceway.split.training import SplitRecord, split_train
 
 __all__ = [

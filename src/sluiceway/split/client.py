@@ -9,14 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.batches import Batch, Examples
-from sluiceway.federated.client import exchanged, frozen_modules
-from sluiceway.federated.wire import message_of, take_values
-from sluiceway.split.header import BatchId
-from sluiceway.split.messages import read_opening
-from sluiceway.split.meters import Meter
-from sluiceway.split.packing import Ticket
-from sluiceway.split.terms import (
+from sluiceway.core.batches import Batch, Examples
+from sluiceway.core.messages import message_of, take_values
+from sluiceway.core.parameters import exchanged, frozen_modules
+from sluiceway.split.config import (
     Terms,
     client_layers,
     counts_in,
@@ -26,6 +22,10 @@ from sluiceway.split.terms import (
     optimiser_state,
     training_mode,
 )
+from sluiceway.split.header import BatchId
+from sluiceway.split.messages import read_opening
+from sluiceway.split.packing import Ticket
+from sluiceway.split.scorers import Meter
 from sluiceway.strategies import Client, Strategy
 from sluiceway.strategies.base import unprefixed
 

@@ -27,7 +27,7 @@ from sluiceway.split.packing import (
     unpack_gradient,
     unpack_smashed,
 )
-from sluiceway.split.places import KeptChannels, Places
+from sluiceway.split.selection import KeptChannels, Places
 from sluiceway.strategies.base import PARAMETERS
 
 Quantize = Literal["none", "fp16", "int8", "int4"]

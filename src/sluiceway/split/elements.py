@@ -12,7 +12,7 @@ from torch import Tensor
 from sluiceway.channels import share_count
 from sluiceway.split.compress import Compressor
 from sluiceway.split.header import BatchId
-from sluiceway.split.places import KeptElements, Places
+from sluiceway.split.selection import KeptElements, Places
 from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
 

@@ -1,5 +1,5 @@
 """What can go wrong between the halves."""
 
-from sluiceway.federated.wire import WireError
+from sluiceway.core.messages import WireError
 
 __all__ = ["WireError"]

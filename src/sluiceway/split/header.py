@@ -32,8 +32,8 @@ from math import prod
 from typing import Final, NamedTuple, Self
 
 from sluiceway.split.errors import WireError
-from sluiceway.split.places import NOTHING, places_bytes, writing
 from sluiceway.split.quantise import CODECS, Codec, codec_named
+from sluiceway.split.selection import NOTHING, places_bytes, writing
 
 MAGIC: Final = b"SLWY"
 VERSION: Final = 1

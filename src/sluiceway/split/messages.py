@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sluiceway.federated.wire import WireError, described, integer, parts_of
-from sluiceway.oneline import line, quoted
+from sluiceway.core.messages import WireError, described, integer, parts_of
+from sluiceway.errors import line, quoted
 from sluiceway.strategies import Broadcast
 
 #: What the tensors of the two messages may be.

@@ -20,7 +20,7 @@ from sluiceway.channels import ChannelChooser
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.elements import RandTopK, TopK
-from sluiceway.split.meters import Fixed, LabelAware, MeanGradientScore, MeanScore, Meter
+from sluiceway.split.scorers import Fixed, LabelAware, MeanGradientScore, MeanScore, Meter
 from sluiceway.strategies.base import PARAMETERS
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sluiceway.split.errors import WireError
 from sluiceway.split.header import HEADER_BYTES, LIMIT, BatchId, Expected, Header, compare
-from sluiceway.split.places import (
+from sluiceway.split.quantise import codec_named, decode, encode
+from sluiceway.split.selection import (
     NOTHING,
     KeptElements,
     Places,
@@ -22,7 +23,6 @@ from sluiceway.split.places import (
     to_bytes,
     writing,
 )
-from sluiceway.split.quantise import codec_named, decode, encode
 
 _LABELS: Final = {1: "<u1", 2: "<u2"}
 _UINT32: Final = 1 << 32

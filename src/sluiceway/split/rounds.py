@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.client import exchanged
-from sluiceway.federated.guards import fault
-from sluiceway.federated.rounds import Record
-from sluiceway.federated.wire import WireError, message_of
+from sluiceway.core.guards import fault
+from sluiceway.core.messages import WireError, message_of
+from sluiceway.core.parameters import exchanged
+from sluiceway.core.round_loop import Record
+from sluiceway.errors import line
 from sluiceway.moe import Anatomy
-from sluiceway.oneline import line
-from sluiceway.split.choosing import ALL, Masks
-from sluiceway.split.forms import Traffic, side_by_side
-from sluiceway.split.judging import Judge
+from sluiceway.split.client_proxy import Away, Party
+from sluiceway.split.config import batch_sizes, client_layers, counts_in
+from sluiceway.split.evaluation import Judge
+from sluiceway.split.mask_selector import ALL, Masks
 from sluiceway.split.messages import read_closing, read_rating
-from sluiceway.split.parties import Away, Party
+from sluiceway.split.schedules import Traffic, side_by_side
 from sluiceway.split.server import ServerSide
-from sluiceway.split.terms import batch_sizes, client_layers, counts_in
 from sluiceway.strategies import FedAvg, Strategy, Update
 
 

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.client import frozen_modules
-from sluiceway.federated.guards import finite
-from sluiceway.split.errors import WireError
-from sluiceway.split.header import BatchId
-from sluiceway.split.packing import Smashed
-from sluiceway.split.terms import (
+from sluiceway.core.guards import finite
+from sluiceway.core.parameters import frozen_modules
+from sluiceway.split.config import (
     Terms,
     load_optimiser,
     optimiser_of,
     optimiser_state,
     training_mode,
 )
+from sluiceway.split.errors import WireError
+from sluiceway.split.header import BatchId
+from sluiceway.split.packing import Smashed
 
 
 class ServerSide:

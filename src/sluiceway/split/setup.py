@@ -10,23 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sluiceway.federated.batches import Batch, Examples
-from sluiceway.federated.client import Loss, Optimisation, exchanged, mix
-from sluiceway.federated.evaluation import label_counts
-from sluiceway.federated.rounds import Rounds
-from sluiceway.federated.wire import message_of
+from sluiceway.core.batches import Batch, Examples, Loss
+from sluiceway.core.evaluation import label_counts
+from sluiceway.core.messages import message_of
+from sluiceway.core.parameters import exchanged
+from sluiceway.core.round_loop import Rounds
+from sluiceway.core.seeds import mix
+from sluiceway.core.settings import Optimisation
 from sluiceway.moe import Anatomy
-from sluiceway.split.choosing import ALL, Masks
 from sluiceway.split.client import ClientSide
+from sluiceway.split.client_proxy import Here, Party
 from sluiceway.split.compress import Compressor
+from sluiceway.split.config import Terms, client_layers, counts_in
 from sluiceway.split.cut import cut
-from sluiceway.split.judging import Judge
-from sluiceway.split.meters import Meter
+from sluiceway.split.evaluation import Judge
+from sluiceway.split.mask_selector import ALL, Masks
 from sluiceway.split.methods import ChannelChoice
-from sluiceway.split.parties import Here, Party
 from sluiceway.split.rounds import Split
+from sluiceway.split.scorers import Meter
 from sluiceway.split.server import ServerSide
-from sluiceway.split.terms import Terms, client_layers, counts_in
 from sluiceway.strategies import Strategy
 
 

@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sluiceway.federated.batches import Examples
-from sluiceway.federated.checkpoints import Checkpoint, Snapshot
-from sluiceway.federated.client import Loss, Optimisation, exchanged, mix
-from sluiceway.federated.guards import Diverged, TooFewUpdates, finite
-from sluiceway.federated.rounds import Result, Rounds
-from sluiceway.federated.stopping import check_stop
+from sluiceway.core.batches import Examples, Loss
+from sluiceway.core.checkpoints import Checkpoint, Snapshot
+from sluiceway.core.guards import Diverged, TooFewUpdates, finite
+from sluiceway.core.parameters import exchanged
+from sluiceway.core.round_loop import Result, Rounds
+from sluiceway.core.seeds import mix
+from sluiceway.core.settings import Optimisation
+from sluiceway.core.signals import check_stop
 from sluiceway.split.compress import Compressor
-from sluiceway.split.forms import FORMS
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import Split, SplitRecord
-from sluiceway.split.saving import restore, state_of
+from sluiceway.split.schedules import FORMS
 from sluiceway.split.setup import here, holders
+from sluiceway.split.state import restore, state_of
 from sluiceway.strategies import FedAvg, Strategy
 
 __all__ = ["SplitRecord", "split_train"]

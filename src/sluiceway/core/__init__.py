@@ -1,0 +1,1 @@
+"""What both halves stand on: batches, settings, messages, guards, the round loop, checkpoints."""

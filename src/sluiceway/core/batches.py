@@ -1,0 +1,99 @@
+"""What a client's examples are, and how they become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+#: From (logits [B, C], labels [B]) to a scalar.
+Loss = Callable[[Tensor, Tensor], Tensor]
+#: Keyword under which a model is handed the output of its frozen layers (see features.py).
+FEATURES = "sluiceway_features"
+
+
+class Examples(Protocol):
+    """Any map-style data set of (inputs, label).
+
+    Inputs are a tensor or a mapping of tensors that become the model's keyword arguments; the
+    label is a class number. Optional: `gather(indices)` returns a whole batch at once, `labels`
+    is a tensor of all labels, `features(indices, mask)` the output of frozen layers.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples on the model's device.
+
+    Attributes:
+        inputs: one tensor, or keyword arguments for the model.
+        labels: class numbers, [B] int64.
+        features: what the frozen layers made of the inputs, where it was computed before.
+    """
+
+    inputs: Tensor | dict[str, Tensor]
+    labels: Tensor
+    features: Tensor | None = None
+
+    @staticmethod
+    def of(
+        examples: Examples,
+        indices: Tensor,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """The examples at these positions; a generator augments those of a set that can be."""
+        if generator is not None and getattr(examples, "augmentation", None) is not None:
+            inputs, labels = examples.gather(indices, generator)  # type: ignore[attr-defined]
+        elif hasattr(examples, "gather"):
+            inputs, labels = examples.gather(indices)
+        else:
+            inputs, labels = default_collate([examples[i] for i in indices.tolist()])
+        labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        if isinstance(inputs, Mapping):
+            batch = Batch({name: value.to(device) for name, value in inputs.items()}, labels)
+        else:
+            batch = Batch(inputs.to(device), labels)
+        if hasattr(examples, "features"):
+            return replace(batch, features=examples.features(indices, batch.mask).to(device))
+        return batch
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The attention mask [B, S] (or [B, C, S], of C options), where there is one."""
+        return self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
+
+    @property
+    def decoder_mask(self) -> Tensor | None:
+        """The mask of an encoder-decoder's decoder, [B, C, T], where there is one."""
+        return self.inputs.get("decoder_attention_mask") if isinstance(self.inputs, dict) else None
+
+    def run(self, model: nn.Module) -> Tensor:
+        """The model's logits [B, C], whether it returns a tensor or an object that holds one.
+
+        Half precision is widened to float32, so that no loss is summed in it.
+        """
+        known = {} if self.features is None else {FEATURES: self.features}
+        if isinstance(self.inputs, dict):
+            out = model(**self.inputs, **known)
+        else:
+            out = model(self.inputs, **known)
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def labels_of(examples: Examples) -> Tensor:
+    """All labels, [N] int64."""
+    labels = getattr(examples, "labels", None)
+    if labels is None:
+        every: Iterable[Any] = (examples[i][1] for i in range(len(examples)))
+        labels = [int(label) for label in every]
+    return torch.as_tensor(labels, dtype=torch.int64)

@@ -1,0 +1,314 @@
+"""Runs saved every few rounds, and continued from there.
+
+A checkpoint is a folder `round-00012` of safetensors files, `run.json` and `manifest.json`, which
+has the length and the SHA-256 of each. It is written under another name, synced to the disk and
+then renamed, so that a checkpoint is whole or is not there, whenever the machine stops.
+
+Everything random in a run comes from its seed, the round and the client, so that no generator has a
+state to save: what is saved is what was learned, what clients keep, and the records so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sluiceway.core.signals import Stopped
+from sluiceway.errors import BAD_INPUT, SluicewayError, line
+
+#: Of a checkpoint's files; a reader refuses any other.
+LAYOUT = 1
+
+#: Bytes of run.json and of manifest.json, at most.
+JSON_LIMIT = 1 << 28
+
+_NAME = re.compile(r"round-(\d{5,12})")
+
+
+class CheckpointError(SluicewayError, ValueError):
+    """A checkpoint that cannot be continued from; the message is one line."""
+
+    exit_code = BAD_INPUT
+
+
+class StorageError(SluicewayError, OSError):
+    """The disk did not take what had to be saved; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run as it is after a round.
+
+    Attributes:
+        round: from 1.
+        tensors: named tensors by the name of their file, without its ending.
+        facts: what goes into run.json.
+        folders: copied as they are, by name.
+    """
+
+    round: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    facts: Mapping[str, Any]
+    folders: Mapping[str, Path] = field(default_factory=dict)
+
+    def cloned(self) -> Snapshot:
+        """The same, with tensors that nobody else can change."""
+        tensors = {
+            file: {name: tensor.clone() for name, tensor in held.items()}
+            for file, held in self.tensors.items()
+        }
+        return Snapshot(self.round, tensors, self.facts, self.folders)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found whole.
+
+    Attributes:
+        folder: where it lies.
+        round: after which it was saved.
+        facts: content of run.json.
+    """
+
+    folder: Path
+    round: int
+    facts: Mapping[str, Any]
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """The named tensors of a file; none if there is no such file. Raises CheckpointError."""
+        path = self.folder / f"{file}.safetensors"
+        if not path.exists():
+            return {}
+        try:
+            found: dict[str, Tensor] = load_file(path)
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read ({line(str(error))})"
+            ) from error
+        return found
+
+
+@dataclass
+class Checkpoint:
+    """Saves a run into a folder, and continues it from the newest whole checkpoint there.
+
+    Attributes:
+        folder: holds a folder for each checkpoint; only the newest `keep` stay.
+        resume: continue from what is there; otherwise it is replaced.
+        every: rounds between checkpoints, >= 1. The last round is saved always, and so is the last
+            whole one when a run is stopped between steps.
+        keep: >= 1; with 2 or more a damaged newest one is survived.
+        say: told of damaged checkpoints.
+    """
+
+    folder: Path
+    resume: bool = False
+    every: int = 1
+    keep: int = 2
+    say: Callable[[str], None] = lambda line: None
+    _unsaved: Snapshot | None = field(default=None, init=False, repr=False)
+
+    def found(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        numbered = [(m, p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+        return [path for _, path in sorted((int(m[1]), path) for m, path in numbered)]
+
+    def newest(self) -> Saved | None:
+        """The newest whole checkpoint, if this run is to be continued and there is any.
+
+        Raises:
+            CheckpointError: there are some and all are damaged.
+        """
+        found = self.found() if self.resume else []
+        faults = []
+        for path in reversed(found):
+            try:
+                return opened(path)
+            except CheckpointError as error:
+                faults.append(error)
+                if path != found[0]:
+                    self.say(f"{error}; the one before it is used")
+        if faults:
+            raise CheckpointError(f"{faults[0]}, and no other is whole; --force begins anew")
+        return None
+
+    def after(self, snapshot: Snapshot, rounds: int) -> None:
+        """Save the run after a round of `rounds` in all, or note it until it is due.
+
+        Raises:
+            StorageError: it cannot be written; earlier checkpoints are as they were.
+        """
+        if snapshot.round % self.every == 0 or snapshot.round == rounds:
+            self._unsaved = None
+            self.write(snapshot)
+        else:
+            self._unsaved = snapshot.cloned()
+
+    @contextlib.contextmanager
+    def guarding(self) -> Iterator[None]:
+        """What is noted is saved if the run inside fails, or is stopped between two steps."""
+        try:
+            yield
+        except (Exception, Stopped):
+            if self._unsaved is not None:
+                self.write(self._unsaved)
+                self._unsaved = None
+            raise
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write one checkpoint. Raises StorageError."""
+        made = self.folder / f".new-{snapshot.round:05d}"
+        final = self.folder / f"round-{snapshot.round:05d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in [*self.folder.glob(".new-*"), *self.folder.glob(".old-*")]:
+                shutil.rmtree(unfinished)
+            fill(made, snapshot)
+            remove(final)
+            os.replace(made, final)
+            sync(self.folder)
+            for old in self.found()[: -self.keep]:
+                remove(old)
+        except Exception as error:
+            shutil.rmtree(made, ignore_errors=True)
+            left = self.found()
+            rest = f"; {left[-1].name} is intact, --resume continues from it" if left else ""
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise StorageError(
+                f"cannot save round {snapshot.round} to {final}: {why}{rest}"
+            ) from error
+
+
+def fill(folder: Path, snapshot: Snapshot) -> None:
+    """Write the files of a checkpoint into a new folder, synced to the disk."""
+    folder.mkdir()
+    for name, tensors in snapshot.tensors.items():
+        save_file(unshared(tensors), folder / f"{name}.safetensors")
+    for name, source in snapshot.folders.items():
+        shutil.copytree(source, folder / name)
+    (folder / "run.json").write_text(json.dumps(snapshot.facts), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "layout": LAYOUT,
+        "round": snapshot.round,
+        "files": {
+            path.relative_to(folder).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": checksum(path),
+            }
+            for path in files
+        },
+    }
+    made = folder / "manifest.json"
+    made.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*files, made, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        sync(path)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous, and those that lie in the same memory, as tied ones, copied."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        contiguous = tensor.contiguous()
+        found[name] = contiguous.clone() if place in seen else contiguous
+        seen.add(place)
+    return found
+
+
+def opened(folder: Path) -> Saved:
+    """A checkpoint whose files are all as its manifest says. Raises CheckpointError."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if manifest["layout"] != LAYOUT:
+            raise ValueError(f"layout {manifest['layout']}, this version reads {LAYOUT}")
+        if f"round-{manifest['round']:05d}" != folder.name:
+            raise ValueError(f"its manifest is of round {manifest['round']}")
+        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        if lacking := sorted(set(manifest["files"]) - present):
+            raise ValueError(f"{lacking[0]} is missing")
+        for name, fact in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != fact["bytes"]:
+                raise ValueError(f"{name} has {size} bytes, not {fact['bytes']}")
+            if checksum(folder / name) != fact["sha256"]:
+                raise ValueError(f"{name} has another checksum than when it was written")
+        return Saved(folder, manifest["round"], read_json(folder / "run.json"))
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged (no {error})") from error
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged ({line(str(error))})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most `JSON_LIMIT` bytes. Raises ValueError, OSError."""
+    if path.stat().st_size > JSON_LIMIT:
+        raise ValueError(f"{path.name} has more than {JSON_LIMIT} bytes")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return found
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, under another name first so that no half of it can be taken for one."""
+    if folder.exists():
+        away = folder.with_name(folder.name.replace("round-", ".old-"))
+        os.replace(folder, away)
+        shutil.rmtree(away)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_same(state: Mapping[str, Tensor], like: Mapping[str, Tensor], what: str) -> None:
+    """Check that a saved state has the tensors that this run has.
+
+    Args:
+        state: as saved; may have more.
+        like: names, shapes and types that it must have.
+        what: whose state it is, for the message.
+
+    Raises:
+        CheckpointError: one is missing or has another shape or type.
+    """
+    for name, tensor in like.items():
+        found = state.get(name)
+        if found is None:
+            raise CheckpointError(f"the checkpoint has no {name} of {what}")
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"the checkpoint has {name} of {what} as {found.dtype} {list(found.shape)}, "
+                f"this run as {tensor.dtype} {list(tensor.shape)}"
+            )

@@ -1,0 +1,96 @@
+"""What a client and its server must agree on before the first round.
+
+Parameter names and the layout of adapters differ between releases of transformers and PEFT, so a
+client that joins shows its card, and a difference is told by its first tensor and by the versions
+on both sides, not by an error deep in a round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from torch import Tensor
+
+from sluiceway.errors import BAD_INPUT, SluicewayError
+
+#: What decides names and shapes.
+PACKAGES = ("sluiceway", "torch", "transformers", "peft")
+
+
+class JoinError(SluicewayError, ValueError):
+    """A client whose tensors are not the server's; the message is one line."""
+
+    exit_code = BAD_INPUT
+
+
+@dataclass(frozen=True)
+class Card:
+    """The tensors that one side exchanges, and what it runs.
+
+    Attributes:
+        tensors: by name, type and shape, such as "float32 [4, 16]".
+        versions: of `PACKAGES`; "none" for one that is not installed.
+    """
+
+    tensors: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Card:
+        """The card of this process."""
+        kinds = {
+            name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+        }
+        return Card(kinds, {package: installed(package) for package in PACKAGES})
+
+    def to_json(self) -> str:
+        """Plain text, to be sent."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Card:
+        """The inverse of `to_json`. Raises JoinError."""
+        try:
+            found = json.loads(text)
+            return Card(
+                *({str(k): str(v) for k, v in found[f].items()} for f in ("tensors", "versions"))
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise JoinError(f"not a card of a client or server ({error})") from None
+
+
+def check_joining(server: Card, client: Card) -> None:
+    """Refuse a client that does not exchange the server's tensors.
+
+    Raises:
+        JoinError: names the first difference, how many there are, and both sides' versions.
+    """
+    names = [*server.tensors, *(name for name in client.tensors if name not in server.tensors)]
+    wrong = [name for name in names if server.tensors.get(name) != client.tensors.get(name)]
+    if not wrong:
+        return
+    first = wrong[0]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    raise JoinError(
+        f"client and server differ in {first}{more}: the server has "
+        f"{server.tensors.get(first, 'no such tensor')}, the client "
+        f"{client.tensors.get(first, 'no such tensor')}; {described('server', server)}, "
+        f"{described('client', client)}"
+    )
+
+
+def described(side: str, card: Card) -> str:
+    """One side's versions in a few words."""
+    return f"{side}: " + " ".join(f"{name} {number}" for name, number in card.versions.items())
+
+
+def installed(package: str) -> str:
+    """The version of a package, "none" where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,346 @@
+"""The federated round, whatever engine carries it: sample, train, guard, aggregate, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass as checked
+from torch import Tensor
+
+from sluiceway.core.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Saved,
+    Snapshot,
+    require_same,
+)
+from sluiceway.core.evaluation import Evaluation
+from sluiceway.core.guards import Failure, Tally, TooFewUpdates
+from sluiceway.core.signals import check_stop
+from sluiceway.errors import line
+from sluiceway.strategies import Broadcast, Strategy, Update
+from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
+
+
+@checked(config=PARAMETERS, kw_only=True, frozen=True)
+class Rounds:
+    """How many rounds there are, and who takes part.
+
+    rounds: in [1, 99999]. participation: share of the clients that train in a round, in (0, 1]; at
+    least one does. seed: in [0, 2^63); everything random in the run comes from it. min_clients:
+    usable updates that a round needs, in [1, 10^5]. repeats: how often a round that has fewer is
+    played again, in [0, 1000], with clients drawn anew; then the run ends.
+    """
+
+    rounds: int = Field(default=10, ge=1, le=99_999)
+    participation: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    min_clients: int = Field(default=1, ge=1, le=100_000)
+    repeats: int = Field(default=1, ge=0, le=1000)
+
+    def chosen(self, number: int, holders: Sequence[int], repeat: int = 0) -> list[int]:
+        """The clients of round `number`, in ascending order, of those that hold examples.
+
+        Args:
+            number: from 1.
+            holders: at least one.
+            repeat: 0 when the round is played first.
+        """
+        count = self.count(holders)
+        rng = np.random.default_rng([self.seed, number, *([repeat] if repeat else [])])
+        return sorted(rng.choice(np.asarray(holders), size=count, replace=False).tolist())
+
+    def count(self, holders: Sequence[int]) -> int:
+        """How many clients take part in a round, of those that hold examples."""
+        return max(1, round(self.participation * len(holders)))
+
+    def check(self, holders: Sequence[int]) -> None:
+        """Raise ValueError if no client holds examples, or fewer than `min_clients` take part."""
+        if not holders:
+            raise ValueError("no client holds any example")
+        if self.min_clients > self.count(holders):
+            raise ValueError(
+                f"run.min_clients = {self.min_clients}: {self.count(holders)} clients take part "
+                "in a round"
+            )
+
+
+class Engine(Protocol):
+    """What carries messages between the server's loop and its clients."""
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
+    ) -> Iterator[Update | Failure]:
+        """What each client answers, in the order of `clients`, as answers become ready.
+
+        Args:
+            personal: the clients that also evaluate their own model after training.
+            keep: updates stay readable until the next call; else only until the next update.
+        """
+        ...
+
+    def settle(self, clients: Sequence[int]) -> None:
+        """The last round stands: what these clients keep from it is kept; of others it is not."""
+        ...
+
+    def broadcast_bytes(self) -> int:
+        """Packed length of the last broadcast, as one client gets it."""
+        ...
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
+        """The global model on the global test set."""
+        ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One round, as a line of metrics.jsonl.
+
+    `accuracy_by_client` is the global model's, on each client's mix of labels (None for a client
+    without examples). `refused` names the clients whose update was left out, and why; `failed`
+    those that gave none. `repeats` tells how often the round was played again for want of usable
+    updates: bytes, refused and failed are of all its turns, clients those of the last.
+    """
+
+    round: int
+    accuracy: float
+    loss: float
+    train_loss: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    clients: list[int]
+    refused: dict[int, str]
+    accuracy_by_client: list[float | None]
+    report: dict[str, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    repeats: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self) | {
+            key: {str(client): why for client, why in getattr(self, key).items()}
+            for key in ("refused", "failed")
+        }
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`. Raises ValueError for what is none."""
+        return TypeAdapter(cls).validate_python(plain)
+
+
+@dataclass
+class Result:
+    """What a federated run came to.
+
+    Attributes:
+        records: one a round.
+        tensors: the global trained tensors by name.
+        personal_accuracy: by client number, of the client's own model after its last training on
+            test examples weighted as it holds labels.
+        empty: clients that hold no example.
+        label_counts: [clients, classes], who holds what.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    personal_accuracy: dict[int, float] = field(default_factory=dict)
+    empty: list[int] = field(default_factory=list)
+    label_counts: list[list[int]] = field(default_factory=list)
+
+    @property
+    def accuracy_by_round(self) -> list[float]:
+        return [record.accuracy for record in self.records]
+
+    @property
+    def accuracy(self) -> float:
+        """Of the global model after the last round, on the global test set."""
+        return self.records[-1].accuracy
+
+    @property
+    def best_accuracy(self) -> float:
+        return max(self.accuracy_by_round)
+
+    @property
+    def bytes_up(self) -> int:
+        """Clients to server, all rounds, as packed."""
+        return sum(record.bytes_up for record in self.records)
+
+    @property
+    def bytes_down(self) -> int:
+        """Server to clients, all rounds, as packed."""
+        return sum(record.bytes_down for record in self.records)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the rounds, evaluation included."""
+        return sum(record.seconds for record in self.records)
+
+    @property
+    def refused(self) -> int:
+        """Updates that were left out, all rounds."""
+        return sum(len(record.refused) for record in self.records)
+
+    @property
+    def failed(self) -> int:
+        """Updates that never came, all rounds."""
+        return sum(len(record.failed) for record in self.records)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, ready for JSON."""
+        return {
+            "records": [record.as_dict() for record in self.records],
+            "personal_accuracy": self.personal_accuracy,
+        }
+
+    def take(self, saved: Saved, kind: type[Record]) -> None:
+        """Continue from what `facts` gave. Raises CheckpointError."""
+        try:
+            records = [kind.of(record) for record in saved.facts["records"]]
+            personal = {int(k): float(v) for k, v in saved.facts["personal_accuracy"].items()}
+            if [record.round for record in records] != list(range(1, saved.round + 1)):
+                raise ValueError(f"its records are not of rounds 1 to {saved.round}")
+        except Exception as error:
+            why = line(str(error))
+            raise CheckpointError(f"{saved.folder / 'run.json'} is not ours ({why})") from error
+        self.records += records
+        self.personal_accuracy |= personal
+
+
+@dataclass
+class Loop:
+    """The server's side of a federated run.
+
+    Attributes:
+        strategy: set up with the initial tensors.
+        engine: carries messages.
+        rounds: how many, and who takes part.
+        label_counts: [clients, classes] int64; a client without examples never takes part.
+        on_round: called after every round with the newest record.
+        on_update: called after every answer of a client with (done, of).
+        checkpoint: where the run is saved and continued from.
+        states: the folder in which the engine holds what clients keep.
+        result: grows round by round.
+    """
+
+    strategy: Strategy
+    engine: Engine
+    rounds: Rounds
+    label_counts: Tensor
+    on_round: Callable[[Record], None] = lambda record: None
+    on_update: Callable[[int, int], None] = lambda done, of: None
+    checkpoint: Checkpoint | None = None
+    states: Path | None = None
+    result: Result = field(default_factory=Result)
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, if that is wanted and there is one.
+
+        Raises:
+            CheckpointError: none of those there are can be used.
+        """
+        saved = self.checkpoint.newest() if self.checkpoint else None
+        if saved is None:
+            return
+        state = saved.tensors("strategy")
+        require_same(state, self.strategy.state_dict(), f"method {self.strategy.name}")
+        self.result.take(saved, Record)
+        self.strategy.load_state_dict(state)
+        self.result.tensors = self.strategy.tensors
+        if self.states is not None:
+            shutil.copytree(saved.folder / "clients", self.states, dirs_exist_ok=True)
+
+    def run(self) -> Result:
+        """Play the rounds that are left.
+
+        Raises:
+            ValueError: too few clients hold examples.
+            TooFewUpdates: a round had too few usable updates, however often it was played.
+            StorageError: a checkpoint cannot be written.
+            Stopped: the run was asked to stop.
+        """
+        sizes = self.label_counts.sum(1)
+        holders = sizes.nonzero().flatten().tolist()
+        self.rounds.check(holders)
+        self.result.empty = (sizes == 0).nonzero().flatten().tolist()
+        self.result.label_counts = self.label_counts.tolist()
+        with self.checkpoint.guarding() if self.checkpoint else contextlib.nullcontext():
+            for number in range(len(self.result.records) + 1, self.rounds.rounds + 1):
+                check_stop()
+                record = self.play(number, holders)
+                self.result.records.append(record)
+                self.result.tensors = self.strategy.tensors
+                if self.checkpoint:
+                    self.checkpoint.after(self.snapshot(), self.rounds.rounds)
+                self.on_round(record)
+        return self.result
+
+    def play(self, number: int, holders: Sequence[int]) -> Record:
+        """One round, as often as it takes."""
+        began = time.perf_counter()
+        turns: list[tuple[Tally, int]] = []
+        while True:
+            chosen = self.rounds.chosen(number, holders, len(turns))
+            tally = Tally(self.strategy, number, chosen, self.rounds.min_clients, self.on_update)
+            try:
+                self.turn(tally, self.last_of(number, chosen, holders))
+                turns.append((tally, self.engine.broadcast_bytes() * len(chosen)))
+                break
+            except TooFewUpdates:
+                turns.append((tally, self.engine.broadcast_bytes() * len(chosen)))
+                if len(turns) > self.rounds.repeats:
+                    raise
+        found = self.engine.evaluate(self.strategy.tensors)
+        self.engine.settle(tally.used)
+        self.result.personal_accuracy |= tally.personal
+        return Record(
+            round=number,
+            accuracy=found.accuracy,
+            loss=found.mean_loss,
+            train_loss=tally.mean_loss(),
+            bytes_up=sum(turn.nbytes for turn, _ in turns),
+            bytes_down=sum(down for _, down in turns),
+            seconds=time.perf_counter() - began,
+            clients=chosen,
+            refused={c: why for turn, _ in turns for c, why in turn.refused.items()},
+            accuracy_by_client=[
+                found.weighted_accuracy(counts) if counts.sum() else None
+                for counts in self.label_counts
+            ],
+            report=self.strategy.report(),
+            failed={c: why for turn, _ in turns for c, why in turn.failed.items()},
+            repeats=len(turns) - 1,
+        )
+
+    def turn(self, tally: Tally, personal: set[int]) -> None:
+        """Send the broadcast out, and let the strategy take what comes back."""
+        keep = not self.strategy.streams()
+        broadcast = self.strategy.broadcast(tally.round)
+        coming = self.engine.train(broadcast, list(tally.asked), personal, keep=keep)
+        self.strategy.aggregate(tally.usable(coming))
+
+    def last_of(self, number: int, chosen: Sequence[int], holders: Sequence[int]) -> set[int]:
+        """Those of the chosen that take part in no later round."""
+        last = set(chosen)
+        for later in range(number + 1, self.rounds.rounds + 1):
+            if not last:
+                break
+            last -= set(self.rounds.chosen(later, holders))
+        return last
+
+    def snapshot(self) -> Snapshot:
+        """The run as it is after its newest round."""
+        return Snapshot(
+            len(self.result.records),
+            {"strategy": self.strategy.state_dict()},
+            self.result.facts(),
+            {} if self.states is None else {"clients": self.states},
+        )

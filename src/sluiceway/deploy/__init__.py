@@ -1,0 +1,1 @@
+"""Whole recipes on real engines: NVFlare, Flower, and the site that joins them."""

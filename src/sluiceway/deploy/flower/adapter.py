@@ -1,0 +1,263 @@
+"""Any of our strategies in Flower's own loop."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from logging import INFO, WARNING, getLogger
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from pydantic import TypeAdapter
+from torch import nn
+
+from sluiceway import strategies as rules
+from sluiceway.core.files import scratch_folder
+from sluiceway.core.guards import Failure, Tally
+from sluiceway.core.messages import WireError, read_update, take_values
+from sluiceway.core.round_loop import Rounds
+from sluiceway.core.settings import Training
+from sluiceway.deploy.flower.arrays import packed, unpacked
+from sluiceway.deploy.flower.chunks import DATA, Parcel, ParcelError
+from sluiceway.deploy.flower.transport import MESSAGE_TYPE, Node, reason, waited_for
+from sluiceway.errors import line
+from sluiceway.experiment.methods import parameters_of
+from sluiceway.federated.client import prepare
+from sluiceway.strategies import Broadcast, Update
+from sluiceway.strategies.robust import Robust
+
+log = getLogger("flwr").log
+
+
+class Adapter(FlowerStrategy):
+    """Any strategy of `sluiceway.strategies`, robust ones too, in Flower's loop.
+
+    SuperNodes are the clients, numbered in the order of their names (or ids) when the first round
+    begins. A client that does not answer, or whose update would do harm, is left out and logged.
+
+    Args:
+        rule: the strategy.
+        model: as the clients have it; parameters with `requires_grad` are trained.
+        clients: how many there are; the first round waits for them.
+        training: how clients train, unless they say so themselves.
+        participation, min_clients, seed: see `Rounds`.
+        evaluate: share of the clients that judge the global model after a round, in [0, 1].
+        patience: seconds to wait for SuperNodes at first.
+
+    Raises:
+        ValueError, NoExpertsError: see `federated.client.prepare`.
+    """
+
+    def __init__(
+        self,
+        rule: rules.Strategy,
+        model: nn.Module,
+        *,
+        clients: int,
+        training: Training | None = None,
+        participation: float = 1.0,
+        min_clients: int = 1,
+        seed: int = 0,
+        evaluate: float = 0.0,
+        patience: float = 300.0,
+    ) -> None:
+        self.rule = rule
+        self.clients = clients
+        self.training = training or Training()
+        self.plan = Rounds(participation=participation, min_clients=min_clients, seed=seed)
+        self.evaluated = Rounds(participation=evaluate, seed=seed) if evaluate else None
+        self.patience = patience
+        prepare(model, rule, clients)
+        self.run = uuid.uuid4().hex
+        self.nodes: list[Node] = []
+        self.based: dict[int, int] = {}
+        self.tally: Tally | None = None
+        self._held = self.arrays()
+
+    def arrays(self) -> ArrayRecord:
+        """The global values, as Flower's loop holds them; see `load_arrays`."""
+        return packed(Broadcast(0, self.rule.tensors))
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's loop; without `initial_arrays` from the model's own values.
+
+        Raises:
+            TooFewUpdates: a round had fewer usable updates than `min_clients`.
+        """
+        return super().start(
+            grid,
+            initial_arrays or self._held,
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            evaluate_fn,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A message with the broadcast to each chosen client that is connected."""
+        self.follow(arrays)
+        if not self.nodes:
+            self.nodes = waited_for(grid, self.clients, self.patience)
+        chosen = self.plan.chosen(server_round, range(self.clients))
+        self.tally = Tally(self.rule, server_round, chosen, self.plan.min_clients)
+        content = packed(self.rule.broadcast(server_round))
+        return [self.message("train", number, content) for number in self.connected(chosen, grid)]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the usable updates in.
+
+        Raises:
+            TooFewUpdates: there are fewer than `min_clients`.
+        """
+        tally = self.tally
+        if tally is None or tally.round != server_round:
+            raise ValueError(f"round {server_round} was not configured")
+        kept: set[int] = set()
+        with scratch_folder() as folder:
+            self.rule.aggregate(tally.usable(self.updates(replies, folder, kept)))
+        self.based |= dict.fromkeys(kept & set(tally.used), server_round)
+        for word, faults in (("refused", tally.refused), ("failed", tally.failed)):
+            for number, why in faults.items():
+                log(WARNING, "client %s (%s) %s: %s", number, self.nodes[number].name, word, why)
+        metrics: dict[str, int | float | list[int] | list[float]] = {
+            "train_loss": tally.mean_loss(),
+            "used": len(tally.used),
+            "refused": len(tally.refused),
+            "failed": len(tally.failed),
+            **self.rule.report(),
+        }
+        self._held = self.arrays()
+        return self._held, MetricRecord(metrics)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A message with the global model to a share of the clients, if there is one."""
+        if self.evaluated is None:
+            return []
+        chosen = self.evaluated.chosen(server_round, range(self.clients))
+        content = packed(Broadcast(server_round, self.rule.tensors))
+        return [
+            self.message("evaluate", number, content) for number in self.connected(chosen, grid)
+        ]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Accuracy and loss of the global model on the clients' test examples, by their number."""
+        sums = {"accuracy": 0.0, "loss": 0.0}
+        examples = 0.0
+        for reply in replies:
+            try:
+                facts = parcel_of(reply).facts
+                weight = float(facts["examples"])
+                sums = {name: sums[name] + weight * float(facts[name]) for name in sums}
+                examples += weight
+            except (ParcelError, KeyError, TypeError, ValueError) as error:
+                log(WARNING, "node %s did not judge: %s", reply.metadata.src_node_id, error)
+        if not examples:
+            return None
+        return MetricRecord({name: value / examples for name, value in sums.items()})
+
+    def summary(self) -> None:
+        """Log what the strategy is."""
+        size = sum(tensor.nbytes for tensor in self.rule.tensors.values())
+        log(INFO, "\t├──> %s %s", self.rule.name, parameters_of(self.inner))
+        log(INFO, "\t└──> %s clients, %.1f MB are exchanged", self.clients, size / 1e6)
+
+    @property
+    def inner(self) -> rules.Strategy:
+        """The strategy whose client half is played: that inside of a robust one."""
+        found = self.rule
+        while isinstance(found, Robust):
+            found = found.inner
+        return found
+
+    def follow(self, arrays: ArrayRecord) -> None:
+        """Take the global values from Flower's loop, where they are not those given to it."""
+        if arrays is self._held:
+            return
+        tensors = {name: tensor.clone() for name, tensor in self.rule.tensors.items()}
+        take_values(tensors, unpacked(arrays), needed=tensors)
+        self.inner.tensors = tensors
+        self._held = arrays
+
+    def connected(self, chosen: Sequence[int], grid: Grid) -> list[int]:
+        """Those of the chosen clients whose SuperNode is connected."""
+        here = set(grid.get_node_ids())
+        return [number for number in chosen if self.nodes[number].number in here]
+
+    def message(self, what: str, number: int, content: ArrayRecord) -> Message:
+        """What one client is asked."""
+        facts = {
+            "client": number,
+            "clients": self.clients,
+            "method": {"name": self.inner.name, **parameters_of(self.inner)},
+            "train": TypeAdapter(Training).dump_python(self.training),
+            "seed": self.plan.seed,
+            "run": self.run,
+            "based": self.based.get(number, 0),
+            "personal": False,
+            "keep": 2,
+        }
+        data = content["bytes"].data
+        parcel = Parcel(uuid.uuid4().hex, what, facts, len(data), most=1 << 30)
+        record = parcel.packed()
+        record[DATA] = content
+        return Message(record, self.nodes[number].number, MESSAGE_TYPE)
+
+    def updates(
+        self, replies: Iterable[Message], folder: Path, kept: set[int]
+    ) -> Iterator[Update | Failure]:
+        """What came, in the order of the clients, and a failure for each that did not answer."""
+        assert self.tally is not None
+        numbers = {node.number: number for number, node in enumerate(self.nodes)}
+        coming = {numbers.get(reply.metadata.src_node_id, -1): reply for reply in replies}
+        for number in self.tally.asked:
+            reply = coming.get(number)
+            if reply is None:
+                yield Failure(number, "no answer")
+                continue
+            path = folder / f"{number}"
+            try:
+                parcel = parcel_of(reply)
+                path.write_bytes(parcel.piece)
+                update = read_update(path)
+            except (ParcelError, WireError) as error:
+                yield Failure(number, line(str(error)), error=error)
+                continue
+            if update.client != number:
+                yield Failure(number, f"it calls itself client {update.client}")
+                continue
+            if parcel.facts.get("kept") is True:
+                kept.add(number)
+            yield update
+
+
+def parcel_of(reply: Message) -> Parcel:
+    """A whole answer. Raises ParcelError for anything else."""
+    if reply.has_error():
+        raise ParcelError(reason(reply))
+    parcel = Parcel.read(reply.content)
+    if parcel.fault:
+        raise ParcelError(line(parcel.fault))
+    if parcel.size > len(parcel.piece):
+        raise ParcelError(f"an update of {parcel.size} bytes; use GridCarrier for such a model")
+    return parcel

@@ -1,0 +1,159 @@
+"""The client of a Flower app of one's own: any model, any data, any of our strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.supercore.utils import get_flwr_home
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+from torch.utils.data import Subset
+
+from sluiceway.core.batches import Examples, Loss
+from sluiceway.core.messages import read_broadcast
+from sluiceway.core.settings import Training
+from sluiceway.deploy.flower.client import site_app
+from sluiceway.experiment.methods import method_of
+from sluiceway.experiment.validation import first_fault
+from sluiceway.federated.client import Worker, prepare
+from sluiceway.strategies import Strategy
+from sluiceway.transport.local import chosen_device, standing
+from sluiceway.transport.protocol import Answer, Ask
+from sluiceway.transport.site import Kept, SiteError, Trainer, whole
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a client has: the model as it was before training, and its own examples.
+
+    Attributes:
+        model: made the same way everywhere; its output is logits [B, C] or has them as `.logits`.
+        train: (inputs, label) of this client.
+        test: by which it judges the global model and its own; None for nothing.
+    """
+
+    model: nn.Module
+    train: Examples
+    test: Examples | None = None
+
+
+def client_app(
+    home: Callable[[Context], Home],
+    *,
+    training: Training | None = None,
+    loss: Loss = F.cross_entropy,
+    device: str = "auto",
+    folder: Callable[[Context], Path] | None = None,
+) -> ClientApp:
+    """A ClientApp that trains as the strategies of `sluiceway.deploy.flower` ask.
+
+    Args:
+        home: called for every message, since Flower starts a process for each.
+        training: how to train; None for what the server says.
+        loss: of (logits, labels).
+        device: "auto" (CUDA where there is one), "cpu", "cuda", ...
+        folder: for what the client keeps from round to round, such as control variates; by default
+            a folder in Flower's own, named after the node.
+    """
+    place = folder or own_folder
+    return site_app(
+        lambda context: OwnSite(
+            lambda: home(context), place(context), training=training, loss=loss, device=device
+        ),
+        lambda context: place(context) / "underway",
+    )
+
+
+def own_folder(context: Context) -> Path:
+    """A node's folder in Flower's."""
+    return Path(get_flwr_home()) / "sluiceway" / str(context.node_id)
+
+
+class OwnSite:
+    """A `Site` around a model and data of one's own; see `client_app`."""
+
+    def __init__(
+        self,
+        home: Callable[[], Home],
+        folder: Path,
+        *,
+        training: Training | None,
+        loss: Loss,
+        device: str,
+    ) -> None:
+        self.home = home
+        self.folder = folder
+        self.training = training
+        self.loss = loss
+        self.device = torch.device(chosen_device(device))
+
+    def answer(self, ask: Ask, folder: Path) -> Answer:
+        """Train, or judge the global model.
+
+        Raises:
+            SiteError: it is asked for something else, or of a number that cannot be.
+            WireError: the server's model has other tensors than this client's.
+        """
+        number, clients = whole(ask.facts, "client"), whole(ask.facts, "clients")
+        if number >= clients:
+            raise SiteError(f"client {number} of {clients}")
+        if ask.what not in ("train", "evaluate") or ask.message is None:
+            raise SiteError(f"a strategy does not ask {ask.what!r}")
+        home = self.home()
+        strategy = strategy_from(ask.facts)
+        prepare(home.model.to(self.device), strategy, clients)
+        nothing: Examples = Subset(home.train, [])  # type: ignore[arg-type]
+        parts = [home.train if i == number else nothing for i in range(clients)]
+        test = nothing if home.test is None else home.test
+        with ExitStack() as stack:
+            worker = stack.enter_context(
+                standing(
+                    home.model,
+                    parts,
+                    test,
+                    strategy,
+                    self.training or training_from(ask.facts),
+                    loss=self.loss,
+                    device=self.device,
+                    seed=whole(ask.facts, "seed"),
+                )
+            )
+            if ask.what == "train":
+                return Trainer(worker, number, Kept(self.folder / "states")).train(ask, folder)
+            return judged(worker, ask.message)
+
+
+def judged(worker: Worker, message: Path) -> Answer:
+    """The global model on the client's own test examples."""
+    indices = list(range(len(worker.test)))
+    if not indices:
+        raise SiteError("this client has no test examples")
+    found = worker.evaluate(read_broadcast(message).tensors, indices)
+    facts = {"examples": len(indices), "accuracy": found.accuracy, "loss": found.mean_loss}
+    return Answer(facts)
+
+
+def strategy_from(facts: Mapping[str, Any]) -> Strategy:
+    """The strategy whose client half is to be played. Raises InputError, SiteError."""
+    table = facts.get("method")
+    if not isinstance(table, dict):
+        raise SiteError("the server names no method")
+    made = method_of(table, split=False)
+    assert isinstance(made, Strategy)
+    return made
+
+
+def training_from(facts: Mapping[str, Any]) -> Training:
+    """How the server says to train. Raises SiteError."""
+    try:
+        return TypeAdapter(Training).validate_python(facts.get("train"))
+    except ValidationError as error:
+        raise SiteError(first_fault(error, "train", {})) from None

@@ -1,0 +1,138 @@
+"""Where runs are submitted and watched: what the one with the admin's kit does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sluiceway.core.guards import RunFailed
+from sluiceway.core.signals import check_stop
+from sluiceway.deploy.nvflare.kits import Kit
+from sluiceway.deploy.nvflare.names import BROUGHT, STOP, TELL
+from sluiceway.errors import InputError, line
+from sluiceway.experiment.session import Say
+from sluiceway.transport.worker_pool import described
+
+#: Seconds between looks at a job.
+LOOK = 1.0
+
+
+@dataclass
+class Desk:
+    """A session with a server.
+
+    Attributes:
+        session: NVFlare's.
+        told: lines of the newest job that were told.
+    """
+
+    session: Any
+    told: int = 0
+
+    def sites(self) -> list[str]:
+        """Names of the sites that are connected."""
+        return [str(client.name) for client in self.session.get_connected_client_list()]
+
+    def await_sites(self, wanted: Sequence[str], seconds: float, say: Say) -> None:
+        """Wait for sites. Raises RunFailed: some are not connected in time."""
+        until = time.monotonic() + seconds
+        told = False
+        while missing := [site for site in wanted if site not in self.sites()]:
+            check_stop()
+            if time.monotonic() > until:
+                raise RunFailed(f"not connected after {seconds:g} s: {', '.join(missing)}")
+            if not told:
+                say(f"waiting for {', '.join(missing)}")
+                told = True
+            time.sleep(LOOK)
+
+    def submit(self, job: Path) -> str:
+        """Submit a job's folder; returns its id."""
+        self.told = 0
+        return str(self.session.submit_job(str(job)))
+
+    def watch(self, job: str, say: Say, check: Callable[[], None] = check_stop) -> None:
+        """Tell what the newest job tells, until it ends.
+
+        Args:
+            check: raises Stopped if this is to end before.
+        """
+        while True:
+            check()
+            status = self.status(job)
+            if status.startswith("FINISHED"):
+                return
+            if status == "RUNNING":
+                for text in self.lines(job):
+                    say(text)
+                    self.told += 1
+            time.sleep(LOOK)
+
+    def lines(self, job: str) -> list[str]:
+        """What the job told since it was last asked."""
+        with contextlib.suppress(Exception):  # it is only starting, or has just ended
+            found = self.session.do_app_command(job, TELL, {"seen": self.told})
+            return [str(text) for text in found["lines"]]
+        return []
+
+    def stop(self, job: str) -> None:
+        """Ask a job to stop after the step in hand."""
+        self.session.do_app_command(job, STOP, {})
+
+    def abort(self, job: str) -> None:
+        """End a job, whatever it does."""
+        self.session.abort_job(job)
+
+    def status(self, job: str) -> str:
+        """What NVFlare says of a job."""
+        return str(self.session.get_job_status(job))
+
+    def fetch(self, job: str, folder: Path) -> Path | None:
+        """The part of the run folder that is brought home; None if the run left nothing."""
+        with muted():
+            found = Path(self.session.download_job_result(job, str(folder)))
+        return next((path for path in found.rglob(BROUGHT) if path.is_dir()), None)
+
+
+@contextlib.contextmanager
+def opened(kit: Kit, seconds: float = 10) -> Iterator[Desk]:
+    """A session with the server of an admin's kit.
+
+    Raises:
+        InputError: the kit is not an admin's.
+        RunFailed: the server does not answer in time, or does not accept the kit.
+    """
+    if kit.role != "admin":
+        raise InputError(f"{kit.folder} is a {kit.role}'s kit; submitting needs the admin's")
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    logging.getLogger().addHandler(logging.NullHandler())  # else NVFlare's warnings are printed
+    until = time.monotonic() + seconds
+    while True:
+        check_stop()
+        try:
+            with muted():
+                session = new_secure_session(kit.name, str(kit.folder), timeout=5)
+            break
+        except Exception as error:
+            if time.monotonic() > until:
+                raise RunFailed(f"no session with the server: {line(described(error))}") from error
+            time.sleep(LOOK)
+    try:
+        yield Desk(session)
+    finally:
+        with muted(), contextlib.suppress(Exception):
+            session.close()
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """What NVFlare prints inside is not for people."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,50 @@
+"""Errors of one line, exit codes, and untrusted values quoted in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+#: Exit codes besides 0: a run that could not go on, bad input, and stopped by Ctrl-C or SIGTERM.
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+
+
+class SluicewayError(Exception):
+    """An error that a user is told in one line, without a traceback."""
+
+    exit_code: ClassVar[int] = FAILED
+
+
+class InputError(SluicewayError, ValueError):
+    """Something the user gave cannot be used; the message is one line that says what would be."""
+
+    exit_code = BAD_INPUT
+
+
+def outcome_of(action: Callable[[], None]) -> tuple[int, str]:
+    """Call `action`; returns the exit code and the line that says why, "" if it went well.
+
+    Errors that are neither bad input nor a known failure of a run are raised as they are.
+    """
+    try:
+        action()
+    except SluicewayError as error:
+        return error.exit_code, f"{error}"
+    except KeyboardInterrupt as stop:
+        return STOPPED, f"stopped{stop}"
+    return 0, ""
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A value as Python writes it, on one line and cut after `most` characters."""
+    try:
+        text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, tables in tables
+        text = f"{type(value).__name__} too large to be shown"
+    return line(text, most)
+
+
+def line(text: str, most: int = 300) -> str:
+    """A text on one line and cut after `most` characters; control characters are escaped."""
+    short = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)

@@ -1,0 +1,130 @@
+"""The server's side of a run whose clients are elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sluiceway.core.checkpoints import Checkpoint, CheckpointError
+from sluiceway.core.handshake import JoinError
+from sluiceway.errors import InputError
+from sluiceway.experiment.kinds import (
+    Outcome,
+    chosen_compressor,
+    chosen_network,
+    chosen_strategy,
+    language_model,
+    plan_of,
+    split_facts,
+)
+from sluiceway.experiment.recipe import Recipe
+from sluiceway.experiment.session import Progress, Session
+from sluiceway.strategies import STRATEGIES
+from sluiceway.transport.protocol import Carrier
+from sluiceway.transport.remote import federate_remote
+from sluiceway.transport.remote_split import split_remote
+from sluiceway.transport.tls import Doorway
+
+
+def serve_federated(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    carrier: Carrier,
+) -> Outcome:
+    """Fine-tune a language model across sites; of the recipe's data the test set is read here.
+
+    Raises:
+        InputError: there are more or fewer sites than the recipe has clients.
+    """
+    require_sites(recipe, carrier)
+    data = session.data(recipe.data, progress.say)
+    model, _, test, source = language_model(recipe, data, session)
+    strategy, training = chosen_strategy(recipe)
+    progress.say(
+        f"model: {recipe.model.name} from {source}, on {device}; sites: {', '.join(carrier.sites)}"
+    )
+    result = federate_remote(
+        model,
+        carrier,
+        facts_of(recipe, data.label_names),
+        test,
+        strategy,
+        plan_of(recipe),
+        training,
+        device=device,
+        timeout=recipe.run.timeout,
+        on_start=progress.on_start,
+        on_round=progress.on_round,
+        on_update=progress.on_update,
+        checkpoint=checkpoint,
+    )
+    return Outcome(result, data.source, data.label_names)
+
+
+def serve_split(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    carrier: Carrier,
+    doorway: Doorway | None,
+) -> Outcome:
+    """Train an image classifier that is cut between sites and this server.
+
+    Raises:
+        InputError: there are more or fewer sites than clients, or no doorway.
+    """
+    require_sites(recipe, carrier)
+    if doorway is None:
+        raise InputError(
+            f"run.engine = {recipe.run.engine!r} carries no split run: it has no line for a "
+            "message a mini-batch; nvflare has"
+        )
+    pictures, train, test = session.images(recipe.data, progress.say)
+    chosen = recipe.model
+    assert chosen.cut is not None
+    model = chosen_network(recipe, train.shape, len(pictures.label_names))
+    progress.say(
+        f"model: {chosen.name} cut at {chosen.cut}, on {device}; sites: {', '.join(carrier.sites)}"
+    )
+    try:
+        result = split_remote(
+            model,
+            chosen.cut,
+            carrier,
+            doorway,
+            facts_of(recipe, pictures.label_names),
+            test,
+            chosen_compressor(recipe),
+            plan_of(recipe),
+            recipe.training(),
+            form=recipe.run.form,
+            tail_at=chosen.tail,
+            fronts=STRATEGIES[recipe.run.fronts](),
+            device=device,
+            timeout=recipe.run.timeout,
+            on_start=progress.on_start,
+            on_round=progress.on_round,
+            checkpoint=checkpoint,
+        )
+    except (CheckpointError, JoinError):
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
+
+
+def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:
+    """What a site is told when it joins."""
+    return {"recipe": recipe.resolved(), "label_names": list(label_names)}
+
+
+def require_sites(recipe: Recipe, carrier: Carrier) -> None:
+    """Raise InputError unless there is a site for each client."""
+    if len(carrier.sites) != recipe.data.clients:
+        raise InputError(
+            f"data.clients = {recipe.data.clients}, but there are {len(carrier.sites)} sites"
+        )

@@ -1,0 +1,325 @@
+"""The embedded engine: every client on this machine, in one process or in a few."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sluiceway.core.batches import Batch, Examples, Loss
+from sluiceway.core.checkpoints import Checkpoint, StorageError
+from sluiceway.core.evaluation import Evaluation, label_counts
+from sluiceway.core.files import scratch_folder
+from sluiceway.core.guards import Failure
+from sluiceway.core.messages import (
+    WireError,
+    read_broadcast,
+    read_update,
+    write_broadcast,
+    write_update,
+)
+from sluiceway.core.round_loop import Loop, Record, Result, Rounds
+from sluiceway.core.settings import Training
+from sluiceway.core.signals import check_stop
+from sluiceway.federated.client import Worker, prepare
+from sluiceway.federated.frozen_prefix import FeatureCache, Trunk, agrees, find_trunk
+from sluiceway.strategies import Broadcast, Strategy, Update
+from sluiceway.strategies import strategy as strategy_of
+from sluiceway.transport.worker_pool import Lost, Pool, described
+
+#: Test examples that a worker is given at a time.
+PART = 256
+
+
+class LocalEngine:
+    """Plays clients by one or more workers; the number of workers changes no result.
+
+    Messages are packed into files of a temporary folder, so that what is counted is what would
+    cross, and so that updates that wait for the others take no memory. What clients keep is in
+    files too, and changes with `settle` only: a round that does not stand leaves no trace.
+
+    A client whose training raises, whose process dies or who takes too long has failed; the others
+    go on.
+
+    Args:
+        worker: model and data; copied into each process.
+        workers: processes, >= 1; with 1 and no `timeout` all runs in this one.
+        threads: torch threads for each worker; None leaves them as they are. The same number
+            gives the same results, whatever the number of workers.
+        timeout: seconds that a client may train, 0 for any; needs the CPU.
+    """
+
+    def __init__(
+        self, worker: Worker, *, workers: int = 1, threads: int | None = None, timeout: float = 0
+    ) -> None:
+        self.worker = worker
+        self.workers = workers
+        self.threads = threads
+        self.timeout = timeout
+        self._stack = ExitStack()
+        self._down = 0
+
+    def __enter__(self) -> Self:
+        self.folder = self._stack.enter_context(scratch_folder())
+        self.states = self.folder / "clients"
+        self.states.mkdir()
+        self._pool: Pool[Worker] | None = None
+        if self.workers > 1 or self.timeout:
+            self._pool = Pool(self.worker, self.workers, self.threads or 1)
+            self._stack.callback(self._pool.close)
+        elif self.threads:
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
+    ) -> Iterator[Update | Failure]:
+        folder = self.folder / "round"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        down = folder / "broadcast"
+        self._down = write_broadcast(down, broadcast)
+        jobs = [(number, down, self.states / f"{number}", number in personal) for number in clients]
+        for number, done in zip(clients, self._each(play, jobs), strict=True):
+            yield answer(number, done)
+            if not keep and isinstance(done, Path):
+                done.unlink()
+
+    def settle(self, clients: Sequence[int]) -> None:
+        for number in clients:
+            fresh = self.folder / "round" / f"state-{number}"
+            if fresh.exists():
+                os.replace(fresh, self.states / f"{number}")
+
+    def broadcast_bytes(self) -> int:
+        return self._down
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
+        path = self.folder / "global"
+        write_broadcast(path, Broadcast(0, tensors))
+        # Parts that do not depend on the number of workers make sums that do not either.
+        parts = torch.arange(len(self.worker.test)).split(PART)
+        total = Evaluation.nothing()
+        for found in self._each(judge, [(path, part.tolist()) for part in parts]):
+            if isinstance(found, Lost):
+                raise found.error or RuntimeError(f"evaluation: {found.why}")
+            total += found
+        return total
+
+    def _each(self, task: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """The result of each job in order, or a `Lost`."""
+        if self._pool is not None:
+            yield from self._pool.map(task, jobs, self.timeout if task is play else None)
+            return
+        for job in jobs:
+            check_stop()
+            try:
+                found = task(self.worker, *job)
+            except Exception as error:
+                found = Lost(described(error), error)
+            yield found
+
+
+def answer(number: int, done: Path | Lost) -> Update | Failure:
+    """A client's update from the file it was packed to.
+
+    Raises:
+        StorageError: this machine has no room for it, which is no failure of the client.
+    """
+    if isinstance(done, Lost) and isinstance(done.error, StorageError):
+        raise done.error
+    if isinstance(done, Lost):
+        return Failure(number, done.why, error=done.error)
+    try:
+        return read_update(done)
+    except WireError as error:
+        return Failure(number, str(error), done.stat().st_size, error)
+
+
+def play(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
+    """Train one client from a packed broadcast to a packed update, whose path is returned.
+
+    What the client keeps is read from `kept`, and written beside the update.
+    """
+    state = load_file(kept) if kept.exists() else {}
+    update = worker.train(number, read_broadcast(down), state, personal=personal)
+    path = down.with_name(f"update-{number}")
+    write_update(path, update)
+    if state:
+        fresh = down.with_name(f"state-{number}")
+        save_file({name: t.contiguous() for name, t in state.items()}, fresh)
+    return path
+
+
+def judge(worker: Worker, path: Path, indices: list[int]) -> Evaluation:
+    """Evaluate packed global tensors on a part of the test set."""
+    return worker.evaluate(read_broadcast(path).tensors, indices)
+
+
+def federate(
+    model: nn.Module,
+    clients: Sequence[Examples],
+    test: Examples,
+    strategy: Strategy | str = "fedavg",
+    *,
+    rounds: int = 10,
+    participation: float = 1.0,
+    seed: int = 0,
+    training: Training | None = None,
+    loss: Loss = F.cross_entropy,
+    device: str = "auto",
+    workers: int = 1,
+    threads: int | None = None,
+    min_clients: int = 1,
+    repeats: int = 1,
+    timeout: float = 0,
+    features: FeatureCache | None = None,
+    on_start: Callable[[], None] = lambda: None,
+    on_round: Callable[[Record], None] = lambda record: None,
+    on_update: Callable[[int, int], None] = lambda done, of: None,
+    checkpoint: Checkpoint | None = None,
+) -> Result:
+    """Train a model across clients on this machine.
+
+    Args:
+        model: any module whose output is logits [B, C] or has them as `.logits`. Parameters with
+            `requires_grad` are trained and exchanged. The global values are in it at the end,
+            whether the run ended well or not. Mixture-of-experts blocks are found by themselves
+            (`sluiceway.moe`).
+        clients: each client's data set of (inputs, label); may be empty for some.
+        test: the global test set, of the same form.
+        strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
+        rounds, participation, seed, min_clients, repeats: see `Rounds`.
+        training: how a client trains; see `Training`.
+        loss: of (logits, labels).
+        device: "auto" (CUDA where there is one), "cpu", "cuda", ...
+        workers: processes that play clients; results do not depend on it where `threads` is set.
+        threads: torch threads for each worker.
+        timeout: seconds that a client may train before the round goes on without it, 0 for any;
+            its process is ended, so this needs the CPU. Results then depend on the machine.
+        features: keeps what frozen layers make of each example; None for a cache of this run's
+            own, of up to 2 GB in memory.
+        on_start: called once all is checked and prepared, before the first round.
+        on_round, on_update: called with each round's record, and with (updates done, of).
+        checkpoint: where the run is saved, and continued from.
+
+    Raises:
+        ValueError: nothing to train, too few clients with examples, several workers or a timeout
+            on a GPU.
+        TooFewUpdates: a round had fewer than `min_clients` usable updates, however often it was
+            played; CheckpointError, StorageError: see `Checkpoint`.
+        NoExpertsError: the strategy needs experts and the model has none.
+        pydantic.ValidationError: a setting out of range.
+    """
+    if isinstance(strategy, str):
+        strategy = strategy_of(strategy)
+    plan = Rounds(
+        rounds=rounds,
+        participation=participation,
+        seed=seed,
+        min_clients=min_clients,
+        repeats=repeats,
+    )
+    place = torch.device(chosen_device(device))
+    if (workers > 1 or timeout) and place.type != "cpu":
+        raise ValueError(f"several workers, and a timeout, need the CPU; this runs on {place}")
+    model.to(place)
+    was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    prepare(model, strategy, len(clients))
+    counts = label_counts(clients)
+    with ExitStack() as stack:
+        worker = stack.enter_context(
+            standing(
+                model,
+                clients,
+                test,
+                strategy,
+                training or Training(),
+                loss=loss,
+                device=place,
+                seed=seed,
+                features=features,
+            )
+        )
+        engine = stack.enter_context(
+            LocalEngine(worker, workers=workers, threads=threads, timeout=timeout)
+        )
+        loop = Loop(
+            strategy,
+            engine,
+            plan,
+            counts,
+            on_round=on_round,
+            on_update=on_update,
+            checkpoint=checkpoint,
+            states=engine.states,
+        )
+        loop.restore()
+        on_start()
+        try:
+            return loop.run()
+        finally:
+            worker.load(strategy.tensors)
+            for name, param in model.named_parameters():
+                param.requires_grad_(was_trained[name])
+
+
+@contextlib.contextmanager
+def standing(
+    model: nn.Module,
+    clients: Sequence[Examples],
+    test: Examples,
+    strategy: Strategy,
+    training: Training,
+    *,
+    loss: Loss,
+    device: torch.device,
+    seed: int,
+    features: FeatureCache | None = None,
+) -> Iterator[Worker]:
+    """A worker of the model, with what its frozen trunk makes of each example kept.
+
+    Args:
+        model, strategy: see `federated.client.prepare`, which has been called.
+        clients, test: may be empty, as they are for those who do not hold them.
+        features: None for a cache of its own, of up to 2 GB in memory.
+    """
+    with ExitStack() as stack:
+        trunk = usable_trunk(model, [*clients, test], device)
+        if trunk:
+            cache = features or FeatureCache(2 << 30)
+            *clients, test = cache.wrap(trunk, [*clients, test], device)
+            stack.enter_context(trunk.skipped())
+        yield Worker(model, clients, test, strategy, training, loss=loss, device=device, seed=seed)
+
+
+def chosen_device(name: str) -> str:
+    """The device that "auto" stands for; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_trunk(
+    model: nn.Module, clients: Sequence[Examples], device: torch.device
+) -> Trunk | None:
+    """The model's frozen trunk, if passing over it changes nothing."""
+    trunk = find_trunk(model)
+    filled = next((c for c in clients if len(c)), None)
+    if trunk is None or filled is None:
+        return None
+    few = Batch.of(filled, torch.arange(min(4, len(filled))), device)
+    return trunk if agrees(trunk, few) else None

@@ -1,0 +1,243 @@
+"""Federated rounds whose clients are elsewhere: what they are asked goes by a `Carrier`."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sluiceway.core.batches import Examples, Loss
+from sluiceway.core.checkpoints import Checkpoint
+from sluiceway.core.evaluation import Evaluation, widened
+from sluiceway.core.files import scratch_folder
+from sluiceway.core.guards import Failure, RunFailed
+from sluiceway.core.handshake import Card, JoinError, check_joining
+from sluiceway.core.messages import write_broadcast
+from sluiceway.core.round_loop import Loop, Record, Result, Rounds
+from sluiceway.core.settings import Training
+from sluiceway.errors import line
+from sluiceway.federated.client import Worker, prepare
+from sluiceway.strategies import Broadcast, Strategy, Update
+from sluiceway.transport.local import PART, answer, chosen_device, standing
+from sluiceway.transport.protocol import Answer, Ask, Carrier
+from sluiceway.transport.worker_pool import Lost
+
+#: Largest count of examples of a class, and most classes, that a site may claim.
+COUNT_LIMIT = 10**12
+CLASSES_LIMIT = 10**6
+
+
+class RemoteEngine:
+    """Clients at sites; the global model is evaluated here.
+
+    What clients keep lies with them. Here is a file for each, with the round from which on that
+    stands, so that a checkpoint knows what to ask for after a restart.
+
+    Args:
+        carrier: reaches the sites.
+        worker: model and test set; its clients are empty.
+        keep: states that a site keeps, so that it can go back as far as a checkpoint does.
+        timeout: seconds for a round's training, 0 for any.
+    """
+
+    def __init__(self, carrier: Carrier, worker: Worker, *, keep: int, timeout: float = 0) -> None:
+        self.carrier = carrier
+        self.worker = worker
+        self.keep = keep
+        self.timeout = timeout
+        self._stack = ExitStack()
+        self._down = 0
+        self._kept: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        self.folder = self._stack.enter_context(scratch_folder())
+        self.states = self.folder / "clients"
+        self.states.mkdir()
+        (self.states / "run").write_text(uuid.uuid4().hex)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
+    ) -> Iterator[Update | Failure]:
+        folder = self.folder / "round"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        down = folder / "broadcast"
+        self._down = write_broadcast(down, broadcast)
+        self._kept = {}
+        asks = {
+            number: Ask(
+                "train",
+                {
+                    "run": (self.states / "run").read_text(),
+                    "based": self.based(number),
+                    "personal": number in personal,
+                    "keep": self.keep,
+                },
+                down,
+            )
+            for number in clients
+        }
+        incoming = self.carrier.ask(asks, folder, self.timeout)
+        for number, done in in_order(incoming, clients):
+            path = done if isinstance(done, Lost) else done.message
+            if isinstance(done, Answer) and done.facts.get("kept") is True:
+                self._kept[number] = broadcast.round
+            yield answer(number, path or Lost("it answered without an update"))
+            if not keep and isinstance(path, Path):
+                path.unlink()
+
+    def based(self, number: int) -> int:
+        """The round from which on stands what a client keeps; 0 for none."""
+        noted = self.states / f"{number}"
+        return int(noted.read_text()) if noted.exists() else 0
+
+    def settle(self, clients: Sequence[int]) -> None:
+        for number in clients:
+            if number in self._kept:
+                (self.states / f"{number}").write_text(f"{self._kept[number]}")
+
+    def broadcast_bytes(self) -> int:
+        return self._down
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
+        total = Evaluation.nothing()
+        for part in torch.arange(len(self.worker.test)).split(PART):
+            total += self.worker.evaluate(tensors, part.tolist())
+        return total
+
+
+def in_order(
+    coming: Iterator[tuple[int, Answer | Lost]], clients: Sequence[int]
+) -> Iterator[tuple[int, Answer | Lost]]:
+    """Answers in the order of `clients`, whatever the order in which they come."""
+    early: dict[int, Answer | Lost] = {}
+    for number in clients:
+        while number not in early:
+            found = next(coming, None)
+            if found is None:
+                early[number] = Lost("no answer")
+                break
+            early.setdefault(*found)
+        yield number, early.pop(number)
+
+
+def joined(
+    carrier: Carrier, facts: Mapping[str, Any], card: Card | None, timeout: float = 0
+) -> Tensor:
+    """Ask every site to join, and see that all exchange what the server does.
+
+    Args:
+        facts: what a site must know, by which it prepares its model; ready for JSON.
+        card: the server's; None where the sites show none.
+        timeout: seconds for all of them, 0 for any.
+
+    Returns:
+        Who holds what, [sites, classes] int64.
+
+    Raises:
+        RunFailed: a site is away or cannot join.
+        JoinError: a site exchanges other tensors, or says what cannot be.
+    """
+    asks = {i: Ask("join", {**facts, "client": i}) for i in range(len(carrier.sites))}
+    counts: dict[int, list[int]] = {}
+    with scratch_folder() as folder:
+        for number, found in carrier.ask(asks, folder, timeout):
+            name = carrier.sites[number]
+            if isinstance(found, Lost):
+                raise RunFailed(f"site {line(name, 80)} did not join: {line(found.why, 1000)}")
+            if card is not None:
+                try:
+                    check_joining(card, Card.from_json(str(found.facts.get("card"))))
+                except JoinError as error:
+                    raise JoinError(f"site {line(name, 80)}: {error}") from None
+            counts[number] = counts_of(found, name)
+    if missing := [carrier.sites[i] for i in asks if i not in counts]:
+        raise RunFailed(f"site {line(missing[0], 80)} did not join: no answer")
+    width = max(map(len, counts.values()))
+    return torch.stack([widened(torch.tensor(counts[i]).long(), width) for i in asks])
+
+
+def states_needed(checkpoint: Checkpoint | None) -> int:
+    """States that a site must keep, so that it can go back as far as a checkpoint does."""
+    return 2 + (checkpoint.every * checkpoint.keep if checkpoint else 0)
+
+
+def counts_of(found: Answer, name: str) -> list[int]:
+    """Examples of each class that a site says it holds. Raises JoinError."""
+    counts = found.facts.get("label_counts")
+    if (
+        not isinstance(counts, list)
+        or len(counts) > CLASSES_LIMIT
+        or not all(type(n) is int and 0 <= n <= COUNT_LIMIT for n in counts)
+    ):
+        raise JoinError(f"site {line(name, 80)}: its label counts are not whole numbers from 0")
+    return counts
+
+
+def federate_remote(
+    model: nn.Module,
+    carrier: Carrier,
+    facts: Mapping[str, Any],
+    test: Examples,
+    strategy: Strategy,
+    plan: Rounds,
+    training: Training,
+    *,
+    loss: Loss = F.cross_entropy,
+    device: str = "auto",
+    timeout: float = 0,
+    on_start: Callable[[], None] = lambda: None,
+    on_round: Callable[[Record], None] = lambda record: None,
+    on_update: Callable[[int, int], None] = lambda done, of: None,
+    checkpoint: Checkpoint | None = None,
+) -> Result:
+    """Train a model across sites; the server's side of `sluiceway.federate`.
+
+    Args:
+        model: prepared as the sites prepare theirs; has the global values at the end.
+        carrier: reaches the sites.
+        facts: what a site must know to join.
+        test: the global test set.
+        plan, training, loss, device, on_start, on_round, on_update, checkpoint: as of `federate`.
+        timeout: seconds for the training of a round, 0 for any; who is late has failed.
+
+    Raises:
+        RunFailed, JoinError: see `joined`; and as `federate`.
+    """
+    place = torch.device(chosen_device(device))
+    model.to(place)
+    prepare(model, strategy, len(carrier.sites))
+    counts = joined(carrier, facts, Card.of(strategy.tensors))
+    keep = states_needed(checkpoint)
+    with ExitStack() as stack:
+        worker = stack.enter_context(
+            standing(model, [], test, strategy, training, loss=loss, device=place, seed=plan.seed)
+        )
+        engine = stack.enter_context(RemoteEngine(carrier, worker, keep=keep, timeout=timeout))
+        loop = Loop(
+            strategy,
+            engine,
+            plan,
+            counts,
+            on_round=on_round,
+            on_update=on_update,
+            checkpoint=checkpoint,
+            states=engine.states,
+        )
+        loop.restore()
+        on_start()
+        try:
+            return loop.run()
+        finally:
+            worker.load(strategy.tensors)

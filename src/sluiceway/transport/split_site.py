@@ -1,0 +1,175 @@
+"""What a site does in a split run: its front meets every batch here, and its state stays here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sluiceway.core.batches import Batch, Examples
+from sluiceway.core.handshake import Card
+from sluiceway.core.seeds import mix
+from sluiceway.split.client import ClientSide
+from sluiceway.split.client_proxy import generator
+from sluiceway.split.config import joined
+from sluiceway.split.header import BatchId
+from sluiceway.split.setup import Ground, exchanged_by_clients
+from sluiceway.strategies.base import unprefixed
+from sluiceway.transport.site import Kept, SiteError, name_of_run, whole
+
+#: Facts and body of an answer.
+Reply = tuple[dict[str, Any], bytes]
+
+#: Frames that are not answered: what goes wrong in them is told with the next answer.
+SILENT = ("pass", "receive")
+
+
+class SplitTrainer:
+    """A client behind a line: from frames to frames; see `remote_split.AtSite`.
+
+    Args:
+        number: this client's.
+        examples: its data.
+        grounds: from the number of classes to what both sides make alike, made anew.
+        kept: what it keeps from round to round.
+        seed: of the whole run.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        examples: Examples,
+        grounds: Callable[[int], Ground],
+        kept: Kept,
+        seed: int,
+    ) -> None:
+        self.number, self.examples, self.grounds = number, examples, grounds
+        self.kept, self.seed = kept, seed
+        self.classes = 0
+        self.fault: Exception | None = None
+        self.between_rounds = True
+        #: The run and the round after which the client's state stands.
+        self.stands: tuple[str, int] = ("", 0)
+
+    def answer(self, facts: dict[str, Any], body: bytes) -> Reply | None:
+        """Do what a frame asks.
+
+        Raises:
+            Exception: it cannot be done, or one before that is not answered could not.
+        """
+        what = facts.get("what")
+        actions: dict[Any, Callable[[dict[str, Any], bytes], Reply]] = {
+            "open": self.open,
+            "rate": self.rate,
+            "begin": self.begin,
+            "send": self.send,
+            "pass": self.pass_over,
+            "finish": self.finish,
+            "receive": self.receive,
+            "end": self.end,
+        }
+        if what not in actions:
+            raise SiteError(f"a split run has no {what!r}")
+        if what in SILENT:
+            try:
+                actions[what](facts, body)
+            except Exception as error:
+                self.fault = self.fault or error
+            return None
+        if what == "begin":
+            self.fault = None
+        elif self.fault is not None:
+            raise self.fault
+        return actions[what](facts, body)
+
+    def open(self, facts: dict[str, Any], _: bytes) -> Reply:
+        """Build the layers, and show which they are."""
+        self.fault = None
+        self.classes = whole(facts, "classes")
+        self.anew()
+        return {"card": Card.of(exchanged_by_clients(self.both.halves)).to_json()}, b""
+
+    def anew(self) -> None:
+        """The client as it was before the first round."""
+        self.both = self.grounds(self.classes)
+        meter = self.both.meter(self.number)
+        self.side: ClientSide = self.both.side(self.number, self.examples, meter)
+        self.stands, self.between_rounds = ("", 0), True
+
+    def rate(self, _: dict[str, Any], __: bytes) -> Reply:
+        """Rate channels before the first round."""
+        return {}, self.side.rate()
+
+    def begin(self, facts: dict[str, Any], opening: bytes) -> Reply:
+        """Begin a round, from the state that the server says stands."""
+        run, based = name_of_run(facts), whole(facts, "based")
+        self.keep, self.round = whole(facts, "keep"), whole(facts, "round")
+        if not self.between_rounds or (based and self.stands != (run, based)):
+            self.anew()
+        if based and self.stands != (run, based):
+            self.load(self.kept.load(run, based))
+        self.stands, self.between_rounds = (run, based), False
+        given = facts.get("mask")
+        mask = None if given is None else torch.tensor(given, dtype=torch.bool)
+        self.side.begin(self.round, opening, self.both.strategy, mask)
+        turns = generator(self.seed, self.round, self.number)
+        self.turns: Iterator[tuple[BatchId, Batch]] = self.side.batches(self.round, turns)
+        # Of layers that draw, as dropout does; data and channels are drawn by seeds of their own.
+        torch.manual_seed(mix(self.seed, self.round, self.number))
+        return {}, b""
+
+    def next_batch(self, facts: dict[str, Any]) -> tuple[BatchId, Batch]:
+        """The next batch, which must be the one that was asked for. Raises SiteError."""
+        name, batch = next(self.turns, (None, None))
+        if name is None or batch is None or name.batch != whole(facts, "batch"):
+            raise SiteError(f"batch {facts.get('batch')!r} is not the next one")
+        return name, batch
+
+    def send(self, facts: dict[str, Any], _: bytes) -> Reply:
+        """The next batch, packed."""
+        return {}, self.side.send(*self.next_batch(facts))
+
+    def pass_over(self, facts: dict[str, Any], _: bytes) -> Reply:
+        """Leave the next batch out."""
+        self.next_batch(facts)
+        return {}, b""
+
+    def name_of(self, facts: dict[str, Any]) -> BatchId:
+        """The batch of the round that a frame is about."""
+        return BatchId(self.number, self.round, whole(facts, "batch"))
+
+    def finish(self, facts: dict[str, Any], message: bytes) -> Reply:
+        """Run the tail, and send its gradient."""
+        return {}, self.side.finish(self.name_of(facts), message)
+
+    def receive(self, facts: dict[str, Any], message: bytes) -> Reply:
+        """Step on the gradient of a batch."""
+        self.side.receive(self.name_of(facts), message)
+        return {}, b""
+
+    def end(self, facts: dict[str, Any], _: bytes) -> Reply:
+        """Close the round, and keep what outlives it."""
+        scores = self.side.meter.scores() if self.side.meter is not None else None
+        message = self.side.end(self.round, scores if facts.get("scores") is True else None)
+        run, based = self.stands
+        self.kept.save(run, self.round, self.state(), self.keep, based)
+        self.stands, self.between_rounds = (run, self.round), True
+        return {}, message
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What outlives a round here, what compression remembers among it."""
+        terms = self.both.terms
+        return joined(
+            {
+                "client": self.side.state_dict(),
+                "cut": terms.link.state_dict(),
+                "tail": terms.tail_link.state_dict(),
+            }
+        )
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from what `state` gave."""
+        self.side.load_state_dict(unprefixed(state, "client/"))
+        self.both.terms.link.load_state_dict(unprefixed(state, "cut/"))
+        self.both.terms.tail_link.load_state_dict(unprefixed(state, "tail/"))

@@ -1,0 +1,225 @@
+"""Worker processes that may fail: a task whose process dies or takes too long is lost, no other."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from sluiceway.core.signals import check_stop
+
+T = TypeVar("T")
+
+#: Seconds between looks at whether the run is to stop, or a task took too long.
+TICK = 0.1
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A task without a result.
+
+    Attributes:
+        why: in a few words.
+        error: what it raised, if it did; its cause is the traceback in the worker.
+        trace: that traceback, as text.
+    """
+
+    why: str
+    error: BaseException | None = None
+    trace: str = ""
+
+
+class RemoteError(Exception):
+    """The traceback of an error in a worker process, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class Seat:
+    """A worker process, and the task that it has: its index and when it was given."""
+
+    process: BaseProcess
+    connection: Connection
+    task: int | None = None
+    since: float = 0.0
+
+
+@dataclass
+class Pool(Generic[T]):
+    """Processes that each hold `common` and do tasks with it, one at a time.
+
+    Attributes:
+        common: given to every task as its first argument; forked processes share its memory with
+            this one until they write to it.
+        processes: how many, >= 1.
+        threads: torch threads of each.
+    """
+
+    common: T
+    processes: int
+    threads: int = 1
+    seats: list[Seat] = field(default_factory=list, init=False)
+
+    def map(
+        self,
+        task: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """`task(common, *arguments[i])` of each i in order, as they become ready.
+
+        Args:
+            task: a function of a module.
+            arguments: of each call.
+            timeout: seconds that a call may take; its process is then ended.
+
+        Returns:
+            Results, or a `Lost` in the place of one. What still runs is ended with the iterator.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        waiting = deque(range(len(arguments)))
+        done: dict[int, Any] = {}
+        try:
+            for turn in range(len(arguments)):
+                while turn not in done:
+                    check_stop()
+                    self.give(task, arguments, waiting)
+                    self.collect(done, timeout)
+                yield done.pop(turn)
+        finally:
+            for seat in [seat for seat in self.seats if seat.task is not None]:
+                self.end(seat)
+
+    def give(
+        self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], waiting: deque[int]
+    ) -> None:
+        """Give waiting tasks to idle processes, starting those that are not there."""
+        for seat in [s for s in self.seats if s.task is None and not s.process.is_alive()]:
+            self.end(seat)
+        while len(self.seats) < min(self.processes, len(self.seats) + len(waiting)):
+            self.seats.append(self.started())
+        for seat in self.seats:
+            if seat.task is None and waiting:
+                seat.task, seat.since = waiting.popleft(), time.monotonic()
+                with contextlib.suppress(OSError):  # it has just died, which `collect` will see
+                    seat.connection.send_bytes(pickle.dumps((task, arguments[seat.task])))
+
+    def collect(self, done: dict[int, Any], timeout: float | None) -> None:
+        """Wait a moment for results; note those that came, and tasks that were lost."""
+        busy = [seat for seat in self.seats if seat.task is not None]
+        ready = wait([s.connection for s in busy] + [s.process.sentinel for s in busy], TICK)
+        for seat in busy:
+            task = seat.task
+            assert task is not None
+            if seat.connection in ready or seat.process.sentinel in ready:
+                done[task] = self.result(seat)
+            elif timeout and time.monotonic() - seat.since > timeout:
+                done[task] = Lost(f"no update within {timeout:g} s")
+                self.end(seat)
+
+    def result(self, seat: Seat) -> Any:
+        """What the process of this seat gave, which is then idle; a `Lost` if it has died."""
+        try:
+            if seat.connection.poll():
+                found = pickle.loads(seat.connection.recv_bytes())
+                seat.task = None
+                if isinstance(found, Lost) and found.error is not None:
+                    found.error.__cause__ = RemoteError(found.trace)  # pickle leaves it out
+                return found
+        except (EOFError, OSError):
+            pass
+        self.end(seat)
+        code = seat.process.exitcode
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with code {code}"
+        return Lost(f"its process ended {how}")
+
+    def end(self, seat: Seat) -> None:
+        """End a process, whatever it does; another takes its seat when there is a task."""
+        self.seats.remove(seat)
+        if seat.process.exitcode is None:
+            seat.process.join(0.05)  # one that is dying tells how
+        seat.process.kill()
+        seat.process.join()
+        seat.connection.close()
+
+    def started(self) -> Seat:
+        """A new process, ready for tasks."""
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+        mine, its = context.Pipe()
+        others = [seat.connection for seat in self.seats]
+        process = context.Process(  # type: ignore[attr-defined]
+            target=work, args=(its, self.common, self.threads, os.getpid(), [mine, *others])
+        )
+        process.daemon = True
+        process.start()
+        its.close()
+        return Seat(process, mine)
+
+    def close(self) -> None:
+        """End all processes."""
+        for seat in list(self.seats):
+            self.end(seat)
+
+
+def work(
+    connection: Connection, common: Any, threads: int, parent: int, others: Sequence[Connection]
+) -> None:
+    """What a worker process does until it is ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent ends the run, once, for all
+        signal.signal(number, signal.SIG_IGN)
+    for other in others:
+        other.close()
+    torch.set_num_threads(threads)
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+    while True:
+        try:
+            task, arguments = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            found = task(common, *arguments)
+        except Exception as error:
+            found = lost(error)
+        connection.send_bytes(pickle.dumps(found))
+
+
+def lost(error: Exception) -> Lost:
+    """What a worker says of an error."""
+    trace = traceback.format_exc()
+    said = Lost(described(error), error, trace)
+    try:
+        pickle.loads(pickle.dumps(said))
+    except Exception:
+        return Lost(said.why, RemoteError(trace), trace)
+    return said
+
+
+def described(error: BaseException) -> str:
+    """An error in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def leave_with(parent: int) -> None:
+    """End this process soon after its parent has gone, however that went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

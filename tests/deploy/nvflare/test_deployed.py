@@ -1,0 +1,189 @@
+"""A server and two sites as processes, over mutual TLS: the embedded numbers, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import ssl
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.worlds import tiny_bert
+
+pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
+
+from sluiceway.deploy.nvflare.admin import opened
+from sluiceway.deploy.nvflare.kits import Keys, provision
+from sluiceway.deploy.nvflare.local_deployment import STARTING, Deployment, running, site_files
+from sluiceway.deploy.nvflare.submit import Order, sent, submit
+from sluiceway.errors import InputError
+from sluiceway.experiment.recipe import Recipe, load_recipe, recipe_from
+from sluiceway.experiment.run import run
+
+SITES = ["north", "south"]
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("deployed")
+    files = site_files(folder / "homes", folder / "kept", SITES)
+    more = {"OMP_NUM_THREADS": "1"}
+    found = Deployment(folder / "kits", SITES, folder / "runs", more=more)
+    with running(found, files):
+        yield found
+    assert not found.started
+
+
+@pytest.fixture
+def tables(csv_file: Path, model_folder: Path) -> dict[str, Any]:
+    return {
+        "run": {"rounds": 4, "workers": 1, "device": "cpu", "timeout": 30.0},
+        "data": {"path": str(csv_file), "clients": 2, "alpha": 0.5, "max_tokens": 12},
+        "model": {"name": str(model_folder), "experts": 4},
+        "method": {"name": "fedalign-moe"},
+        "train": {"lr": 0.02, "local_epochs": 4},
+    }
+
+
+def recipe_of(tables: dict[str, Any], engine: str) -> Recipe:
+    return recipe_from({**tables, "run": {**tables["run"], "engine": engine}})
+
+
+def until(happened: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def rounds_in(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def test_a_run_whose_server_was_killed_gives_the_embedded_numbers(
+    deployment: Deployment, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    _, embedded = run(recipe_of(tables, "local"))
+    recipe = recipe_of(tables, "nvflare")
+    with opened(deployment.admin, STARTING) as desk:
+        sent(desk, Order(recipe, "killed", SITES, wait=STARTING), tmp_path / "job", print)
+    until(lambda: rounds_in(deployment.runs / "killed") >= 1)
+    deployment.end("server", signal.SIGKILL)
+    assert not (deployment.runs / "killed" / "summary.json").exists()
+    deployment.start("server")
+    lines: list[str] = []
+    with opened(deployment.admin, STARTING) as desk:
+        order = Order(recipe, "killed", SITES, resume=True, wait=STARTING)
+        submit(desk, order, tmp_path / "home", lines.append)
+    summary = json.loads((tmp_path / "home" / "summary.json").read_text())
+    for key in ("accuracy_by_round", "personal_accuracy", "bytes_up", "bytes_down", "label_counts"):
+        assert summary[key] == json.loads(json.dumps(embedded[key])), key
+    assert (summary["engine"], summary["failed_updates"]) == ("nvflare", 0)
+    assert any(line.startswith("round 4:") for line in lines)
+
+
+def test_a_site_that_was_killed_is_named_and_comes_back(
+    deployment: Deployment, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    tables["run"] |= {"rounds": 16, "timeout": 15.0}
+    recipe = recipe_of(tables, "nvflare")
+    folder = deployment.runs / "left"
+    with opened(deployment.admin, STARTING) as desk:
+        job = sent(desk, Order(recipe, "left", SITES, wait=STARTING), tmp_path / "job", print)
+        until(lambda: rounds_in(folder) >= 1)
+        deployment.end("south", signal.SIGKILL)
+        deployment.start("south", deployment.folder.parent / "homes" / "south" / "site.toml")
+        desk.watch(job, print)
+    rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    away = [record["round"] for record in rounds if record["failed"]]
+    assert len(rounds) == 16
+    assert away
+    assert away[-1] < 16
+    for record in rounds:
+        assert list(record["failed"]) in ([], ["1"]), record
+    assert json.loads((folder / "summary.json").read_text())["failed"][0]["client"] == 1
+
+
+def test_a_split_run_gives_the_embedded_numbers(
+    deployment: Deployment, split_recipe: Path, tmp_path: Path
+) -> None:
+    settings = ["data.clients=2", "run.rounds=2", "method.name=acp-sl"]
+    _, embedded = run(load_recipe(str(split_recipe), settings))
+    recipe = load_recipe(str(split_recipe), [*settings, "run.engine=nvflare"])
+    with opened(deployment.admin, STARTING) as desk:
+        submit(desk, Order(recipe, "split", SITES, wait=STARTING), tmp_path / "home", print)
+    summary = json.loads((tmp_path / "home" / "summary.json").read_text())
+    for key in ("accuracy_by_round", "bytes_up", "bytes_down", "failed_updates"):
+        assert summary[key] == embedded[key], key
+
+
+def test_a_site_with_other_shapes_is_refused_in_one_line(
+    deployment: Deployment, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "wider"
+    shutil.copytree(tables["model"]["name"], other)
+    tiny_bert(width=24).save_pretrained(other)
+    own = deployment.folder.parent / "homes" / "south" / "site.toml"
+    before = own.read_text()
+    own.write_text(f'model = "{other}"\n{before}')
+    order = Order(recipe_of(tables, "nvflare"), "other", SITES, wait=STARTING)
+    try:
+        with opened(deployment.admin, STARTING) as desk, pytest.raises(InputError) as refused:
+            submit(desk, order, None, print)
+    finally:
+        own.write_text(before)
+    assert re.fullmatch(r"site south: .*(shape|\[).*", str(refused.value))
+
+
+def admitted(port: int, root: Path, keys: Keys | None) -> bool:
+    """Whether the server keeps a line that is dialled as a site does."""
+    context = ssl.create_default_context(cafile=str(root))
+    if keys is not None:
+        context.load_cert_chain(keys.certificate, keys.key)
+    with (
+        socket.create_connection(("localhost", port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secure,
+    ):
+        secure.settimeout(2)
+        try:
+            return bool(secure.recv(1))
+        except TimeoutError:
+            return True
+        except (ssl.SSLError, ConnectionError):
+            return False
+
+
+def test_strangers_do_not_get_in(deployment: Deployment, tmp_path: Path) -> None:
+    kit = deployment.kits["north"]
+    _, port = kit.address
+    until(lambda: not socket.socket().connect_ex(("localhost", port)), STARTING)
+    root = kit.keys.root
+    assert admitted(port, root, kit.keys)
+    foreign = provision(tmp_path, "localhost", port, ["north"], "admin@sluiceway.local")
+    stranger = next(kit for kit in foreign if kit.role == "site").keys
+    assert not admitted(port, root, None)
+    assert not admitted(port, root, stranger)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        admitted(port, stranger.root, stranger)
+
+
+def test_kits_hold_keys_that_only_their_owner_can_read(deployment: Deployment) -> None:
+    for kit in deployment.kits.values():
+        assert kit.folder.stat().st_mode & 0o077 == 0
+        assert all(path.exists() for path in (kit.keys.certificate, kit.keys.key, kit.keys.root))
+
+
+def test_recipes_are_given_to_the_server_whole(tables: dict[str, Any]) -> None:
+    import tomli_w
+
+    recipe = recipe_of(tables, "nvflare")
+    given = recipe_from(tomllib.loads(tomli_w.dumps(recipe.resolved())))
+    assert given.resolved() == recipe.resolved()

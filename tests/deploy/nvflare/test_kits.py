@@ -1,0 +1,68 @@
+"""Startup kits: who gets what, and what they allow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
+
+from sluiceway.cli import main
+from sluiceway.deploy.nvflare.kits import CLASSES, provision, read_kit, settle
+from sluiceway.deploy.nvflare.start import command_of, environment_of
+from sluiceway.errors import InputError
+
+ADMIN = "admin@sluiceway.local"
+
+
+def test_later_sites_get_kits_of_the_same_root(tmp_path: Path) -> None:
+    first = provision(tmp_path, "localhost", 8002, ["north"], ADMIN)
+    again = provision(tmp_path, "localhost", 8002, ["north", "south"], ADMIN)
+    assert [kit.role for kit in again] == ["server", "admin", "site", "site"]
+    assert len({kit.keys.root.read_bytes() for kit in (*first, *again)}) == 1
+    assert len({kit.keys.certificate.read_bytes() for kit in again}) == 4
+    assert {kit.address for kit in again} == {("localhost", 8002)}
+    assert again[2].keys.key.read_bytes() == first[2].keys.key.read_bytes()
+
+
+def test_a_kit_allows_our_classes_and_no_code(tmp_path: Path) -> None:
+    for kit in provision(tmp_path, "localhost", 8002, ["north"], ADMIN):
+        if kit.role == "admin":
+            continue
+        resources = json.loads((kit.folder / "local" / "resources.json").read_text())
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert resources["class_allow_list"] == list(CLASSES)
+        rights = json.loads((kit.folder / "local" / "authorization.json").read_text())
+        assert list(rights["permissions"]) == ["project_admin"]
+        assert rights["permissions"]["project_admin"]["byoc"] == "none"
+
+
+def test_a_server_keeps_its_jobs_wherever_its_kit_was_brought(tmp_path: Path) -> None:
+    server = provision(tmp_path / "kits", "localhost", 8002, ["north"], ADMIN)[0]
+    moved = tmp_path / "moved"
+    server.folder.rename(moved)
+    settle(read_kit(moved))
+    text = (moved / "local" / "resources.json").read_text()
+    assert str(moved / "jobs") in text
+    assert str(moved / "snapshots") in text
+    assert str(tmp_path / "kits") not in text
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server, admin, site = provision(tmp_path, "localhost", 8002, ["north"], ADMIN)
+    with pytest.raises(InputError, match="needs its site file"):
+        environment_of(site)
+    with pytest.raises(InputError, match="give ADDRESS:PORT"):
+        environment_of(server, gate="8003")
+    with pytest.raises(InputError, match="it submits"):
+        command_of(admin)
+    for arguments in (
+        ["start", str(tmp_path / "none")],
+        ["start", str(site.folder), "--site", str(tmp_path / "none.toml")],
+        ["submit", "quickstart", "--kit", str(server.folder)],
+        ["provision", "--server", "local host", "--site", "a", "--out", str(tmp_path / "other")],
+    ):
+        assert main(["deploy", "nvflare", *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

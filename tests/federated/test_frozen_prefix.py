@@ -1,0 +1,175 @@
+"""Frozen layers computed once: the same training, less of it; and where that would not be so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.worlds import TinyClassifier, TinyText
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from sluiceway.core.batches import Batch
+from sluiceway.core.settings import Training
+from sluiceway.federated.frozen_prefix import FeatureCache, FeatureStore, find_trunk, ranges
+from sluiceway.transport.local import federate, usable_trunk
+
+CPU = torch.device("cpu")
+
+
+def frozen_below(model: TinyClassifier) -> TinyClassifier:
+    """Only the mixture of the last layer and the head are trained."""
+    for name, param in model.named_parameters():
+        param.requires_grad_("layer.2.intermediate" in name or name.startswith("head"))
+    return model
+
+
+def test_ranges() -> None:
+    assert ranges(torch.tensor([5, 0, 9]), torch.tensor([2, 3, 1])).tolist() == [5, 6, 0, 1, 2, 9]
+
+
+def test_trunk_is_found_and_features_hold_what_enters_the_first_trained_layer() -> None:
+    model = frozen_below(TinyClassifier(layers=3)).eval()
+    trunk = find_trunk(model)
+    assert trunk is not None
+    assert len(trunk.layers) == 2
+    data = TinyText(10, 1)
+    store = FeatureStore.of(trunk, data, torch.arange(10), CPU, 1 << 20)
+    assert store.where == "memory"
+    assert len(store.flat) == int(data.mask.sum())  # padding is not kept
+    seen: list[Tensor] = []
+    top = model.backbone.encoder.layer[2]
+    hook = top.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    rows = torch.tensor([7, 2, 5])
+    with torch.no_grad():
+        model(data.ids[rows], data.mask[rows])
+    hook.remove()
+    wanted = seen[0] * data.mask[rows].unsqueeze(-1)
+    torch.testing.assert_close(store.gather(rows, data.mask[rows]), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0])
+def test_training_on_features_is_training(limit: int) -> None:
+    clients, test = [TinyText(20, 1), TinyText(0, 2), TinyText(9, 3)], TinyText(30, 4)
+    with_cache, without = (frozen_below(TinyClassifier(layers=3)) for _ in range(2))
+    cache = FeatureCache(limit)
+    one = federate(with_cache, clients, test, rounds=2, features=cache, device="cpu")
+    assert {s.where for s in cache.stores.values()} == {"memory" if limit else "file"}
+    broken = without.backbone.encoder.layer
+    # The same model, its stack hidden from the search: every layer runs in every step.
+    without.backbone.encoder.layer = _Unlisted(broken)  # type: ignore[assignment]
+    assert find_trunk(without) is None
+    two = federate(without, clients, test, rounds=2, device="cpu")
+    assert one.accuracy_by_round == two.accuracy_by_round
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(tensor, two.tensors[name], atol=1e-5, rtol=1e-4)
+
+
+class _Unlisted(nn.Module):
+    """Layers that are iterated like a list but are none."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        for number, layer in enumerate(layers):
+            self.add_module(str(number), layer)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.children())
+
+    def __getitem__(self, part):  # type: ignore[no-untyped-def]
+        return list(self.children())[part]
+
+    def __len__(self) -> int:
+        return len(list(self.children()))
+
+
+class SkipNet(nn.Module):
+    """Its input reaches the trained part by a second way, past the frozen layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.stack = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)])
+        self.stack[0].requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.stack[1](self.stack[0](hidden) + hidden)
+
+
+class Points:
+    def __init__(self, size: int) -> None:
+        g = torch.Generator().manual_seed(size)
+        self.x = torch.randn(size, 4, generator=g)
+        self.labels = (self.x[:, 0] > 0).long()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.labels[index]
+
+
+def test_a_trunk_that_is_not_all_that_feeds_the_rest_is_not_passed_over() -> None:
+    model = SkipNet()
+    assert find_trunk(model) is not None
+    assert usable_trunk(model, [Points(5)], CPU) is None
+
+
+def test_plain_sequential_with_tensor_inputs_and_subsets_share_one_store() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    whole, cache = Points(40), FeatureCache(1 << 20)
+    parts = [Subset(whole, range(15)), Subset(whole, range(15, 40))]  # type: ignore[type-var]
+    before = model[0].weight.clone()
+    result = federate(
+        model, parts, whole, rounds=30, features=cache, training=Training(lr=0.1), device="cpu"
+    )
+    assert len(cache.stores) == 1
+    assert torch.equal(model[0].weight, before)
+    assert "forward" not in model[0].__dict__  # the model is as it was
+    assert result.accuracy > 0.7
+    assert model(whole.x).shape == (40, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options_of_an_example_and_half_precision_run_past_the_trunk(dtype: torch.dtype) -> None:
+    class Options(TinyClassifier):
+        """Scores each of 2 options [B, 2, S] by itself."""
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            flat = super().forward(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+            return flat[:, 0].view(-1, 2)
+
+    class Pairs(TinyText):
+        def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+            rows = torch.tensor([index, (index + 1) % len(self)])
+            inputs = {"input_ids": self.ids[rows], "attention_mask": self.mask[rows]}
+            return inputs, self.labels[index] % 2
+
+    model = frozen_below(Options(layers=3)).to(dtype).eval()
+    clients = [Pairs(12, 1), Pairs(9, 2)]
+    trunk = usable_trunk(model, clients, CPU)
+    assert trunk is not None
+    (examples, _) = FeatureCache(1 << 20).wrap(trunk, clients, CPU)
+    rows = torch.tensor([3, 0, 7])
+    plain, known = (Batch.of(data, rows, CPU) for data in (clients[0], examples))
+    assert known.features is not None
+    assert known.features.shape == (3, 2, 8, 16)
+    with torch.no_grad():
+        wanted = plain.run(model)
+        with trunk.skipped():
+            got = known.run(model)
+    torch.testing.assert_close(got, wanted, atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_no_trunk_where_the_first_layer_is_trained() -> None:
+    assert find_trunk(TinyClassifier(layers=2)) is None
+
+
+def test_batches_without_features_are_untouched() -> None:
+    data = TinyText(4, 1)
+    batch = Batch.of(data, torch.arange(4), CPU)
+    assert batch.features is None
+    assert batch.mask is not None
+    assert batch.mask.shape == (4, 8)

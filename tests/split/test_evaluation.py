@@ -1,0 +1,97 @@
+"""What is reported is the network as deployed: the mask and the rounding of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.split.small import (
+    SGD,
+    Pictures,
+    accuracy_of,
+    masked,
+    normed,
+    records,
+    set_up,
+    sides,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sluiceway.split import (
+    ACPSL,
+    BatchId,
+    L1Channels,
+    Quantized,
+    cut,
+    split_train,
+)
+from sluiceway.split.mask_selector import ALL
+
+
+def test_the_mask_of_training_is_the_mask_of_evaluation() -> None:
+    sets, test = [Pictures(60, 1), Pictures(20, 2)], Pictures(300, 6)
+    built = set_up(normed(), "conv1", sets, L1Channels(share=0.25, ramp_rounds=0), test)
+    for number in (1, 2, 3):
+        record = built.play(number, [0, 1])
+        assert record.mask == sides(built)[0].mask.tolist()  # type: ignore[union-attr]
+    mask = built.masks.mask(ALL)
+    assert mask is not None
+    assert int(mask.sum()) == record.kept == 2
+    assert record.accuracy_full == accuracy_of(nn.Sequential(built.front, built.back), test)
+    assert record.accuracy == accuracy_of(masked(built.front, mask, built.back), test)
+    # With other masks the accuracy is another: it was none of them that was reported.
+    others = [accuracy_of(masked(built.front, mask.roll(k), built.back), test) for k in (1, 2, 3)]
+    assert record.accuracy not in others
+
+
+def test_rounding_is_judged_and_the_full_accuracy_is_without() -> None:
+    test, model = Pictures(300, 6), normed()
+    method = Quantized(quantize="int4", quantize_gradient="int8")
+    result = split_train(model, "conv1", [Pictures(60, 1)], test, method, rounds=2, training=SGD)
+    last = records(result.records)[-1]
+    front, back = cut(model, "conv1")
+    with torch.no_grad():
+        # Rounding has a scale for each batch: those of the evaluation, 64 examples each.
+        parts = [
+            back(method.open(method.up(front(x), BatchId(0, 0, 0))[0]).values)
+            for x in test.tensors[0].split(64)
+        ]
+    right = (torch.cat(parts).argmax(1) == test.labels).double().mean()
+    assert last.accuracy == float(right)
+    assert last.accuracy_full == accuracy_of(model, test)
+
+
+def test_rounding_at_the_second_cut_of_a_u_shape_is_judged_too() -> None:
+    test, method = Pictures(300, 6), Quantized(quantize="int4", quantize_gradient="int8")
+    built = set_up(
+        normed(), "conv1", [Pictures(60, 1)], method, test, form="u", tail_at="conv4", training=SGD
+    )
+    record = built.play(1, [0])
+    front, middle, tail = built.front, built.back, built.tail
+    assert tail is not None
+
+    def crossed(values: Tensor) -> Tensor:
+        return method.open(method.up(values, BatchId(0, 0, 0))[0]).values
+
+    with torch.no_grad():
+        parts = [tail(crossed(middle(crossed(front(x))))) for x in test.tensors[0].split(64)]
+        once = [tail(middle(crossed(front(x)))) for x in test.tensors[0].split(64)]
+    loss = float(functional.cross_entropy(torch.cat(parts), test.labels))
+    assert record.loss == pytest.approx(loss, rel=1e-5)
+    assert loss != pytest.approx(float(functional.cross_entropy(torch.cat(once), test.labels)))
+
+
+def test_masks_of_their_own_are_judged_each_for_its_client() -> None:
+    sets, test = [Pictures(60, 1), Pictures(20, 2)], Pictures(200, 6)
+    method = ACPSL(share=0.25, ramp_rounds=0, masks="client", margin=0, every=1, growth=1)
+    built = set_up(normed(), "conv1", sets, method, test)
+    for number in (1, 2, 3):
+        record = built.play(number, [0, 1])
+    masks = [built.masks.mask(i) for i in (0, 1)]
+    assert masks[0] is not None
+    assert masks[1] is not None
+    assert not torch.equal(masks[0], masks[1])
+    found = [accuracy_of(masked(built.front, m, built.back), test) for m in masks if m is not None]
+    assert record.accuracy == pytest.approx(0.75 * found[0] + 0.25 * found[1])
+    assert record.mask is None
+    assert record.scores is None

@@ -1,0 +1,77 @@
+"""The embedded engine: the same numbers with one worker and with several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.worlds import TinyClassifier, TinyText
+
+from sluiceway.core.round_loop import Result
+from sluiceway.core.settings import Training
+from sluiceway.strategies import STRATEGIES
+from sluiceway.transport.local import LocalEngine, federate
+
+
+def played(name: str, workers: int, seed: int = 0) -> Result:
+    return federate(
+        TinyClassifier(),
+        [TinyText(18, 1), TinyText(5, 2), TinyText(0, 3), TinyText(11, 4)],
+        TinyText(300, 9),
+        name,
+        rounds=2,
+        seed=seed,
+        training=Training(lr=0.02, batch_size=8),
+        workers=workers,
+        threads=1,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_workers_change_nothing(name: str) -> None:
+    one, three = played(name, 1), played(name, 3)
+    assert one.accuracy_by_round == three.accuracy_by_round
+    assert [r.loss for r in one.records] == [r.loss for r in three.records]
+    assert (one.bytes_up, one.bytes_down) == (three.bytes_up, three.bytes_down)
+    assert one.personal_accuracy == three.personal_accuracy
+    for key, tensor in one.tensors.items():
+        assert torch.equal(three.tensors[key], tensor), key
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
+    one, again, other = (
+        played("fedalign-moe", 1),
+        played("fedalign-moe", 1),
+        played("fedalign-moe", 1, seed=1),
+    )
+    assert one.accuracy_by_round == again.accuracy_by_round
+    assert any(not torch.equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
+
+
+def test_the_generator_outside_is_left_alone() -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    model = TinyClassifier()
+    torch.manual_seed(7)
+    federate(model, [TinyText(8, 1)], TinyText(8, 2), rounds=1, device="cpu")
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_bytes_are_the_lengths_of_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    train = LocalEngine.train
+
+    def weighed(self, broadcast, clients, personal, *, keep):  # type: ignore[no-untyped-def]
+        for update in train(self, broadcast, clients, personal, keep=True):
+            path = self.folder / "round" / f"update-{update.client}"
+            sizes.append(path.stat().st_size)
+            yield update
+        sizes.append((self.folder / "round" / "broadcast").stat().st_size)
+
+    monkeypatch.setattr(LocalEngine, "train", weighed)
+    result = federate(
+        TinyClassifier(), [TinyText(8, 1), TinyText(9, 2)], TinyText(8, 2), rounds=1, device="cpu"
+    )
+    assert result.bytes_up == sizes[0] + sizes[1]
+    assert result.bytes_down == 2 * sizes[2]

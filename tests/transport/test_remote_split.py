@@ -1,0 +1,195 @@
+"""Split training across sites: the embedded numbers over real lines, and what happens without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.nearby import Authority, Nearby, sharing
+
+from sluiceway.core.guards import RunFailed
+from sluiceway.deploy.site import HomeSite, open_site
+from sluiceway.errors import InputError
+from sluiceway.experiment.recipe import Recipe, load_recipe
+from sluiceway.experiment.run import run
+from sluiceway.experiment.session import Progress
+from sluiceway.split.client import ClientSide
+from sluiceway.transport import remote_split
+from sluiceway.transport.tls import Doorway, Keys
+
+RECIPES = {
+    "parallel": [],
+    "copies": ["run.form=copies", "method.quantize=int8"],
+    "sequential": ["run.form=sequential"],
+    "u": ["run.form=u", "model.tail=conv4", "method.quantize=int8"],
+    "acp-sl": ["method.name=acp-sl", "method.warmup=1", "method.ramp_rounds=1"],
+    "rated first": ["method.name=acp-sl", "method.warmup=0", "method.ramp_rounds=0"],
+    "own masks": ["method.name=acp-sl", "method.masks=client", "method.warmup=1"],
+    "random": ["method.name=random", "method.warmup=1"],
+    "feedback": ["method.name=topk", "method.error_feedback=true", "run.participation=0.7"],
+    "scaffold": ["run.fronts=scaffold", "train.momentum=0.0"],
+}
+
+
+def small(split_recipe: Path, *more: str) -> Recipe:
+    return load_recipe(split_recipe, ["run.rounds=3", *more])
+
+
+@contextmanager
+def deployed(place: Path, count: int = 3) -> Iterator[tuple[Nearby, Doorway]]:
+    """Sites with keys, the carrier that reaches them, and the server's doorway."""
+    authority = Authority(place / "keys")
+    sites = sharing(place, count, authority)
+    try:
+        yield Nearby(sites, place), Doorway(authority.keys("server"), "localhost")
+    finally:
+        for site in sites.values():
+            site.close()
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_sites_give_the_embedded_numbers(split_recipe: Path, tmp_path: Path, kind: str) -> None:
+    chosen = small(split_recipe, *RECIPES[kind])
+    here, _ = run(chosen)
+    with deployed(tmp_path) as (carrier, doorway):
+        there, summary = run(chosen, carrier=carrier, doorway=doorway)
+    assert [r.as_dict() | {"seconds": 0} for r in there.records if kind != "own masks"] == [
+        r.as_dict() | {"seconds": 0} for r in here.records if kind != "own masks"
+    ]
+    # With masks of their own the scores cross, for the server keeps the masks of all.
+    assert there.accuracy_by_round == here.accuracy_by_round
+    assert there.label_counts == here.label_counts
+    assert not summary["refused"]
+    for name, tensor in here.tensors.items():
+        assert torch.equal(there.tensors[name], tensor)
+
+
+class Broken(Exception):
+    """Ends a run on the server."""
+
+
+@pytest.mark.parametrize("kind", ["acp-sl", "feedback"])
+def test_a_restarted_server_goes_on(
+    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    chosen = small(split_recipe, *RECIPES[kind])
+    whole, _ = run(chosen)
+    out = tmp_path / "out"
+    with deployed(tmp_path) as (carrier, doorway):
+        with monkeypatch.context() as patch:
+            received = remote_split.AtSite.receive
+
+            def receive(party: remote_split.AtSite, name: Any, message: bytes) -> None:
+                if name.round == 3 and name.batch == 1:
+                    raise Broken
+                received(party, name, message)
+
+            patch.setattr(remote_split.AtSite, "receive", receive)
+            with pytest.raises(Broken):
+                run(chosen, out, carrier=carrier, doorway=doorway)
+        again, _ = run(chosen, out, resume=True, carrier=carrier, doorway=doorway)
+    assert again.accuracy_by_round == whole.accuracy_by_round
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(again.tensors[name], tensor)
+
+
+def hang_up(site: HomeSite) -> None:
+    """The site's process is gone, as far as the server can see."""
+    site.close()
+
+
+def test_a_site_that_is_gone_for_a_while(
+    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies in round 2, is away in round 3, and is back in round 4, with what it kept."""
+    monkeypatch.setattr(remote_split, "LATER", 0.2)
+    chosen = load_recipe(split_recipe, ["run.rounds=4", *RECIPES["acp-sl"]])
+    place = tmp_path
+    with deployed(place) as (carrier, doorway):
+        homes = carrier.homes
+        received = remote_split.AtSite.receive
+        keys = homes["site-1"].keys
+
+        def receive(party: remote_split.AtSite, name: Any, message: bytes) -> None:
+            if party.number == 1 and (name.round, name.batch) == (2, 1):
+                hang_up(homes["site-1"])
+            received(party, name, message)
+
+        def back(record: Any) -> None:
+            if record.round == 3:
+                homes["site-1"] = open_site(place / "site-1" / "site.toml", keys)
+                homes["site-1"].resume()
+
+        monkeypatch.setattr(remote_split.AtSite, "receive", receive)
+        monkeypatch.setattr(remote_split, "LATER", 1.0)
+        found, _ = run(chosen, carrier=carrier, doorway=doorway, progress=Progress(on_round=back))
+        homes["site-1"].close()
+    assert [list(record.refused) for record in found.records] == [[], [1], [1], []]
+    assert "the line is down" in found.records[1].refused[1]
+    assert "no line to the server" in found.records[2].refused[1]
+
+
+def test_a_client_that_sends_nan_sits_out(
+    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending = ClientSide.send
+
+    def send(side: ClientSide, name: Any, batch: Any) -> bytes:
+        if side.number == 2 and name.round == 2:
+            with torch.no_grad():
+                next(iter(side.params.values())).fill_(float("nan"))
+        return sending(side, name, batch)
+
+    monkeypatch.setattr(ClientSide, "send", send)
+    with deployed(tmp_path) as (carrier, doorway):
+        found, _ = run(small(split_recipe), carrier=carrier, doorway=doorway)
+    assert [list(record.refused) for record in found.records] == [[], [2], []]
+    assert "NaN or Inf" in found.records[1].refused[2]
+
+
+def test_a_site_with_a_strange_certificate_does_not_get_in(
+    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_split, "AT_FIRST", 1.0)
+    with deployed(tmp_path) as (carrier, doorway):
+        strange = Authority(tmp_path / "strange").keys("site-1")
+        own = carrier.homes["site-1"].keys
+        assert own is not None
+        # Its own root, so that it takes the server for good; the server must refuse it.
+        carrier.homes["site-1"].keys = Keys(strange.certificate, strange.key, own.root)
+        with pytest.raises(RunFailed, match="site site-1: it has no line to the server"):
+            run(small(split_recipe), tmp_path / "out", carrier=carrier, doorway=doorway)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_layers_are_refused(
+    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sluiceway.transport.split_site import SplitTrainer
+
+    opening = SplitTrainer.open
+
+    def other(trainer: SplitTrainer, facts: dict[str, Any], body: bytes) -> Any:
+        found, rest = opening(trainer, facts, body)
+        if trainer.number == 1:
+            found["card"] = found["card"].replace("float32 [8]", "float32 [9]")
+        return found, rest
+
+    monkeypatch.setattr(SplitTrainer, "open", other)
+    with (
+        deployed(tmp_path) as (carrier, doorway),
+        pytest.raises(ValueError, match=r"site site-1: .*float32 \[9\]"),
+    ):
+        run(small(split_recipe), carrier=carrier, doorway=doorway)
+
+
+def test_no_doorway_is_one_line(split_recipe: Path, tmp_path: Path) -> None:
+    with (
+        deployed(tmp_path) as (carrier, _),
+        pytest.raises(InputError, match="carries no split run"),
+    ):
+        run(small(split_recipe), carrier=carrier)

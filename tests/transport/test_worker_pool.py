@@ -1,0 +1,104 @@
+"""Worker processes that die, hang or raise lose their own task and no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sluiceway.transport.worker_pool import Lost, Pool
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool[int]]:
+    made = Pool(100, 2)
+    yield made
+    made.close()
+
+
+def add(common: int, value: int, pause: float = 0) -> int:
+    time.sleep(pause)
+    return common + value
+
+
+def fail(common: int, value: int) -> int:
+    if value == 1:
+        raise ValueError("no\nmore")
+    if value == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if value == 3:
+        os._exit(7)
+    if value == 4:
+        time.sleep(600)
+    return common + value
+
+
+class Unpicklable(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+def raise_unpicklable(common: int) -> int:
+    raise Unpicklable("odd", "one")
+
+
+def test_results_come_in_order_whoever_is_first(pool: Pool[int]) -> None:
+    jobs = [(0, 0.3), (1, 0.0), (2, 0.1), (3, 0.0), (4, 0.0)]
+    assert list(pool.map(add, jobs)) == [100, 101, 102, 103, 104]
+    assert list(pool.map(add, [])) == []
+
+
+def test_a_lost_task_loses_no_other(pool: Pool[int]) -> None:
+    found: list[Any] = list(pool.map(fail, [(n,) for n in range(8)], timeout=2))
+    assert found[0] == 100
+    assert found[5:] == [105, 106, 107]
+    assert all(isinstance(lost, Lost) for lost in found[1:5])
+    assert [lost.why for lost in found[1:5]] == [
+        "ValueError: no",
+        "its process ended by signal 9",
+        "its process ended with code 7",
+        "no update within 2 s",
+    ]
+    assert isinstance(found[1].error, ValueError)
+    assert "raise ValueError" in str(found[1].error.__cause__)
+    assert list(pool.map(add, [(1,), (2,), (3,)])) == [101, 102, 103]
+
+
+def test_an_error_that_cannot_be_sent_is_told(pool: Pool[int]) -> None:
+    (lost,) = pool.map(raise_unpicklable, [()])
+    assert lost.why == "Unpicklable: odd"
+    assert "raise Unpicklable" in str(lost.error)
+
+
+def test_leaving_early_ends_what_runs(pool: Pool[int]) -> None:
+    began = time.monotonic()
+    for found in pool.map(add, [(0, 0.0), (1, 600.0), (2, 600.0)]):
+        assert found == 100
+        break
+    pool.close()
+    assert time.monotonic() - began < 60
+    assert not pool.seats
+
+
+def test_a_worker_killed_between_tasks_is_replaced(pool: Pool[int]) -> None:
+    list(pool.map(add, [(1,), (2,)]))
+    for seat in pool.seats:
+        assert seat.process.pid is not None
+        os.kill(seat.process.pid, signal.SIGKILL)
+        seat.process.join()
+    assert list(pool.map(add, [(1,), (2,)])) == [101, 102]
+
+
+def threads(common: int) -> int:
+    return torch.get_num_threads()
+
+
+def test_workers_have_their_threads() -> None:
+    pool = Pool(0, 2, threads=3)
+    assert list(pool.map(threads, [(), ()])) == [3, 3]
+    pool.close()
