@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from sluiceway.core.guards import finite
 from sluiceway.core.messages import read_update, write_update
 from sluiceway.core.parameters import exchanged
-from sluiceway.federated.client import trained_anatomy
-from sluiceway.moe import Anatomy, BlockRouting, anatomy
+from sluiceway.federated.client import trained_layout
+from sluiceway.moe import BlockRouting, MoELayout, moe_layout
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.strategies import Strategy, Update, strategy
 
 EXPERTS, HIDDEN = 8, 384
 
 
-def world(width: int) -> tuple[dict[str, Tensor], Anatomy]:
+def world(width: int) -> tuple[dict[str, Tensor], MoELayout]:
     """One mixture block of the given expert width, and where its experts are."""
     shape = (EXPERTS, width, HIDDEN)
     experts = UpcycledExperts(
@@ -43,10 +43,10 @@ def world(width: int) -> tuple[dict[str, Tensor], Anatomy]:
     router = UpcycledRouter(torch.randn(EXPERTS, HIDDEN) * 0.02, 2)
     model = nn.Sequential(UpcycledMoE(router, experts))
     tensors = {name: t.detach() for name, t in exchanged(model).items()}
-    return tensors, trained_anatomy(anatomy(model), set(tensors))
+    return tensors, trained_layout(moe_layout(model), set(tensors))
 
 
-def one_update(client: int, tensors: dict[str, Tensor], found: Anatomy) -> Update:
+def one_update(client: int, tensors: dict[str, Tensor], found: MoELayout) -> Update:
     """A random update near the given tensors, every expert used."""
     g = torch.Generator().manual_seed(client)
     moved = {
@@ -64,7 +64,7 @@ def one_update(client: int, tensors: dict[str, Tensor], found: Anatomy) -> Updat
     return Update(client, 1, 100 + client, moved, [report])
 
 
-def files(folder: Path, count: int, tensors: dict[str, Tensor], found: Anatomy) -> list[Path]:
+def files(folder: Path, count: int, tensors: dict[str, Tensor], found: MoELayout) -> list[Path]:
     """Packed updates on disk."""
     paths = [folder / f"update-{i}" for i in range(count)]
     for i, path in enumerate(paths):
@@ -72,7 +72,7 @@ def files(folder: Path, count: int, tensors: dict[str, Tensor], found: Anatomy) 
     return paths
 
 
-def ready(name: str, tensors: dict[str, Tensor], found: Anatomy, clients: int) -> Strategy:
+def ready(name: str, tensors: dict[str, Tensor], found: MoELayout, clients: int) -> Strategy:
     made = strategy(name)
     made.setup(tensors, found, clients)
     return made

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sluiceway.channels import ClassStatistics, fisher, fraction, pooled
-from sluiceway.split import BatchId, Channels, Conv4, KeptChannels, Ticket, cut, pack_smashed
+from sluiceway.split import BatchContext, BatchId, Channels, Conv4, KeptChannels, cut, pack_smashed
 
 BATCH, CLASSES, SHARE = 64, 10, 0.5
 ID = BatchId(0, 1, 0)
@@ -115,7 +115,7 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(taken)
 
 
-def pack(A: Tensor, mask: Tensor, codec: str) -> tuple[bytes, Ticket]:
+def pack(A: Tensor, mask: Tensor, codec: str) -> tuple[bytes, BatchContext]:
     return pack_smashed(A, KeptChannels(mask), ID, codec)
 
 

@@ -39,10 +39,10 @@ from sluiceway.deploy.nvflare.local_deployment import (
     running,
     site_files,
 )
-from sluiceway.deploy.nvflare.submit import Order, submit
+from sluiceway.deploy.nvflare.submit import JobSpec, submit
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
-from sluiceway.transport.tls import Gate, Line
+from sluiceway.transport.tls import Connection, TlsServer
 
 ROOT = Path(__file__).resolve().parent.parent
 SITES = ["site-1", "site-2"]
@@ -113,7 +113,7 @@ def rounds(deployment: Deployment, folder: Path) -> list[Row]:
         wire.look()
         before = wire.total
         with watched(wire.look, 0.1):
-            submit(desk, Order(recipe, "rounds", SITES), folder / "home", print)
+            submit(desk, JobSpec(recipe, "rounds", SITES), folder / "home", print)
     summary = json.loads((folder / "home" / "summary.json").read_text())
     counted = summary["bytes_up"] + summary["bytes_down"]
     beyond = (wire.total - before) / counted - 1
@@ -140,7 +140,7 @@ def line(deployment: Deployment, folder: Path) -> list[Row]:
     rows = []
     for count in (1, 2):
         sites = SITES[:count]
-        with Gate(deployment.kits["server"].keys, sites, "127.0.0.1") as gate:
+        with TlsServer(deployment.kits["server"].keys, sites, "127.0.0.1") as gate:
             homes = [subprocess.Popen(dialling(deployment, site, gate.port)) for site in sites]
             try:
                 rate = slowest([gate.line(site, STARTING) for site in sites])
@@ -159,11 +159,11 @@ def dialling(deployment: Deployment, site: str, port: int) -> list[str]:
     return [sys.executable, "-m", PARTS, "echo", kit, str(port)]
 
 
-def slowest(lines: list[Line]) -> float:
+def slowest(lines: list[Connection]) -> float:
     """Frames a second on the slowest of some lines, all used at once."""
     rates: list[float] = []
 
-    def use(one: Line) -> None:
+    def use(one: Connection) -> None:
         body = bytes(FRAME)
         began = time.perf_counter()
         for _ in range(FRAMES):

@@ -12,14 +12,14 @@ from typing import Any
 
 from nvflare.collab import collab
 
-from sluiceway.deploy.nvflare.executor import Relay
+from sluiceway.deploy.nvflare.executor import ClientExecutor
 from sluiceway.deploy.nvflare.kits import read_kit
 from sluiceway.deploy.nvflare.names import BROUGHT, typed
 from sluiceway.deploy.nvflare.plain import refuse_tensors
-from sluiceway.deploy.nvflare.transport import NvflareCarrier
+from sluiceway.deploy.nvflare.transport import NvflareTransport
 from sluiceway.deploy.nvflare.worker import serve
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.tls import Dialler
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.tls import TlsClient
 
 refuse_tensors()
 
@@ -30,7 +30,7 @@ BLOCK = 1 << 20
 class Bytes:
     """A site that answers with a message of the length it is asked for."""
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         """Write `size` bytes, no two blocks of which are the same."""
         left, path = int(ask.facts["size"]), folder / "answer"
         block = os.urandom(BLOCK)
@@ -38,10 +38,10 @@ class Bytes:
             while left:
                 file.write((left.to_bytes(8, "little") + block)[: min(BLOCK, left)])
                 left -= min(BLOCK, left)
-        return Answer({}, path)
+        return Response({}, path)
 
 
-class BytesRelay(Relay):
+class BytesRelay(ClientExecutor):
     """Hands asks to `Bytes`."""
 
     def command(self) -> list[str]:
@@ -76,14 +76,14 @@ class Clock:
 
 def asked(proxy: Any, size: int, there: bool) -> float:
     """Seconds until a message of that length is here, after one went there or not."""
-    carrier = NvflareCarrier([proxy], [str(proxy.name)])
+    transport = NvflareTransport([proxy], [str(proxy.name)])
     with tempfile.TemporaryDirectory() as folder:
         message = Path(folder) / "ask"
         message.write_bytes(bytes(size if there else 0))
-        ask = Ask("bytes", {"size": size}, message if there else None)
+        ask = Request("bytes", {"size": size}, message if there else None)
         began = time.perf_counter()
-        for _, answer in carrier.ask({0: ask}, Path(folder)):
-            if not isinstance(answer, Answer) or answer.message is None:
+        for _, answer in transport.ask({0: ask}, Path(folder)):
+            if not isinstance(answer, Response) or answer.message is None:
                 raise RuntimeError(f"{size} bytes: {answer}")
             if answer.message.stat().st_size != size:
                 raise RuntimeError(f"{size} bytes came as {answer.message.stat().st_size}")
@@ -92,7 +92,7 @@ def asked(proxy: Any, size: int, there: bool) -> float:
 
 def echo(kit: Path, port: int) -> None:
     """Dial the gate at a port of this machine, and send back what comes, until ended."""
-    answered = Dialler(read_kit(kit).keys, "localhost", port, lambda facts, body: (facts, body))
+    answered = TlsClient(read_kit(kit).keys, "localhost", port, lambda facts, body: (facts, body))
     answered.thread.join()
 
 

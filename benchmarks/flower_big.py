@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from sluiceway.deploy.flower.client import site_app
-from sluiceway.transport.protocol import Answer, Ask
+from sluiceway.transport.protocol import Request, Response
 
 
 class Giver:
@@ -20,9 +20,9 @@ class Giver:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         """Copy the file."""
-        return Answer(message=Path(shutil.copy(self.path, folder / "copy")))
+        return Response(message=Path(shutil.copy(self.path, folder / "copy")))
 
 
 client = site_app(
@@ -35,15 +35,15 @@ server = ServerApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Ask for the file, and note how long it took."""
-    from sluiceway.deploy.flower.transport import GridCarrier
+    from sluiceway.deploy.flower.transport import GridTransport
 
     config = context.run_config
-    carrier = GridCarrier(grid, 1, piece=int(config["piece-mb"]) << 20)
+    transport = GridTransport(grid, 1, piece=int(config["piece-mb"]) << 20)
     folder = Path(str(config["out"]))
     began = time.perf_counter()
-    [(_, found)] = carrier.ask({0: Ask("give")}, folder)
+    [(_, found)] = transport.ask({0: Request("give")}, folder)
     seconds = time.perf_counter() - began
-    size = found.message.stat().st_size if isinstance(found, Answer) and found.message else 0
+    size = found.message.stat().st_size if isinstance(found, Response) and found.message else 0
     fresh = folder / "found.new"
     fresh.write_text(json.dumps({"seconds": seconds, "bytes": size}))
     fresh.rename(folder / "found.json")

@@ -37,7 +37,7 @@ from torch.utils.data import TensorDataset
 
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError, checksum
 from sluiceway.core.guards import fault
-from sluiceway.core.handshake import Card, JoinError
+from sluiceway.core.handshake import HandshakeError, ModelSignature
 from sluiceway.core.messages import (
     WireError,
     message_of,
@@ -54,7 +54,7 @@ from sluiceway.experiment.recipe import load_recipe, read_tables, recipe_from, s
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.split import BatchId, Compressor, Conv4, Quantized, TopK, split_train
-from sluiceway.split.messages import read_closing, read_opening
+from sluiceway.split.messages import read_round_end, read_round_start
 from sluiceway.strategies import Broadcast, FedAlignMoE, Strategy, Update
 from sluiceway.transport.local import federate
 
@@ -281,7 +281,7 @@ class World:
             sent, ticket = link.up(torch.randn(3, 4, 5, 5), BatchId(1, 2, 3), labels)
             back = link.down(torch.randn(3, 4, 5, 5), link.open(sent).ticket)
             self.smashed.append((link, ticket, sent, back))
-        self.card = Card.of(self.strategy.tensors).to_json().encode()
+        self.card = ModelSignature.of(self.strategy.tensors).to_json().encode()
         self.saved = {"federated": folder / "federated", "split": folder / "split"}
         self.train("federated", 2, Checkpoint(self.saved["federated"]))
         self.train("split", 2, Checkpoint(self.saved["split"]))
@@ -396,15 +396,17 @@ class World:
             "broadcast": Kind(lambda r: message(r, self.broadcast), self.read_broadcast, WireError),
             "update": Kind(lambda r: message(r, self.update), self.read_update, WireError),
             "opening": Kind(
-                lambda r: message(r, self.opening), lambda m: read_opening(m, 1, 3), WireError
+                lambda r: message(r, self.opening), lambda m: read_round_start(m, 1, 3), WireError
             ),
             "closing": Kind(
-                lambda r: message(r, self.closing), lambda m: read_closing(m, 0, 1, 3), WireError
+                lambda r: message(r, self.closing), lambda m: read_round_end(m, 0, 1, 3), WireError
             ),
             "smashed": Kind(self.broken_smashed, self.read_smashed, WireError),
             "checkpoint": Kind(self.broken_checkpoint, self.read_checkpoint, CheckpointError),
             "card": Kind(
-                lambda r: broken(r, self.card).decode(errors="replace"), Card.from_json, JoinError
+                lambda r: broken(r, self.card).decode(errors="replace"),
+                ModelSignature.from_json,
+                HandshakeError,
             ),
         }
 
@@ -486,7 +488,7 @@ class Row:
     peak: int = 0
 
 
-def play(name: str, kind: Kind, inputs: int, seed: int) -> Row:
+def run_round(name: str, kind: Kind, inputs: int, seed: int) -> Row:
     """Read that many inputs of a kind, and tell of each failure on stderr."""
     row = Row()
     for number in range(inputs):
@@ -548,7 +550,7 @@ def main() -> None:
         print("| input | number | accepted | refused | failed | slowest, ms | peak beside, MB |")
         print("|---|---:|---:|---:|---:|---:|---:|")
         for name, kind in kinds.items():
-            row = play(name, kind, -(-args.inputs // len(kinds)), args.seed)
+            row = run_round(name, kind, -(-args.inputs // len(kinds)), args.seed)
             failed += row.failed
             print(
                 f"| {name} | {row.inputs} | {row.accepted} | {row.refused} | {row.failed} "

@@ -22,7 +22,7 @@ from transformers import MixtralConfig, MixtralModel
 
 from sluiceway.core.settings import Training
 from sluiceway.experiment.answers import TextClassifier
-from sluiceway.moe import add_lora, anatomy
+from sluiceway.moe import add_lora, moe_layout
 from sluiceway.transport.local import federate
 
 CLIENTS = (1, 8, 64)
@@ -67,7 +67,7 @@ def measure(clients: int, method: str) -> None:
         )
     )
     model = TextClassifier(body, 512, 4)
-    experts = {n: p for n, p in model.named_parameters() if n in anatomy(model).expert_params}
+    experts = {n: p for n, p in model.named_parameters() if n in moe_layout(model).expert_params}
     base = sum(p.nbytes for p in model.parameters()) / 2**20
     model.requires_grad_(False)
     add_lora(model, experts, 8, 16.0)

@@ -19,8 +19,8 @@ from torch import nn
 from sluiceway.core.batches import Batch
 from sluiceway.experiment.models import classifier, load_pretrained
 from sluiceway.experiment.recipe import Model
-from sluiceway.federated.frozen_prefix import find_trunk
-from sluiceway.moe import Observer, anatomy
+from sluiceway.federated.frozen_prefix import find_frozen_prefix
+from sluiceway.moe import Observer, moe_layout
 
 PAIRS = 60
 
@@ -43,7 +43,7 @@ def main() -> None:
     ids = torch.randint(1000, 20000, (16, 64))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = Batch(inputs, torch.randint(20, (16,)))
-    trunk = find_trunk(model)
+    trunk = find_frozen_prefix(model)
     assert trunk is not None
     batch = Batch(inputs, plain.labels, trunk.compute(plain))
     print("| region means | step ms | observed step ms | cost | limit |")
@@ -51,7 +51,7 @@ def main() -> None:
     with trunk.skipped():
         for regions in (False, True):
             times: list[tuple[float, float]] = []
-            with Observer(model, anatomy(model), regions=regions) as observer:
+            with Observer(model, moe_layout(model), regions=regions) as observer:
                 for number in range(PAIRS + 5):
                     if number % 2:  # which of the two comes first alternates
                         plain_time = step(model, batch, None)

@@ -45,7 +45,7 @@ KEYS = ("accuracy_by_round", "bytes_by_round", "personal_accuracy", "accuracy_by
 
 
 @dataclass
-class Tally:
+class UpdateFilter:
     """What became of the kills.
 
     Attributes:
@@ -87,7 +87,7 @@ def whole_run(arguments: Sequence[str], out: Path) -> tuple[dict[str, Any], floa
 
 def kill_and_resume(
     arguments: Sequence[str], kills: int, folder: Path, seed: int = 0, wait: float | None = None
-) -> Tally:
+) -> UpdateFilter:
     """Kill runs `kills` times in all, and compare every one that comes to its end.
 
     Args:
@@ -97,7 +97,7 @@ def kill_and_resume(
         seed: of the moments.
         wait: seconds a run may live at most; None takes the time of a whole run.
     """
-    rng, tally = random.Random(seed), Tally()
+    rng, tally = random.Random(seed), UpdateFilter()
     wanted, took = whole_run(arguments, folder / "whole")
     out = folder / "killed"
     while True:

@@ -67,6 +67,17 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         f"split-{name}": ("split-quickstart", [*SPLIT, f"method.name={name}"])
         for name in ("sl", "random", "l1", "std", "entropy", "taylor", "topk", "randtopk")
     },
+    **{
+        f"masked-{name}": (
+            "split-quickstart",
+            [*SPLIT, f"method.name={name}", "method.warmup=0", "method.ramp_rounds=0"],
+        )
+        for name in ("acp-sl", "entropy", "l1")
+    },
+    "budget": (
+        "split-quickstart",
+        [*SPLIT, "method.warmup=0", "method.ramp_rounds=0", "method.rule=budget"],
+    ),
     "split-quantize": ("split-quickstart", [*SPLIT, "method.name=quantize"]),
     "split-bottleneck": ("split-quickstart", [*SPLIT, "method.name=bottleneck"]),
     "sequential": ("split-quickstart", [*SPLIT, "run.form=sequential"]),

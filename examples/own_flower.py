@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sluiceway import Training
-from sluiceway.deploy.flower import FedAlignMoE, Home, client_app, load_arrays
+from sluiceway.deploy.flower import ClientSetup, FedAlignMoE, client_app, load_arrays
 from sluiceway.moe import UpcycledExperts, UpcycledMoE, UpcycledRouter
 
 
@@ -46,10 +46,10 @@ def points(seed: int, classes: range) -> TensorDataset:
     return TensorDataset(found[ours][:400], labels[ours][:400])
 
 
-def home(context: Context) -> Home:
+def home(context: Context) -> ClientSetup:
     """A client's model, and its data: each sees two of the four classes."""
     part = int(context.node_config["partition-id"])
-    return Home(Classifier(), points(part, range(2 * part, 2 * part + 2)))
+    return ClientSetup(Classifier(), points(part, range(2 * part, 2 * part + 2)))
 
 
 client = client_app(home)

@@ -10,9 +10,9 @@ from pathlib import Path
 import trustme
 
 from sluiceway.deploy.site import HomeSite, open_site
-from sluiceway.transport.protocol import Answer, Ask, Site
-from sluiceway.transport.tls import Keys
-from sluiceway.transport.worker_pool import Lost, described
+from sluiceway.transport.protocol import ClientHandler, Request, Response
+from sluiceway.transport.tls import Credentials
+from sluiceway.transport.worker_pool import TaskFailure, described
 
 
 class Nearby:
@@ -23,7 +23,7 @@ class Nearby:
         asked: what was asked, of whom.
     """
 
-    def __init__(self, sites: Mapping[str, Site], place: Path) -> None:
+    def __init__(self, sites: Mapping[str, ClientHandler], place: Path) -> None:
         self.sites: Sequence[str] = list(sites)
         self.homes = dict(sites)
         self.place = place
@@ -31,16 +31,16 @@ class Nearby:
         self.asked: list[tuple[str, int]] = []
 
     def ask(
-        self, asks: Mapping[int, Ask], folder: Path, timeout: float = 0
-    ) -> Iterator[tuple[int, Answer | Lost]]:
+        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    ) -> Iterator[tuple[int, Response | TaskFailure]]:
         for number in reversed(list(asks)):
             self.asked.append((asks[number].what, number))
             if number in self.away:
-                yield number, Lost("it is away")
+                yield number, TaskFailure("it is away")
             else:
                 yield number, self.one(number, asks[number], folder)
 
-    def one(self, number: int, ask: Ask, folder: Path) -> Answer | Lost:
+    def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
         room = self.place / f"room-{number}"
         shutil.rmtree(room, ignore_errors=True)
         room.mkdir(parents=True)
@@ -49,15 +49,15 @@ class Nearby:
         out.mkdir()
         try:
             found = self.homes[self.sites[number]].answer(
-                Ask(ask.what, json.loads(json.dumps(ask.facts)), message), out
+                Request(ask.what, json.loads(json.dumps(ask.facts)), message), out
             )
         except Exception as error:
-            return Lost(described(error))
+            return TaskFailure(described(error))
         if found.message is None:
-            return Answer(json.loads(json.dumps(found.facts)))
+            return Response(json.loads(json.dumps(found.facts)))
         back = folder / f"answer-{number}"
         shutil.copy(found.message, back)
-        return Answer(json.loads(json.dumps(found.facts)), back)
+        return Response(json.loads(json.dumps(found.facts)), back)
 
 
 class Authority:
@@ -73,7 +73,7 @@ class Authority:
         place.mkdir(parents=True, exist_ok=True)
         self.ca.cert_pem.write_to_path(place / "root.pem")
 
-    def keys(self, name: str) -> Keys:
+    def keys(self, name: str) -> Credentials:
         """Of a party with this common name, at this machine."""
         issued = self.ca.issue_cert("localhost", common_name=name)
         paths = self.place / f"{name}.pem", self.place / f"{name}.key"
@@ -81,7 +81,7 @@ class Authority:
             (issued.cert_chain_pems[0], issued.private_key_pem), paths, strict=True
         ):
             blob.write_to_path(path)
-        return Keys(*paths, self.place / "root.pem")
+        return Credentials(*paths, self.place / "root.pem")
 
 
 def sharing(place: Path, count: int, authority: Authority | None = None) -> dict[str, HomeSite]:

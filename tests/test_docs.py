@@ -16,7 +16,7 @@ IMPORTS = """
 from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from sluiceway.moe import Piece
+from sluiceway.moe import ParamSlice
 from sluiceway.strategies import FedAvg, Update
 from sluiceway.strategies.base import PARAMETERS
 """

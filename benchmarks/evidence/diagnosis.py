@@ -29,7 +29,7 @@ from sluiceway import fedalign
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Session
-from sluiceway.moe import Block, Piece
+from sluiceway.moe import Block, ParamSlice
 from sluiceway.strategies import STRATEGIES, FedAlignMoE, FedAvg, Update
 from sluiceway.strategies.base import PARAMETERS
 
@@ -63,11 +63,11 @@ class Diagnosis(FedAlignMoE):
 
     def aggregate(self, updates: Iterable[Update]) -> None:
         held = list(updates)
-        found = [self.measured(held, block) for block in self.anatomy.blocks]
+        found = [self.measured(held, block) for block in self.layout.blocks]
         self.found = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
         owned = {
-            *self.anatomy.gate_params,
-            *(p.param for b in self.anatomy.blocks for e in b.pieces for p in e),
+            *self.layout.gate_params,
+            *(p.param for b in self.layout.blocks for e in b.pieces for p in e),
         }
         others = [piece for piece in self.shared_pieces if piece.param not in owned]
         self.found["other drift"] = self.drift(held, others)
@@ -87,7 +87,7 @@ class Diagnosis(FedAlignMoE):
             """Mean over experts and pairs of clients that both used the expert."""
             return float(torch.stack([values[:, i, j] for i, j in pairs], 1)[both].mean())
 
-        gate = [Piece.whole(name) for name in block.gate]
+        gate = [ParamSlice.whole(name) for name in block.gate]
         experts = [block.expert(e) for e in range(block.num_experts)]
         gates = self.directions(held, gate)
         overlap = [float(torch.minimum(routing[i], routing[j]).sum()) for i, j in pairs]
@@ -104,7 +104,7 @@ class Diagnosis(FedAlignMoE):
             "moved": float((order != torch.arange(block.num_experts)).double().mean()),
         }
 
-    def drift(self, held: Sequence[Update], pieces: Sequence[Piece]) -> float:
+    def drift(self, held: Sequence[Update], pieces: Sequence[ParamSlice]) -> float:
         """Mean over clients of |w_i - w| / |w|, over the pieces together; absent ones have none."""
         size = sum(float(p.of(self.tensors).double().square().sum()) for p in pieces)
         moved = [

@@ -26,7 +26,7 @@ from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.session import Session
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import FedAvg, Update
-from sluiceway.transport.local import usable_trunk
+from sluiceway.transport.local import usable_prefix
 
 SETTINGS = {
     "AG News .1, 1 epoch": ["data.alpha=0.1"],
@@ -42,9 +42,9 @@ def groups_of(strategy: FedAvg) -> dict[str, set[str]]:
     """The keys of what crosses, by what they belong to."""
     found: dict[str, set[str]] = {"gates": set(), "experts": set(), "the rest": set()}
     for piece in strategy.shared_pieces:
-        if strategy.anatomy.owner(piece.key) is not None:
+        if strategy.layout.owner(piece.key) is not None:
             found["experts"].add(piece.key)
-        elif piece.param in strategy.anatomy.gate_params:
+        elif piece.param in strategy.layout.gate_params:
             found["gates"].add(piece.key)
         else:
             found["the rest"].add(piece.key)
@@ -73,7 +73,7 @@ def measured(recipe: Recipe, session: Session, rounds: int) -> dict[str, float]:
     strategy, training = FedAvg(), recipe.training()
     assert isinstance(training, Training)
     prepare(model, strategy, len(clients))
-    trunk = usable_trunk(model, clients, place)
+    trunk = usable_prefix(model, clients, place)
     assert trunk is not None
     *held, test_set = session.feature_cache(2048).wrap(trunk, [*clients, test], place)
     with trunk.skipped():

@@ -193,7 +193,7 @@ def missing(table: Table, records: Records) -> Iterator[Job]:
 SESSION = Session()
 
 
-def play(table: Table, job: Job) -> dict[str, Any]:
+def run_round(table: Table, job: Job) -> dict[str, Any]:
     """One run, as a line of the table's file."""
     torch.set_num_threads(1)
     base = table.settings[job.setting].recipe or table.recipe
@@ -216,7 +216,7 @@ def sweep(name: str, table: Table, workers: int, most: int) -> Records:
     records, left = Records.of(name), most
     with ProcessPoolExecutor(workers) as pool:
         while left > 0 and (jobs := unique(missing(table, records))[: min(left, 2 * workers)]):
-            for job, line in zip(jobs, pool.map(play, [table] * len(jobs), jobs), strict=True):
+            for job, line in zip(jobs, pool.map(run_round, [table] * len(jobs), jobs), strict=True):
                 records.add(line)
                 what = "trial" if job.tuning else "run"
                 print(

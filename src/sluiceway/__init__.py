@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sluiceway.core.checkpoints import Checkpoint
     from sluiceway.core.round_loop import Result
     from sluiceway.core.settings import Optimisation, Training
-    from sluiceway.moe import NoExpertsError, anatomy, upcycle
+    from sluiceway.moe import NoExpertsError, moe_layout, upcycle
     from sluiceway.split.methods import METHODS as SPLIT_METHODS
     from sluiceway.split.training import split_train
     from sluiceway.strategies import (
@@ -56,8 +56,8 @@ __all__ = [
     "Training",
     "TrimmedMean",
     "Usage",
-    "anatomy",
     "federate",
+    "moe_layout",
     "split_train",
     "upcycle",
 ]
@@ -71,7 +71,7 @@ _PLACES = {
     "Training": "sluiceway.core.settings",
     "Optimisation": "sluiceway.core.settings",
     "NoExpertsError": "sluiceway.moe",
-    "anatomy": "sluiceway.moe",
+    "moe_layout": "sluiceway.moe",
     "upcycle": "sluiceway.moe",
     "SPLIT_METHODS": "sluiceway.split.methods",
     "split_train": "sluiceway.split.training",

@@ -24,13 +24,13 @@ def draws(seed: int, rounds: int) -> Tensor:
     return torch.rand(rounds, 8, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def play(chooser: ChannelChooser, scores: Tensor) -> list[Tensor]:
+def run_round(chooser: ChannelChooser, scores: Tensor) -> list[Tensor]:
     return [chooser.choose(n, row) for n, row in enumerate(scores, 1)]
 
 
 @pytest.mark.parametrize("every", [1, 2, 50])
 def test_warm_up_then_schedule(every: int) -> None:
-    masks = play(chooser(warmup=2, ramp_rounds=3, every=every), draws(0, 8))
+    masks = run_round(chooser(warmup=2, ramp_rounds=3, every=every), draws(0, 8))
     shares = [schedule(n, 2, 0.25, 3) for n in range(1, 9)]
     assert [int(mask.sum()) for mask in masks] == [int(8 * share) for share in shares]
     assert int(masks[-1].sum()) == 2
@@ -38,13 +38,13 @@ def test_warm_up_then_schedule(every: int) -> None:
 
 def test_without_memory_it_is_the_rule() -> None:
     scores = draws(1, 5)
-    masks = play(chooser(warmup=0, ramp_rounds=0, growth=1, margin=0, decay=0), scores)
+    masks = run_round(chooser(warmup=0, ramp_rounds=0, growth=1, margin=0, decay=0), scores)
     assert all(torch.equal(m, quarter(row)) for m, row in zip(masks, scores, strict=True))
 
 
 def test_scores_are_smoothed_from_the_warm_up_on() -> None:
     scores = draws(2, 3)
-    mask = play(chooser(warmup=2, ramp_rounds=0, margin=0, decay=0.75), scores)[-1]
+    mask = run_round(chooser(warmup=2, ramp_rounds=0, margin=0, decay=0.75), scores)[-1]
     smoothed = 0.75 * (0.75 * scores[0] + 0.25 * scores[1]) + 0.25 * scores[2]
     assert torch.equal(mask, top(smoothed, 2))
 
@@ -52,7 +52,7 @@ def test_scores_are_smoothed_from_the_warm_up_on() -> None:
 @given(st.integers(0, 10**6), st.integers(1, 4), st.floats(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_channels_return_only_in_a_choice(seed: int, every: int, growth: float) -> None:
-    masks = play(chooser(every=every, growth=growth, margin=0.0), draws(seed, 20))
+    masks = run_round(chooser(every=every, growth=growth, margin=0.0), draws(seed, 20))
     for n, (before, after) in enumerate(itertools.pairwise(masks), 2):
         if not rechoose(n - 1, every, growth):
             assert not (after & ~before).any()
@@ -60,7 +60,7 @@ def test_channels_return_only_in_a_choice(seed: int, every: int, growth: float) 
 
 
 def test_infinite_margin_only_shrinks() -> None:
-    masks = play(chooser(margin=math.inf, decay=0.0), draws(3, 12))
+    masks = run_round(chooser(margin=math.inf, decay=0.0), draws(3, 12))
     assert all(not (b & ~a).any() for a, b in itertools.pairwise(masks))
 
 
@@ -71,7 +71,7 @@ def test_rule_is_asked_only_in_a_choice() -> None:
         asked.append(1)
         return cumulative(scores, 0.5)
 
-    play(chooser(rule=rule, warmup=1, ramp_rounds=2, every=3, growth=1.0), draws(4, 8))
+    run_round(chooser(rule=rule, warmup=1, ramp_rounds=2, every=3, growth=1.0), draws(4, 8))
     assert len(asked) == 3  # rounds 2, 5 and 8
 
 
@@ -85,8 +85,8 @@ def test_missed_choice_is_made_up_for() -> None:
 @pytest.mark.parametrize("stop", [0, 1, 4, 9])
 def test_carried_on_it_gives_the_same_masks(stop: int) -> None:
     scores, first, second = draws(6, 12), chooser(), chooser()
-    whole = play(chooser(), scores)
-    play(first, scores[:stop])
+    whole = run_round(chooser(), scores)
+    run_round(first, scores[:stop])
     second.load_state_dict(first.state_dict())
     rest = [second.choose(n + 1, scores[n]) for n in range(stop, 12)]
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[stop:], strict=True))

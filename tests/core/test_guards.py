@@ -155,7 +155,7 @@ class Script:
         self.played += 1
         yield from self.turns[self.played - 1](honest)
 
-    def settle(self, clients: Sequence[int]) -> None:
+    def commit(self, clients: Sequence[int]) -> None:
         self.settled.append(list(clients))
 
     def broadcast_bytes(self) -> int:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from tests.worlds import TinyClassifier, TinyText
 
-from sluiceway.core.handshake import Card, JoinError, check_joining
+from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
 from sluiceway.core.settings import Training
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.moe import add_lora, anatomy
+from sluiceway.moe import add_lora, moe_layout
 from sluiceway.strategies import FedAvg
 
 
 def adapted(rank: int) -> TinyClassifier:
     model = TinyClassifier().requires_grad_(False)
-    experts = anatomy(model).expert_params
+    experts = moe_layout(model).expert_params
     add_lora(model, {n: p for n, p in model.named_parameters() if n in experts}, rank, 8.0)
     return model
 
@@ -25,7 +25,7 @@ def test_a_worker_with_other_adapters_is_refused() -> None:
     prepare(adapted(4), strategy, 1)
     other = adapted(2)
     prepare(other, FedAvg(), 1)
-    with pytest.raises(JoinError) as told:
+    with pytest.raises(HandshakeError) as told:
         Worker(other, [TinyText(4, 1)], TinyText(4, 2), strategy, Training())
     message = str(told.value)
     assert "\n" not in message
@@ -36,9 +36,9 @@ def test_a_worker_with_other_adapters_is_refused() -> None:
 
 
 def test_cards_travel_as_text_and_name_what_is_missing() -> None:
-    server = Card.of({"a": torch.zeros(2, 3), "b": torch.zeros(4).bfloat16()})
-    assert Card.from_json(server.to_json()) == server
-    check_joining(server, Card.from_json(server.to_json()))
+    server = ModelSignature.of({"a": torch.zeros(2, 3), "b": torch.zeros(4).bfloat16()})
+    assert ModelSignature.from_json(server.to_json()) == server
+    check_joining(server, ModelSignature.from_json(server.to_json()))
     for client, said in (
         ({"a": torch.zeros(2, 3)}, "differ in b: the server has bfloat16 [4], the client no such"),
         ({"a": torch.zeros(6), "b": torch.zeros(4)}, "differ in a (and 1 more): the server has"),
@@ -47,12 +47,12 @@ def test_cards_travel_as_text_and_name_what_is_missing() -> None:
             "differ in c: the server has no such tensor, the client float32 [1]",
         ),
     ):
-        with pytest.raises(JoinError) as told:
-            check_joining(server, Card.of(client))
+        with pytest.raises(HandshakeError) as told:
+            check_joining(server, ModelSignature.of(client))
         assert said in str(told.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"tensors": 3, "versions": {}}', "null"])
 def test_what_is_no_card_is_refused(text: str) -> None:
-    with pytest.raises(JoinError, match="not a card"):
-        Card.from_json(text)
+    with pytest.raises(HandshakeError, match="not a card"):
+        ModelSignature.from_json(text)

@@ -16,7 +16,7 @@ from sluiceway.core.guards import TooFewUpdates
 from sluiceway.core.round_loop import Record, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.strategies import STRATEGIES, Client, FedAvg
+from sluiceway.strategies import STRATEGIES, FedAvg, LocalContext
 from sluiceway.transport.local import federate
 
 TRAINING = Training(lr=0.02, batch_size=8)
@@ -24,13 +24,13 @@ TRAINING = Training(lr=0.02, batch_size=8)
 
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.integers(0, 1000), st.integers(1, 50))
 def test_the_clients_of_a_round(count: int, share: float, seed: int, number: int) -> None:
-    holders = [3 * i + 1 for i in range(count)]
+    eligible = [3 * i + 1 for i in range(count)]
     plan = Rounds(rounds=50, participation=share, seed=seed)
-    chosen = plan.chosen(number, holders)
+    chosen = plan.chosen(number, eligible)
     assert chosen == sorted(set(chosen))
-    assert set(chosen) <= set(holders)
+    assert set(chosen) <= set(eligible)
     assert len(chosen) == max(1, round(share * count))
-    assert chosen == plan.chosen(number, holders)
+    assert chosen == plan.chosen(number, eligible)
 
 
 def test_partial_participation_and_clients_with_little_or_nothing(
@@ -95,7 +95,7 @@ def test_the_model_ends_as_the_global_model(
 class Poisoned(FedAvg):
     """Client 0's experts turn to NaN in round 2."""
 
-    def finish(self, client: Client) -> dict[str, Tensor]:
+    def finish(self, client: LocalContext) -> dict[str, Tensor]:
         if client.broadcast.round == 2 and len(client.state) == 0 and client.steps == 4:
             with torch.no_grad():
                 next(p for n, p in client.params.items() if "experts" in n)[1].fill_(float("nan"))

@@ -8,7 +8,7 @@ from tests.worlds import TinyClassifier, TinyText
 from torch import nn
 
 from sluiceway.core.parameters import exchanged, frozen_modules
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Training
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import FedAvg, NonExpert
@@ -38,14 +38,14 @@ def test_batch_norm_statistics_cross_unless_frozen() -> None:
 
 
 def test_seeds_differ_and_are_fixed() -> None:
-    assert mix(0, 1, 2) == mix(0, 1, 2)
-    assert len({mix(a, b, c) for a in range(4) for b in range(4) for c in range(4)}) == 64
+    assert derive_seed(0, 1, 2) == derive_seed(0, 1, 2)
+    assert len({derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}) == 64
 
 
 def test_experts_without_a_token_are_left_out(moe_model: TinyClassifier) -> None:
     strategy = FedAvg()
     prepare(moe_model, strategy, 1)
-    (block,) = strategy.anatomy.blocks
+    (block,) = strategy.layout.blocks
     with torch.no_grad():  # one expert that no token can reach
         gate = moe_model.get_parameter(block.gate[0])
         gate.zero_()
@@ -53,7 +53,7 @@ def test_experts_without_a_token_are_left_out(moe_model: TinyClassifier) -> None
         gate[:3] = 0.1
         gate[3] = -100.0
     tensors = {n: t.detach().clone() for n, t in exchanged(moe_model).items()}
-    strategy.setup(tensors, strategy.anatomy, 1)
+    strategy.setup(tensors, strategy.layout, 1)
     worker = Worker(
         moe_model, [TinyText(16, 1)], TinyText(4, 2), strategy, Training(lr=1e-5, weight_decay=0.1)
     )
@@ -73,7 +73,7 @@ def test_private_experts_stay_with_their_client(moe_model: TinyClassifier) -> No
     prepare(moe_model, strategy, 2)
     clients = [TinyText(16, 1), TinyText(16, 2)]
     worker = Worker(moe_model, clients, TinyText(9, 3), strategy, Training(lr=0.01))
-    name = next(iter(sorted(strategy.anatomy.expert_params)))
+    name = next(iter(sorted(strategy.layout.expert_params)))
     states: list[dict[str, torch.Tensor]] = [{}, {}]
     for i in (0, 1):
         update = worker.train(i, strategy.broadcast(1), states[i], personal=False)
@@ -97,7 +97,7 @@ def test_local_training_is_the_plain_loop() -> None:
     model, plain = TinyClassifier(), TinyClassifier()
     training = Training(lr=0.05, optimizer="sgd", batch_size=8, max_grad_norm=0.0)
     federate(model, [data], data, rounds=1, training=training, seed=3, device="cpu")
-    torch.manual_seed(mix(3, 1, 0))
+    torch.manual_seed(derive_seed(3, 1, 0))
     plain.train()
     for rows in torch.randperm(20).split(8):
         plain.zero_grad()

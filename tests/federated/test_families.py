@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.settings import Training
 from sluiceway.experiment.answers import Endings, TextClassifier, is_encoder_decoder
-from sluiceway.moe import add_lora, anatomy, repair
+from sluiceway.moe import add_lora, moe_layout, repair
 from sluiceway.strategies import strategy
 from sluiceway.transport.local import federate
 
@@ -67,14 +67,14 @@ def answering(family: str) -> nn.Module:
     lm = repair(kind.from_config(body.config, attn_implementation="eager"))
     with torch.no_grad():
         for name, param in lm.named_parameters():
-            if name in anatomy(lm).gate_params:
+            if name in moe_layout(lm).gate_params:
                 param.normal_(std=0.5)
     return Endings(lm)
 
 
 def chosen(model: nn.Module, lora: bool) -> nn.Module:
     """Experts and gates are trained; by adapters on the experts if `lora`."""
-    found = anatomy(model)
+    found = moe_layout(model)
     head = {n for n, _ in model.named_parameters() if n.startswith("head.")}
     model.requires_grad_(False)
     if lora:
@@ -105,7 +105,7 @@ def test_a_round_of_every_family(family: str, method: str, lora: bool) -> None:
     )
     assert result.refused == 0
     assert result.records[0].loss < 20
-    found = anatomy(model)
+    found = moe_layout(model)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved <= set(exchanged(model))
     for block in found.blocks:

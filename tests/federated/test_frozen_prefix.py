@@ -10,8 +10,8 @@ from torch.utils.data import Subset
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.settings import Training
-from sluiceway.federated.frozen_prefix import FeatureCache, FeatureStore, find_trunk, ranges
-from sluiceway.transport.local import federate, usable_trunk
+from sluiceway.federated.frozen_prefix import FeatureCache, FeatureStore, find_frozen_prefix, ranges
+from sluiceway.transport.local import federate, usable_prefix
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_ranges() -> None:
 
 def test_trunk_is_found_and_features_hold_what_enters_the_first_trained_layer() -> None:
     model = frozen_below(TinyClassifier(layers=3)).eval()
-    trunk = find_trunk(model)
+    trunk = find_frozen_prefix(model)
     assert trunk is not None
     assert len(trunk.layers) == 2
     data = TinyText(10, 1)
@@ -57,7 +57,7 @@ def test_training_on_features_is_training(limit: int) -> None:
     broken = without.backbone.encoder.layer
     # The same model, its stack hidden from the search: every layer runs in every step.
     without.backbone.encoder.layer = _Unlisted(broken)  # type: ignore[assignment]
-    assert find_trunk(without) is None
+    assert find_frozen_prefix(without) is None
     two = federate(without, clients, test, rounds=2, device="cpu")
     assert one.accuracy_by_round == two.accuracy_by_round
     for name, tensor in one.tensors.items():
@@ -111,8 +111,8 @@ class Points:
 
 def test_a_trunk_that_is_not_all_that_feeds_the_rest_is_not_passed_over() -> None:
     model = SkipNet()
-    assert find_trunk(model) is not None
-    assert usable_trunk(model, [Points(5)], CPU) is None
+    assert find_frozen_prefix(model) is not None
+    assert usable_prefix(model, [Points(5)], CPU) is None
 
 
 def test_plain_sequential_with_tensor_inputs_and_subsets_share_one_store() -> None:
@@ -149,7 +149,7 @@ def test_options_of_an_example_and_half_precision_run_past_the_trunk(dtype: torc
 
     model = frozen_below(Options(layers=3)).to(dtype).eval()
     clients = [Pairs(12, 1), Pairs(9, 2)]
-    trunk = usable_trunk(model, clients, CPU)
+    trunk = usable_prefix(model, clients, CPU)
     assert trunk is not None
     (examples, _) = FeatureCache(1 << 20).wrap(trunk, clients, CPU)
     rows = torch.tensor([3, 0, 7])
@@ -164,7 +164,7 @@ def test_options_of_an_example_and_half_precision_run_past_the_trunk(dtype: torc
 
 
 def test_no_trunk_where_the_first_layer_is_trained() -> None:
-    assert find_trunk(TinyClassifier(layers=2)) is None
+    assert find_frozen_prefix(TinyClassifier(layers=2)) is None
 
 
 def test_batches_without_features_are_untouched() -> None:

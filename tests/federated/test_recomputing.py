@@ -60,7 +60,7 @@ def test_the_regularisers_gradient_passes_through_checkpointing(reference: str) 
     plain, recomputed, free = found
     for name, value in plain.items():
         torch.testing.assert_close(recomputed[name], value, atol=1e-6, rtol=1e-5)
-    (gate,) = method.anatomy.blocks[0].gate
+    (gate,) = method.layout.blocks[0].gate
     assert float((plain[gate] - free[gate]).abs().max()) > 1e-3
 
 

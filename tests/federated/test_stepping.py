@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.messages import read_update, write_update
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation, Training
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.federated.stepping import masters_of
+from sluiceway.federated.stepping import master_params_of
 from sluiceway.strategies import FedAlignMoE, FedAvg, FedProx, Scaffold, Strategy
 from sluiceway.transport.local import federate
 
@@ -34,7 +34,7 @@ def test_defaults_are_the_plain_loop_bit_for_bit() -> None:
     params = list(plain.parameters())
     optimiser = torch.optim.AdamW(params, lr=0.01, weight_decay=0.0, fused=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix(3, 1, 0))
+        torch.manual_seed(derive_seed(3, 1, 0))
         plain.train()
         for _ in range(2):
             for rows in torch.randperm(30).split(8):
@@ -143,11 +143,11 @@ class Ones:
         return torch.ones(1, dtype=torch.bfloat16), 0
 
 
-@pytest.mark.parametrize("masters", [True, False])
-def test_steps_below_rounding_add_up(masters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("master_params", [True, False])
+def test_steps_below_rounding_add_up(master_params: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 steps of 1/1024 from 1, whose neighbour in bfloat16 is 1 - 1/256."""
-    if not masters:
-        monkeypatch.setattr("sluiceway.federated.client.masters_of", dict)
+    if not master_params:
+        monkeypatch.setattr("sluiceway.federated.client.master_params_of", dict)
     model = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.ones_(model.weight)
     method = FedAvg()
@@ -157,7 +157,7 @@ def test_steps_below_rounding_add_up(masters: bool, monkeypatch: pytest.MonkeyPa
         model, [Ones()], Ones(), method, training, loss=lambda logits, labels: logits.mean()
     )
     worker.train(0, method.broadcast(1), {}, personal=False)
-    assert float(model.weight.detach()) == (1 - 64 / 1024 if masters else 1.0)
+    assert float(model.weight.detach()) == (1 - 64 / 1024 if master_params else 1.0)
 
 
 def test_fedprox_sees_distances_below_rounding() -> None:
@@ -176,9 +176,9 @@ def test_fedprox_sees_distances_below_rounding() -> None:
 
 def test_masters_are_the_parameters_unless_of_half_precision() -> None:
     params = {str(t): nn.Parameter(torch.ones(2, dtype=t)) for t in (torch.float32, torch.float64)}
-    assert all(masters_of(params)[name] is param for name, param in params.items())
+    assert all(master_params_of(params)[name] is param for name, param in params.items())
     for dtype in HALVES:
-        master = masters_of({"w": nn.Parameter(torch.ones(2, dtype=dtype))})["w"]
+        master = master_params_of({"w": nn.Parameter(torch.ones(2, dtype=dtype))})["w"]
         assert master.dtype == torch.float32
 
 
@@ -189,7 +189,7 @@ class Watching(Scaffold):
     seen: list[dict[str, Tensor]]
 
     def correct(self, client: Any) -> None:
-        self.seen.append({n: m.grad.clone() for n, m in client.masters.items()})
+        self.seen.append({n: m.grad.clone() for n, m in client.master_params.items()})
         super().correct(client)
 
 

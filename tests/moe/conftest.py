@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sluiceway.moe import anatomy, repair, upcycle
+from sluiceway.moe import moe_layout, repair, upcycle
 
 SMALL = {
     "vocab_size": 50,
@@ -251,7 +251,7 @@ def seeded(builder: Callable[[], nn.Module]) -> nn.Module:
     model = builder()
     params = dict(model.named_parameters())
     with torch.no_grad():
-        for name in sorted(anatomy(model).gate_params):
+        for name in sorted(moe_layout(model).gate_params):
             params[name].normal_(std=0.5)
     return model
 

@@ -9,13 +9,20 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from sluiceway.moe import Observer, add_lora, anatomy, find_adapters, find_anatomy, received_logits
+from sluiceway.moe import (
+    Observer,
+    add_lora,
+    find_adapters,
+    find_layout,
+    moe_layout,
+    received_logits,
+)
 
 RANK = 3
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    found = anatomy(model)
+    found = moe_layout(model)
     return {n: p for n, p in model.named_parameters() if n in found.expert_params}
 
 
@@ -45,7 +52,7 @@ def merged(model: nn.Module) -> nn.Module:
 def test_an_experts_part_of_the_adapters_is_what_peft_merges(model: nn.Module, rank: int) -> None:
     adapted(model, rank)
     params, wanted = dict(model.named_parameters()), dict(merged(model).named_parameters())
-    found = anatomy(model)
+    found = moe_layout(model)
     pairs = find_adapters(model)
     bases = {pair.base.key for pair in pairs}
     matrices = {p.key for b in found.blocks for e in b.pieces for p in e if p.of(params).ndim == 2}
@@ -62,7 +69,7 @@ def test_an_experts_part_of_the_adapters_is_what_peft_merges(model: nn.Module, r
 def test_pieces_of_an_adapted_model_cover_every_value_once(model: nn.Module) -> None:
     adapted(model, 4)
     params = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    pieces = anatomy(model).pieces(params)
+    pieces = moe_layout(model).pieces(params)
     assert len({piece.key for piece in pieces}) == len(pieces)
     for piece in pieces:
         piece.of(params).add_(1)
@@ -72,7 +79,7 @@ def test_pieces_of_an_adapted_model_cover_every_value_once(model: nn.Module) -> 
 def test_changing_one_experts_adapters_changes_exactly_its_tokens(make) -> None:
     for name in ("mixtral", "gpt_oss", "upcycled"):
         model = adapted(make(name).eval(), 4)
-        found, params = anatomy(model), dict(model.named_parameters())
+        found, params = moe_layout(model), dict(model.named_parameters())
         hidden = torch.randn(9, 16)
         for block in found.blocks:
             experts = model.get_submodule(block.experts)
@@ -94,9 +101,9 @@ def test_changing_one_experts_adapters_changes_exactly_its_tokens(make) -> None:
 
 
 def test_anatomy_is_the_same_with_and_without_adapters(model: nn.Module) -> None:
-    plain = anatomy(model)
+    plain = moe_layout(model)
     adapted(model)
-    found = anatomy(model)
+    found = moe_layout(model)
     for before, after in zip(plain.blocks, found.blocks, strict=True):
         for field in ("position", "name", "family", "router", "num_experts", "top_k", "hidden"):
             assert getattr(before, field) == getattr(after, field)
@@ -111,7 +118,7 @@ def test_a_router_may_be_adapted_too(make, how: str) -> None:
         else {"target_parameters": ["experts.down_proj"], "modules_to_save": ["gate"]}
     )
     model = get_peft_model(make("mixtral"), LoraConfig(r=4, lora_dropout=0.0, **more))
-    found = anatomy(model)
+    found = moe_layout(model)
     assert len(found.blocks) == 2
     block, params = found.blocks[0], dict(model.named_parameters())
     assert all(params[name].shape[0] == 4 for name in block.gate)
@@ -141,7 +148,7 @@ def test_a_router_may_be_adapted_too(make, how: str) -> None:
 
 def test_adapters_on_a_dense_model_are_found_as_well(dense) -> None:
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), dense("bert"))
-    assert find_anatomy(model) is None
+    assert find_layout(model) is None
     pairs = find_adapters(model)
     assert [pair.base.index for pair in pairs] == [None, None]
     assert pairs[0].base.param == "encoder.layer.0.attention.self.query.base_layer.weight"

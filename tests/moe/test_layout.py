@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sluiceway.moe import Block, NoExpertsError, anatomy, families, find_anatomy, layout
+from sluiceway.moe import Block, NoExpertsError, families, find_layout, model_summary, moe_layout
 
 EXPECTED = {  # family name, blocks, k, parameters an expert has in a block
     "mixtral": ("mixtral", 2, 2, 2),
@@ -26,7 +26,7 @@ EXPECTED = {  # family name, blocks, k, parameters an expert has in a block
 
 def test_finds_blocks_gates_and_experts(model: nn.Module, family: str) -> None:
     name, blocks, top_k, tensors = EXPECTED[family]
-    found = anatomy(model)
+    found = moe_layout(model)
     params = dict(model.named_parameters())
     assert [block.position for block in found.blocks] == list(range(blocks))
     for block in found.blocks:
@@ -41,7 +41,7 @@ def test_finds_blocks_gates_and_experts(model: nn.Module, family: str) -> None:
 
 
 def test_pieces_are_views_and_partition_the_experts(model: nn.Module) -> None:
-    found = anatomy(model)
+    found = moe_layout(model)
     params = dict(model.named_parameters())
     values = 0
     for block in found.blocks:
@@ -56,7 +56,7 @@ def test_pieces_are_views_and_partition_the_experts(model: nn.Module) -> None:
 
 
 def test_pieces_of_all_parameters_rebuild_the_model(model: nn.Module) -> None:
-    found = anatomy(model)
+    found = moe_layout(model)
     params = dict(model.named_parameters())
     pieces = found.pieces(params)
     assert len({piece.key for piece in pieces}) == len(pieces)
@@ -94,7 +94,7 @@ def said_by_router(model: nn.Module, block: Block, hidden: torch.Tensor) -> fami
 
 
 def test_zeroed_expert_changes_exactly_its_tokens(model: nn.Module) -> None:
-    found = anatomy(model)
+    found = moe_layout(model)
     params = dict(model.named_parameters())
     hidden = torch.randn(3, 7, 16)
     for block in found.blocks:
@@ -121,13 +121,13 @@ def test_experts_are_ordered_by_number() -> None:
     block.router = router
     # Sorted as text, expert_10 would come before expert_2.
     block.experts = nn.ModuleDict({f"expert_{e}": nn.Linear(8, 8) for e in reversed(range(12))})
-    found = anatomy(block)
+    found = moe_layout(block)
     assert found.blocks[0].name == ""
     assert found.expert(0, 10)[0].key == "experts.expert_10.weight"
     assert set(found.blocks[0].gate) == {"router.weight", "router.bias"}
     block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(11))
     with pytest.raises(ValueError, match="12 experts"):
-        anatomy(block)
+        moe_layout(block)
 
 
 def test_wrapped_and_on_the_meta_device(model: nn.Module) -> None:
@@ -137,7 +137,7 @@ def test_wrapped_and_on_the_meta_device(model: nn.Module) -> None:
             self.body = body
             self.head = nn.Linear(16, 4)
 
-    plain, wrapped = anatomy(model), anatomy(Classifier(model).to("meta"))
+    plain, wrapped = moe_layout(model), moe_layout(Classifier(model).to("meta"))
     assert [f"body.{block.name}" for block in plain.blocks] == [b.name for b in wrapped.blocks]
     assert {f"body.{name}" for name in plain.expert_params} == wrapped.expert_params
     first = wrapped.blocks[0]
@@ -145,15 +145,15 @@ def test_wrapped_and_on_the_meta_device(model: nn.Module) -> None:
 
 
 def test_dense_model_is_refused(dense) -> None:
-    assert find_anatomy(dense("bert")) is None
+    assert find_layout(dense("bert")) is None
     with pytest.raises(NoExpertsError, match="BertModel has no mixture-of-experts block"):
-        anatomy(dense("bert"))
+        moe_layout(dense("bert"))
     with pytest.raises(NoExpertsError):
-        layout(dense("llama"))
+        model_summary(dense("llama"))
 
 
 def test_layout_adds_up(model: nn.Module, family: str) -> None:
-    found = layout(model)
+    found = model_summary(model)
     params = dict(model.named_parameters())
     assert found.parameters == sum(p.numel() for p in params.values())
     assert found.bytes == 4 * found.parameters

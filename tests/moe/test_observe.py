@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe import Observer, anatomy, received_logits
+from sluiceway.moe import Observer, moe_layout, received_logits
 
 Make = Callable[[str], nn.Module]
 LENGTHS = ((7, 4), (5, 7))  # tokens that count, per sequence, for each batch
@@ -33,7 +33,7 @@ def recorded(model: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> list[list
     tokens: list[list[tuple]] = []
     handles = []
     masks: list[Tensor] = []
-    for block in anatomy(model).blocks:
+    for block in moe_layout(model).blocks:
         seen: list[tuple] = []
         row = block.row
         decoder = block.name.startswith("decoder")
@@ -68,7 +68,7 @@ def recorded(model: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> list[list
 def test_counts_equal_a_loop_over_tokens(model: nn.Module, left: bool) -> None:
     inputs = batches(left)
     expected = recorded(model, inputs)
-    with Observer(model, anatomy(model)) as observer, torch.no_grad():
+    with Observer(model, moe_layout(model)) as observer, torch.no_grad():
         for ids, mask in inputs:
             with observer.observing(mask):
                 run(model, ids, mask)
@@ -97,7 +97,7 @@ def test_decoder_mask_and_dropped_tokens(make: Make) -> None:
     model = make("switch").eval()
     ids, mask = batches()[0]
     decoder_mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
-    with Observer(model, anatomy(model)) as observer, torch.no_grad():
+    with Observer(model, moe_layout(model)) as observer, torch.no_grad():
         with observer.observing(mask, decoder_mask):
             run(model, ids, mask)
         encoder, decoder = observer.routing()
@@ -114,7 +114,7 @@ def test_decoder_mask_and_dropped_tokens(make: Make) -> None:
 def test_last_step_carries_the_graph(make: Make) -> None:
     model = make("mixtral").train()
     ids, mask = batches()[0]
-    found = anatomy(model)
+    found = moe_layout(model)
     with Observer(model, found, regions=False) as observer:
         with observer.observing(mask):
             run(model, ids, mask)
@@ -158,7 +158,7 @@ def test_gradient_checkpointing_counts_once(make: Make, name: str, backward_insi
     )
     results = []
     for model in (plain, checkpointed):
-        with Observer(model, anatomy(model)) as observer:
+        with Observer(model, moe_layout(model)) as observer:
             step(model, observer, backward_inside)
             results.append(observer.routing())
     for one, two in zip(*results, strict=True):
@@ -168,7 +168,7 @@ def test_gradient_checkpointing_counts_once(make: Make, name: str, backward_insi
     for name_, parameter in plain.named_parameters():
         other = checkpointed.get_parameter(name_)
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-8)
-    for gate in anatomy(plain).gate_params:
+    for gate in moe_layout(plain).gate_params:
         assert plain.get_parameter(gate).grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
@@ -178,7 +178,7 @@ def test_reentrant_checkpointing_is_refused(make: Make) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": True}
     )
     ids, mask = batches()[0]
-    with Observer(model, anatomy(model)) as observer:
+    with Observer(model, moe_layout(model)) as observer:
         with pytest.raises(RuntimeError, match=r'"use_reentrant": False'), observer.observing(mask):
             run(model, ids, mask)
         with torch.no_grad(), observer.observing(mask):  # no gradient wanted: fine
@@ -188,7 +188,7 @@ def test_reentrant_checkpointing_is_refused(make: Make) -> None:
 def test_forwards_outside_are_not_counted_and_close_leaves_no_hook(make: Make) -> None:
     model = make("qwen3").eval()
     ids, mask = batches()[0]
-    observer = Observer(model, anatomy(model))
+    observer = Observer(model, moe_layout(model))
     run(model, ids, mask)
     assert observer.routing()[0].tokens == 0
     with observer.observing(), pytest.raises(RuntimeError, match="already"), observer.observing():
@@ -204,7 +204,7 @@ def test_wrong_mask_is_refused(make: Make) -> None:
     model = make("olmoe").eval()
     ids, mask = batches()[0]
     with (
-        Observer(model, anatomy(model)) as observer,
+        Observer(model, moe_layout(model)) as observer,
         pytest.raises(ValueError, match=r"mask: has 12 entries, but 14 tokens"),
         observer.observing(mask[:, :6]),
     ):
@@ -219,7 +219,7 @@ def test_half_precision(make: Make, dtype: torch.dtype) -> None:
         # Switch turns its router to float32 in the first forward: in inference mode the model
         # itself would be left with a parameter that cannot be trained.
         guard = torch.no_grad if name == "switch_encoder" else torch.inference_mode
-        with Observer(model, anatomy(model)) as observer:
+        with Observer(model, moe_layout(model)) as observer:
             with guard(), observer.observing(mask):
                 run(model, ids, mask)
             with observer.observing(mask):
@@ -232,7 +232,7 @@ def test_half_precision(make: Make, dtype: torch.dtype) -> None:
 
 def test_nan_in_padding_does_not_spread(make: Make) -> None:
     model = make("upcycled").eval()
-    found = anatomy(model)
+    found = moe_layout(model)
     block = found.blocks[0]
     hidden = torch.randn(1, 5, 16)
     hidden[0, 4] = float("nan")
@@ -248,7 +248,7 @@ def test_nan_in_padding_does_not_spread(make: Make) -> None:
 
 def test_received_logits_follow_the_received_gate(make: Make, family: str) -> None:
     model = make(family).train()
-    found = anatomy(model)
+    found = moe_layout(model)
     ids, mask = batches()[0]
     received = {name: torch.randn_like(model.get_parameter(name)) for name in found.gate_params}
     with Observer(model, found) as observer, observer.observing(mask):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.fedalign import conditional_penalty, marginal_penalty
-from sluiceway.moe import Observer, anatomy, received_logits
+from sluiceway.moe import Observer, moe_layout, received_logits
 
 Make = Callable[[str], nn.Module]
 REFERENCE = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -31,7 +31,7 @@ def by_hand(logits: Tensor, ratio: Tensor, strength: Tensor, mask: Tensor | None
 @pytest.mark.parametrize("kind", ["marginal", "conditional"])
 def test_gradients_of_the_gates(make: Make, family: str, kind: str) -> None:
     model = make(family).train()
-    found = anatomy(model)
+    found = moe_layout(model)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, 50, (2, 7), generator=generator)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe import Observer, anatomy, repair
+from sluiceway.moe import Observer, moe_layout, repair
 
 Make = Callable[[str], nn.Module]
 
@@ -112,7 +112,7 @@ def test_capacity_is_the_configured_one_whatever_ran_before(unmended: nn.Module)
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    return [model.get_submodule(block.router) for block in anatomy(model).blocks]
+    return [model.get_submodule(block.router) for block in moe_layout(model).blocks]
 
 
 def test_token_dropout_stays(unmended: nn.Module) -> None:
@@ -184,7 +184,7 @@ def test_gradient_checkpointing(make: Make) -> None:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        with Observer(model, anatomy(model)) as observer, observer.observing():
+        with Observer(model, moe_layout(model)) as observer, observer.observing():
             output = model(input_ids=ids, decoder_input_ids=ids[:, :5]).last_hidden_state
             output.pow(2).mean().backward()
         results.append((observer.routing(), {n: p.grad for n, p in model.named_parameters()}))

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe import NoExpertsError, Observer, anatomy, find_anatomy, layout, received_logits
+from sluiceway.moe import (
+    NoExpertsError,
+    Observer,
+    find_layout,
+    model_summary,
+    moe_layout,
+    received_logits,
+)
 from sluiceway.moe.structural import StructuralFamily
 
 E, K, H, WIDE = 4, 2, 16, 24
@@ -165,7 +172,7 @@ HIDDEN = torch.randn(3, 5, H, generator=torch.Generator().manual_seed(7))
 
 
 def test_finds_blocks_and_says_how(model: nn.Module) -> None:
-    found = anatomy(model)
+    found = moe_layout(model)
     params = dict(model.named_parameters())
     assert [block.name for block in found.blocks] == ["layers.0", "layers.1"]
     for block in found.blocks:
@@ -182,24 +189,26 @@ def test_finds_blocks_and_says_how(model: nn.Module) -> None:
     assert values == sum(params[name].numel() for name in found.expert_params)
     rest = set(params) - found.expert_params - found.gate_params
     assert all(name.startswith("head.") or name.count(".") == 2 for name in rest)  # a block's bias
-    assert [row.found for row in layout(model).rows] == [block.found for block in found.blocks]
+    assert [row.found for row in model_summary(model).rows] == [
+        block.found for block in found.blocks
+    ]
     # Shapes are enough, and a wrapper changes names alone.
-    meta = anatomy(nn.ModuleDict({"inner": model}).to("meta"))
+    meta = moe_layout(nn.ModuleDict({"inner": model}).to("meta"))
     assert [f"inner.{block.router}" for block in found.blocks] == [b.router for b in meta.blocks]
 
 
 def test_explanation() -> None:
-    assert anatomy(MODELS["list"]()).blocks[0].found == (
+    assert moe_layout(MODELS["list"]()).blocks[0].found == (
         "router 'gate' [4, 16] beside 4 modules 'experts.*'; k = 2 from block.top_k; "
         "logits are the router's output, the choice its 2 greatest"
     )
-    assert "k = 2 from gate.top_k" in anatomy(MODELS["both"]()).blocks[0].found
-    assert "k = 2 from config.num_experts_per_tok" in anatomy(MODELS["config"]()).blocks[0].found
-    assert "parameters of 'up', 'down' [4, ., .]" in anatomy(MODELS["beside"]()).blocks[0].found
+    assert "k = 2 from gate.top_k" in moe_layout(MODELS["both"]()).blocks[0].found
+    assert "k = 2 from config.num_experts_per_tok" in moe_layout(MODELS["config"]()).blocks[0].found
+    assert "parameters of 'up', 'down' [4, ., .]" in moe_layout(MODELS["beside"]()).blocks[0].found
 
 
 def test_counts_equal_a_loop(model: nn.Module) -> None:
-    found = anatomy(model)
+    found = moe_layout(model)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4])
     with Observer(model, found) as observer, observer.observing(mask):
         model(HIDDEN)
@@ -228,7 +237,7 @@ def test_counts_equal_a_loop(model: nn.Module) -> None:
 
 
 def test_zeroed_expert_changes_exactly_its_tokens(model: nn.Module) -> None:
-    found = anatomy(model)
+    found = moe_layout(model)
     params = dict(model.named_parameters())
     for block in found.blocks:
         layer = model.get_submodule(block.name)
@@ -250,7 +259,7 @@ def test_zeroed_expert_changes_exactly_its_tokens(model: nn.Module) -> None:
 def test_a_router_that_hides_its_logits_is_refused(kind: str) -> None:
     model = Model(lambda: Block(Router(kind), nn.ModuleList(Expert() for _ in range(E))))
     with (
-        Observer(model, anatomy(model)) as observer,
+        Observer(model, moe_layout(model)) as observer,
         pytest.raises(ValueError, match=r"router layers\.0\.gate: .*float32 \[3, 5, \d\]"),
         observer.observing(),
     ):
@@ -274,16 +283,16 @@ def test_reading_edge_cases() -> None:
 
 def test_k_that_cannot_be_found_is_not_guessed() -> None:
     model = Model(lambda: Block(nn.Linear(H, E), nn.ModuleList(Expert() for _ in range(E))))
-    assert find_anatomy(model) is None
+    assert find_layout(model) is None
     with pytest.raises(NoExpertsError, match=r"beside 4 modules 'experts\.\*', but k") as error:
-        anatomy(model)
+        moe_layout(model)
     assert "block 'layers.0': router 'gate' [4, 16]" in str(error.value)
     for wrong in (0, 5, True, 2.0, "2"):
         for layer in model.layers:
             layer.top_k = wrong
-        assert find_anatomy(model) is None
+        assert find_layout(model) is None
     model.config.top_k = 2  # in a config this is the sampling of text
-    assert find_anatomy(model) is None
+    assert find_layout(model) is None
 
 
 def test_two_possible_routers_are_not_guessed() -> None:
@@ -291,4 +300,4 @@ def test_two_possible_routers_are_not_guessed() -> None:
     for layer in model.layers:
         layer.noise = nn.Linear(H, E)
     with pytest.raises(NoExpertsError, match=r"not clear: 4 modules 'experts\.\*', gate, noise"):
-        anatomy(model)
+        moe_layout(model)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from sluiceway.moe import NoExpertsError, anatomy, find_anatomy
+from sluiceway.moe import NoExpertsError, find_layout, moe_layout
 
 
 class Heads(nn.Module):
@@ -106,12 +106,12 @@ def bert() -> nn.Module:
 )
 def test_dense_models_have_no_block(build: Callable[[], nn.Module]) -> None:
     model = build()
-    assert find_anatomy(model) is None
+    assert find_layout(model) is None
     with pytest.raises(NoExpertsError, match=r"none was found by structure \(a router \[E, H\]"):
-        anatomy(model)
+        moe_layout(model)
 
 
 def test_dense_families_have_no_block(dense: Callable[[str], nn.Module]) -> None:
     for name in ("bert", "llama"):
         with pytest.raises(NoExpertsError, match=r"no known family .*mixtral.*none was found"):
-            anatomy(dense(name))
+            moe_layout(dense(name))

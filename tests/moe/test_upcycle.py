@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe import UpcycledExperts, UpcycledMoE, UpcycledRouter, anatomy, upcycle
+from sluiceway.moe import UpcycledExperts, UpcycledMoE, UpcycledRouter, moe_layout, upcycle
 
 Dense = Callable[[str], nn.Module]
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -31,7 +31,7 @@ def test_equals_the_dense_model(dense: Dense, name: str, layers: int | list[int]
     before = hidden(model)
     assert upcycle(model, layers, experts=4, top_k=2) is model
     torch.testing.assert_close(hidden(model), before, rtol=0, atol=1e-5)
-    names = [block.name for block in anatomy(model).blocks]
+    names = [block.name for block in moe_layout(model).blocks]
     assert len(names) == (layers if isinstance(layers, int) else len(layers))
     assert any("1" in name for name in names) == (layers != [0])
     assert not any(module.training for module in model.modules())
@@ -78,7 +78,7 @@ def test_equals_the_real_minilm() -> None:
     before = hidden(model)
     upcycle(model, layers=6, experts=4, top_k=2)
     torch.testing.assert_close(hidden(model), before, rtol=0, atol=1e-5)
-    assert [block.hidden for block in anatomy(model).blocks] == [384] * 6
+    assert [block.hidden for block in moe_layout(model).blocks] == [384] * 6
 
 
 def test_noise_is_relative_seeded_and_makes_experts_differ(dense: Dense) -> None:
@@ -112,7 +112,7 @@ def test_scaled_top1_gives_the_router_a_gradient(dense: Dense) -> None:
     model = upcycle(dense("bert"), 1, experts=4, top_k=1, scale=True)
     output = model(input_ids=IDS, attention_mask=MASK).last_hidden_state
     output[..., 0].sum().backward()
-    gate = model.get_parameter(anatomy(model).blocks[0].gate[0])
+    gate = model.get_parameter(moe_layout(model).blocks[0].gate[0])
     assert gate.grad is not None
     assert gate.grad.abs().sum() > 0
 
@@ -224,7 +224,7 @@ def test_autocast_and_copies(dense: Dense) -> None:
         loss = output.float().pow(4).mean()
     loss.backward()
     assert (output.float()[MASK.bool()] - exact).abs().mean() < 0.05
-    for name in anatomy(model).gate_params | anatomy(model).expert_params:
+    for name in moe_layout(model).gate_params | moe_layout(model).expert_params:
         gradient = model.get_parameter(name).grad
         assert gradient is not None
         assert gradient.dtype == torch.float32

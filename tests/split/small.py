@@ -12,12 +12,12 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from sluiceway.core.round_loop import Record, Rounds
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
 from sluiceway.split import Compressor, Conv4, SplitRecord
-from sluiceway.split.client import ClientSide
-from sluiceway.split.client_proxy import Here
-from sluiceway.split.rounds import Split
+from sluiceway.split.client import SplitClient
+from sluiceway.split.client_proxy import LocalClient
+from sluiceway.split.rounds import SplitLoop
 from sluiceway.split.setup import here
 from sluiceway.strategies import FedAvg
 
@@ -87,8 +87,8 @@ def unsplit(
     model.train()
     for number in range(1, rounds + 1):
         before(number)
-        torch.manual_seed(mix(seed, number))
-        generator = torch.Generator().manual_seed(mix(seed, number, 0))
+        torch.manual_seed(derive_seed(seed, number))
+        generator = torch.Generator().manual_seed(derive_seed(seed, number, 0))
         for _ in range(training.local_epochs):
             order = torch.randperm(len(data), generator=generator)
             for part in order.split(training.batch_size):
@@ -109,7 +109,7 @@ def set_up(
     participation: float = 1.0,
     seed: int = 0,
     **changed: Any,
-) -> Split:
+) -> SplitLoop:
     """A run whose rounds a test plays itself."""
     settings: dict[str, Any] = {
         "tail_at": None,
@@ -174,6 +174,6 @@ def masked(front: nn.Module, mask: Tensor, back: nn.Module) -> nn.Sequential:
     return nn.Sequential(front, layer, back).eval()
 
 
-def sides(split: Split) -> list[ClientSide]:
+def sides(split: SplitLoop) -> list[SplitClient]:
     """The clients of a run of this process."""
-    return [party.side for party in split.parties if isinstance(party, Here)]
+    return [party.side for party in split.parties if isinstance(party, LocalClient)]

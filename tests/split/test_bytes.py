@@ -102,11 +102,11 @@ def test_without_a_warm_up_nothing_crosses_unpruned(form: str, masks: Literal["m
     assert [record.kept for record in found] == [2, 2, 2]
     # What the clients' scores of the first front take up is in the first round alone.
     more = found[0].bytes_up - found[1].bytes_up
-    holders = sum(len(examples) > 0 for examples in sets)
+    eligible = sum(len(examples) > 0 for examples in sets)
     rating = len(
         save({"scores/channels": torch.zeros(8)}, {"sluiceway": '{"client": 0, "version": 1}'})
     )
-    assert more == (holders * rating if masks == "merged" else 0)
+    assert more == (eligible * rating if masks == "merged" else 0)
 
 
 def test_the_first_mask_is_that_of_the_untrained_front() -> None:

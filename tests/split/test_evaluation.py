@@ -32,7 +32,7 @@ def test_the_mask_of_training_is_the_mask_of_evaluation() -> None:
     sets, test = [Pictures(60, 1), Pictures(20, 2)], Pictures(300, 6)
     built = set_up(normed(), "conv1", sets, L1Channels(share=0.25, ramp_rounds=0), test)
     for number in (1, 2, 3):
-        record = built.play(number, [0, 1])
+        record = built.run_round(number, [0, 1])
         assert record.mask == sides(built)[0].mask.tolist()  # type: ignore[union-attr]
     mask = built.masks.mask(ALL)
     assert mask is not None
@@ -66,7 +66,7 @@ def test_rounding_at_the_second_cut_of_a_u_shape_is_judged_too() -> None:
     built = set_up(
         normed(), "conv1", [Pictures(60, 1)], method, test, form="u", tail_at="conv4", training=SGD
     )
-    record = built.play(1, [0])
+    record = built.run_round(1, [0])
     front, middle, tail = built.front, built.back, built.tail
     assert tail is not None
 
@@ -86,7 +86,7 @@ def test_masks_of_their_own_are_judged_each_for_its_client() -> None:
     method = ACPSL(share=0.25, ramp_rounds=0, masks="client", margin=0, every=1, growth=1)
     built = set_up(normed(), "conv1", sets, method, test)
     for number in (1, 2, 3):
-        record = built.play(number, [0, 1])
+        record = built.run_round(number, [0, 1])
     masks = [built.masks.mask(i) for i in (0, 1)]
     assert masks[0] is not None
     assert masks[1] is not None

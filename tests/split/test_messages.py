@@ -11,7 +11,7 @@ from torch import Tensor
 from sluiceway.core import messages as wire
 from sluiceway.core.messages import message_of
 from sluiceway.split import METHODS, WireError
-from sluiceway.split.messages import read_closing, read_opening, read_rating
+from sluiceway.split.messages import read_initial_scores, read_round_end, read_round_start
 
 KEPT = torch.tensor([True, False, True])
 
@@ -33,11 +33,11 @@ def test_one_class_of_errors() -> None:
 
 
 def test_an_opening_message() -> None:
-    broadcast, mask = read_opening(opening(), 2, 3)
+    broadcast, mask = read_round_start(opening(), 2, 3)
     assert (broadcast.round, list(broadcast.tensors)) == (2, ["w"])
     assert mask is not None
     assert mask.tolist() == KEPT.tolist()
-    assert read_opening(opening(None), 2, 3)[1] is None
+    assert read_round_start(opening(None), 2, 3)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -57,23 +57,23 @@ def test_an_opening_message() -> None:
 )
 def test_what_no_opening_message_is(message: bytes, why: str) -> None:
     with pytest.raises(WireError, match=why):
-        read_opening(message, 2, 3)
+        read_round_start(message, 2, 3)
 
 
 def test_a_closing_message() -> None:
-    found = read_closing(closing(torch.arange(3.0)), 1, 2, 3)
+    found = read_round_end(closing(torch.arange(3.0)), 1, 2, 3)
     assert found.scores is not None
     assert found.scores.tolist() == [0, 1, 2]
     assert found.loss == (0, 0.0)
     empty = message_of({"model": {}}, {"client": 1, "round": 2, "examples": 5})
-    assert read_closing(empty, 1, 2, 3).scores is None
+    assert read_round_end(empty, 1, 2, 3).scores is None
 
 
 def test_counts_and_losses_of_a_closing_message() -> None:
     counts = {"front.bn.num_batches_tracked": torch.tensor(7)}
     loss = {"examples": torch.tensor(5), "sum": torch.tensor(2.5).double()}
     facts = {"client": 1, "round": 2, "examples": 5}
-    found = read_closing(message_of({"counts": counts, "loss": loss}, facts), 1, 2, 3)
+    found = read_round_end(message_of({"counts": counts, "loss": loss}, facts), 1, 2, 3)
     assert found.counts == {"front.bn.num_batches_tracked": 7}
     assert found.loss == (5, 2.5)
 
@@ -82,7 +82,7 @@ def test_counts_and_losses_of_a_closing_message() -> None:
 def test_what_no_count_is(count: Tensor) -> None:
     facts = {"client": 1, "round": 2, "examples": 5}
     with pytest.raises(WireError, match="counts/bn is no count"):
-        read_closing(message_of({"counts": {"bn": count}}, facts), 1, 2, 3)
+        read_round_end(message_of({"counts": {"bn": count}}, facts), 1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_no_count_is(count: Tensor) -> None:
 def test_what_no_loss_is(loss: dict[str, Tensor]) -> None:
     facts = {"client": 1, "round": 2, "examples": 5}
     with pytest.raises(WireError, match="loss/"):
-        read_closing(message_of({"loss": loss}, facts), 1, 2, 3)
+        read_round_end(message_of({"loss": loss}, facts), 1, 2, 3)
 
 
 def test_a_client_takes_layers_that_are_its_own_only() -> None:
@@ -123,10 +123,10 @@ def rating(scores: Tensor, client: int = 1) -> bytes:
 
 
 def test_a_rating_message() -> None:
-    found = read_rating(rating(torch.tensor([1.0, 2, 3])), 1, 3)
+    found = read_initial_scores(rating(torch.tensor([1.0, 2, 3])), 1, 3)
     assert found is not None
     assert found.tolist() == [1, 2, 3]
-    assert read_rating(message_of({}, {"client": 1}), 1, 3) is None
+    assert read_initial_scores(message_of({}, {"client": 1}), 1, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -141,4 +141,4 @@ def test_a_rating_message() -> None:
 )
 def test_what_no_rating_message_is(message: bytes, why: str) -> None:
     with pytest.raises(WireError, match=why):
-        read_rating(message, 1, 3)
+        read_initial_scores(message, 1, 3)

@@ -18,21 +18,23 @@ from sluiceway.split import (
     TaylorChannels,
     split_train,
 )
-from sluiceway.split.mask_selector import ALL, Masks
-from sluiceway.split.scorers import Meter
+from sluiceway.split.mask_selector import ALL, MaskSelector
+from sluiceway.split.scorers import ChannelScorer
 
 CHOICES = [cls() for cls in METHODS.values() if issubclass(cls, ChannelChoice)]
 
 
-def masks(method: ChannelChoice | None, sizes: tuple[int, ...] = (30, 10), seed: int = 0) -> Masks:
-    return Masks(method, 8, sizes, lambda kept: kept, seed)
+def masks(
+    method: ChannelChoice | None, sizes: tuple[int, ...] = (30, 10), seed: int = 0
+) -> MaskSelector:
+    return MaskSelector(method, 8, sizes, lambda kept: kept, seed)
 
 
 def activations(seed: int, size: int = 12) -> Tensor:
     return torch.randn(size, 8, 3, 3, generator=torch.Generator().manual_seed(seed)).relu()
 
 
-def shown(meter: Meter, batches: int) -> None:
+def shown(meter: ChannelScorer, batches: int) -> None:
     for seed in range(batches):
         A = activations(seed)
         meter.watch(A, torch.arange(12) % 3)
@@ -181,9 +183,9 @@ def test_clients_of_one_class_each_are_pruned_all_the_same() -> None:
 
 def test_merged_scores_are_the_newest_of_all_weighted_by_examples() -> None:
     built = set_up(normed(), "conv1", [Pictures(30, 1), Pictures(10, 2), Pictures(0, 3)], ACPSL())
-    built.play(1, [0, 1])
+    built.run_round(1, [0, 1])
     first = dict(built.masks.scores)
-    record = built.play(2, [1])
+    record = built.run_round(2, [1])
     newest = built.masks.scores
     assert torch.equal(newest[0], first[0])
     assert not torch.equal(newest[1], first[1])
@@ -199,7 +201,7 @@ def test_random_channels_are_fixed_and_each_clients_own_where_masks_are() -> Non
         built = set_up(normed(), "conv1", sets, method)
         found = []
         for number in range(1, 6):
-            built.play(number, [0] if number < 4 else [0, 1])
+            built.run_round(number, [0] if number < 4 else [0, 1])
             found.append([built.masks.mask(i) for i in (0, 1)])
         assert bool(found[0][0].all())  # type: ignore[union-attr]
         assert all(torch.equal(found[1][0], later[0]) for later in found[1:])  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sluiceway.split import (
+    BatchContext,
     BatchId,
     Expected,
     KeptChannels,
     KeptElements,
-    Ticket,
     WireError,
     message_bytes,
     pack_gradient,
@@ -37,20 +37,20 @@ integers = st.sampled_from([name for name in CODECS if name.startswith("int")])
 
 
 @st.composite
-def tickets(draw: st.DrawFn) -> Ticket:
+def tickets(draw: st.DrawFn) -> BatchContext:
     """Any shape, and any channels or elements of it."""
     shape = draw(shapes)
     if draw(st.booleans()):
         mask = torch.tensor(draw(st.lists(st.booleans(), min_size=shape[1], max_size=shape[1])))
         mask[draw(st.integers(0, shape[1] - 1))] = True
-        return Ticket(ID, shape, KeptChannels(mask))
+        return BatchContext(ID, shape, KeptChannels(mask))
     size = prod(shape[1:])
     count = draw(st.integers(1, size))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     rows = [
         torch.randperm(size, generator=generator)[:count].sort().values for _ in range(shape[0])
     ]
-    return Ticket(ID, shape, KeptElements(torch.stack(rows)))
+    return BatchContext(ID, shape, KeptElements(torch.stack(rows)))
 
 
 @st.composite
@@ -66,7 +66,7 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
     return A.relu() if draw(st.booleans()) else A
 
 
-def kept_mask(ticket: Ticket) -> Tensor:
+def kept_mask(ticket: BatchContext) -> Tensor:
     """True where something crosses, by another way than the code's."""
     if isinstance(ticket.places, KeptChannels):
         chosen = torch.zeros(ticket.shape, dtype=torch.bool)
@@ -79,7 +79,7 @@ def kept_mask(ticket: Ticket) -> Tensor:
     return flat.view(ticket.shape)
 
 
-def elements(ticket: Ticket) -> bool:
+def elements(ticket: BatchContext) -> bool:
     return isinstance(ticket.places, KeptElements)
 
 
@@ -87,7 +87,7 @@ class TestRoundTrip:
     @given(st.data(), tickets())
     @some
     def test_identity_on_what_is_kept_and_zero_elsewhere(
-        self, data: st.DataObject, ticket: Ticket
+        self, data: st.DataObject, ticket: BatchContext
     ) -> None:
         A = data.draw(tensors(ticket.shape))
         labels = torch.arange(ticket.shape[0]) * data.draw(st.sampled_from([1, 300]))
@@ -104,7 +104,7 @@ class TestRoundTrip:
     @given(st.data(), tickets(), integers)
     @some
     def test_integers_within_half_a_step(
-        self, data: st.DataObject, ticket: Ticket, name: str
+        self, data: st.DataObject, ticket: BatchContext, name: str
     ) -> None:
         A = data.draw(tensors(ticket.shape))
         opened = unpack_smashed(pack_smashed(A, ticket.places, ID, name)[0]).values
@@ -124,7 +124,7 @@ class TestRoundTrip:
 
     @given(st.data(), tickets())
     @some
-    def test_half_precision(self, data: st.DataObject, ticket: Ticket) -> None:
+    def test_half_precision(self, data: st.DataObject, ticket: BatchContext) -> None:
         A = data.draw(tensors(ticket.shape))
         opened = unpack_smashed(pack_smashed(A, ticket.places, ID, "fp16")[0]).values
         kept = kept_mask(ticket)
@@ -220,7 +220,7 @@ class TestLength:
     @given(st.data(), tickets(), codecs, st.sampled_from([0, 1, 2]))
     @some
     def test_is_the_formula(
-        self, data: st.DataObject, ticket: Ticket, codec: str, label_bytes: int
+        self, data: st.DataObject, ticket: BatchContext, codec: str, label_bytes: int
     ) -> None:
         A = data.draw(tensors(ticket.shape))
         labels = torch.full((len(A),), 256 if label_bytes == 2 else 255) if label_bytes else None
@@ -251,7 +251,7 @@ class TestLength:
             message_bytes(shape, 8, "int3")
 
 
-def example(codec: str = "int8", single: bool = False) -> tuple[bytes, Ticket]:
+def example(codec: str = "int8", single: bool = False) -> tuple[bytes, BatchContext]:
     """A message whose every section is there: B = 3, C = 10, 2 x 2."""
     A = torch.randn(3, 10, 2, 2, generator=torch.Generator().manual_seed(0))
     channels = KeptChannels(torch.arange(10) % 3 == 0)
@@ -405,11 +405,11 @@ class TestRefusals:
         unpack_gradient(gradient, ticket, codec="int8")
         places = KeptChannels(torch.arange(10) > 0)
         for other, why in (
-            (Ticket(BatchId(3, 7, 12), ticket.shape, ticket.places), "batch: expected"),
-            (Ticket(BatchId(2, 7, 11), ticket.shape, ticket.places), "batch: expected"),
-            (Ticket(ID, (3, 10, 4), ticket.places), "shape: expected"),
-            (Ticket(ID, ticket.shape, places), "expected 9 kept, got 4"),
-            (Ticket(ID, ticket.shape, example(single=True)[1].places), "expected elements"),
+            (BatchContext(BatchId(3, 7, 12), ticket.shape, ticket.places), "batch: expected"),
+            (BatchContext(BatchId(2, 7, 11), ticket.shape, ticket.places), "batch: expected"),
+            (BatchContext(ID, (3, 10, 4), ticket.places), "shape: expected"),
+            (BatchContext(ID, ticket.shape, places), "expected 9 kept, got 4"),
+            (BatchContext(ID, ticket.shape, example(single=True)[1].places), "expected elements"),
         ):
             with pytest.raises(WireError, match=why):
                 unpack_gradient(gradient, other)

@@ -125,13 +125,13 @@ def test_only_a_step_that_would_fail_is_left_out() -> None:
     layers = flat_normed(front=False)
     sets = [Pictures(9, 1)]
     built = set_up(layers, "lin1", sets, Compressor(), training=Optimisation(batch_size=8, lr=0.01))
-    built.play(1, [0])
+    built.run_round(1, [0])
     assert sides(built)[0].role.steps == 1  # the last example would be alone
     assert layers.get_buffer("bn2.num_batches_tracked") == 1
     layers = flat_normed(front=False)
     sets = [Pictures(9, 1), Pictures(17, 3)]
     built = set_up(layers, "lin1", sets, Compressor(), training=Optimisation(batch_size=8, lr=0.01))
-    built.play(1, [0, 1])
+    built.run_round(1, [0, 1])
     # 8; then 8 and 8; then 1 and 1, which are enough together.
     assert [client.role.steps for client in sides(built)] == [2, 3]
     assert layers.get_buffer("bn2.num_batches_tracked") == 3
@@ -156,7 +156,7 @@ def test_optimisers_keep_their_state(form: str) -> None:
         training=ADAMW,
     )  # fmt: skip
     for number, chosen in ((1, [0, 1]), (2, [0]), (3, [0, 1])):
-        built.play(number, chosen)
+        built.run_round(number, chosen)
 
     def steps(side: Any) -> int:
         return int(next(iter(side.optimiser.state.values()))["step"])
@@ -170,7 +170,7 @@ def test_copies_begin_every_round_alike() -> None:
     built = set_up(
         normed(), "conv1", [Pictures(16, 1), Pictures(8, 2)], Compressor(), form="copies"
     )
-    built.play(1, [0])
+    built.run_round(1, [0])
     states = [
         {n: p.detach() for n, p in server.back.named_parameters()}
         for server in built.servers.values()

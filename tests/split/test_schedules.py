@@ -27,10 +27,10 @@ from sluiceway.split import (
     WireError,
     split_train,
 )
-from sluiceway.split.client import ClientSide
+from sluiceway.split.client import SplitClient
 from sluiceway.split.client_proxy import generator
 from sluiceway.split.header import Header
-from sluiceway.split.rounds import Split
+from sluiceway.split.rounds import SplitLoop
 
 STEP = Optimisation(lr=0.1, batch_size=8, optimizer="sgd")
 #: Equal sizes, so that a swap would fit by shape; and one that is smaller.
@@ -39,7 +39,9 @@ orders = st.permutations(range(4))
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def begun(form: str, method: Compressor | None = None) -> tuple[Split, list[BatchId], list[Batch]]:
+def begun(
+    form: str, method: Compressor | None = None
+) -> tuple[SplitLoop, list[BatchId], list[Batch]]:
     """Four clients that took the first round's layers, and the first batch of each."""
     sets = [Pictures(size, seed) for seed, size in enumerate(SIZES)]
     built = set_up(
@@ -59,7 +61,7 @@ def begun(form: str, method: Compressor | None = None) -> tuple[Split, list[Batc
     return built, [name for name, _ in turns], [batch for _, batch in turns]
 
 
-def wanted_gradients(built: Split, batches: list[Batch]) -> list[dict[str, Tensor]]:
+def wanted_gradients(built: SplitLoop, batches: list[Batch]) -> list[dict[str, Tensor]]:
     """Of each client's own layers, by plain autograd through copies of all layers at once."""
     layers = [copy.deepcopy(client.layers).train() for client in sides(built)]
     back = copy.deepcopy(built.back).train()
@@ -129,7 +131,7 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
         set_up(plain(0), "conv1", sets, TaylorChannels(), form="copies", training=STEP)
         for _ in range(2)
     )
-    one.play(1, [0, 1, 2])
+    one.run_round(1, [0, 1, 2])
     opening, steps = other.opening(1), {}
     for client in sides(other):
         client.begin(1, opening, other.strategy)
@@ -157,7 +159,7 @@ class Post:
         self.between_up: list[bytes] = []
         self.ups: list[bytes] = []
         self.downs: list[bytes] = []
-        begin, end = ClientSide.begin, ClientSide.end
+        begin, end = SplitClient.begin, SplitClient.end
         up, down = Compressor.up, Compressor.down
 
         def noted(kept: list[bytes], call: Callable[..., bytes]) -> Callable[..., bytes]:
@@ -173,12 +175,12 @@ class Post:
                 self.ups.append(message)
             return message, ticket
 
-        def noted_begin(client: ClientSide, number: int, message: bytes, *rest: Any) -> None:
+        def noted_begin(client: SplitClient, number: int, message: bytes, *rest: Any) -> None:
             self.between_down.append(message)
             begin(client, number, message, *rest)
 
-        monkeypatch.setattr(ClientSide, "begin", noted_begin)
-        monkeypatch.setattr(ClientSide, "end", noted(self.between_up, end))
+        monkeypatch.setattr(SplitClient, "begin", noted_begin)
+        monkeypatch.setattr(SplitClient, "end", noted(self.between_up, end))
         monkeypatch.setattr(Compressor, "up", noted_up)
         monkeypatch.setattr(Compressor, "down", noted(self.downs, down))
 

@@ -231,7 +231,7 @@ def test_random_channels_need_no_rating() -> None:
     before = built.masks.merged_scores()
     assert before is not None
     for number in (1, 2, 3):
-        record = built.play(number, [0, 1, 3])
+        record = built.run_round(number, [0, 1, 3])
     assert torch.equal(before, built.masks.merged_scores())  # type: ignore[arg-type]
     assert record.mask == (before >= before.topk(2).values[-1]).tolist()
 

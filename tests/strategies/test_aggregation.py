@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sluiceway import fedalign
 from sluiceway.core.parameters import exchanged
-from sluiceway.federated.client import trained_anatomy
-from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, anatomy
+from sluiceway.federated.client import trained_layout
+from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, moe_layout
 from sluiceway.strategies import STRATEGIES, FedAlignMoE, Strategy, Update, strategy
 from sluiceway.strategies.matching import reordered
 
@@ -24,11 +24,11 @@ E, K, D = 4, 2, 16
 OFF = {"align": False, "consistency": False, "adaptive": False, "semantic": False}
 
 
-def world() -> tuple[dict[str, Tensor], Anatomy]:
+def world() -> tuple[dict[str, Tensor], MoELayout]:
     """Initial tensors of a tiny classifier with one mixture block, and where its experts are."""
     model = TinyClassifier()
     tensors = {n: t.detach().clone() for n, t in exchanged(model).items()}
-    return tensors, trained_anatomy(anatomy(model), set(tensors))
+    return tensors, trained_layout(moe_layout(model), set(tensors))
 
 
 TENSORS, ANATOMY = world()
@@ -339,12 +339,12 @@ def test_state_dict_continues_exactly(name: str) -> None:
 @pytest.mark.parametrize("name", ["usage", "fedmoe", "non-expert", "frozen-gate", "fedalign-moe"])
 def test_a_dense_model_is_refused_where_experts_are_needed(name: str) -> None:
     with pytest.raises(NoExpertsError, match=f"{name} needs a mixture-of-experts model"):
-        strategy(name).setup({"w": torch.zeros(2)}, Anatomy(()), 2)
+        strategy(name).setup({"w": torch.zeros(2)}, MoELayout(()), 2)
 
 
 def test_low_precision_parameters_are_averaged_in_float32() -> None:
     made = strategy("fedavg")
-    made.setup({"w": torch.zeros(4, dtype=torch.bfloat16)}, Anatomy(()), 3)
+    made.setup({"w": torch.zeros(4, dtype=torch.bfloat16)}, MoELayout(()), 3)
     values = [1.0, 1.0078125, 1.0]  # neighbours in bfloat16
     made.aggregate(
         [Update(i, 1, 1, {"w": torch.full((4,), x).bfloat16()}) for i, x in enumerate(values)]
@@ -406,7 +406,7 @@ def test_matched_by_meaning_is_as_if_nothing_had_changed_places(
     honest = [with_regions(update(c, 5 + c, absent if c == 1 else ())) for c in range(5)]
     made, wanted = ready("fedalign-moe", match="meaning"), ready("fedalign-moe")
     moved = [
-        reordered(u, made.anatomy.blocks[0], torch.tensor(order)) if u.client == 1 else u
+        reordered(u, made.layout.blocks[0], torch.tensor(order)) if u.client == 1 else u
         for u in honest
     ]
     assert (set(moved[1].tensors) != set(honest[1].tensors)) == (order[2] != 2 and absent != [])

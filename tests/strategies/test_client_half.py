@@ -11,32 +11,32 @@ from torch import Tensor
 from sluiceway.core.settings import Training
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe import Observer
-from sluiceway.strategies import Broadcast, Client, FedAlignMoE, FedProx, Scaffold, Strategy
+from sluiceway.strategies import Broadcast, FedAlignMoE, FedProx, LocalContext, Scaffold, Strategy
 
 
 def client_of(
     strategy: Strategy, model: TinyClassifier, r_g: Tensor | None = None
-) -> tuple[Client, Tensor]:
+) -> tuple[LocalContext, Tensor]:
     """A client that has just run one observed forward pass, and its task loss."""
     prepare(model, strategy, 2)
     if r_g is not None:
         assert isinstance(strategy, FedAlignMoE)
         strategy.routing = [r_g]
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    client = Client(
+    client = LocalContext(
         model=model,
         params=params,
         received={n: p.detach().clone() for n, p in params.items()},
         broadcast=strategy.broadcast(2),
-        anatomy=strategy.anatomy,
-        observer=Observer(model, strategy.anatomy),
+        layout=strategy.layout,
+        observer=Observer(model, strategy.layout),
         state={},
     )
     strategy.start(client)
     return client, forward(client)
 
 
-def forward(client: Client) -> Tensor:
+def forward(client: LocalContext) -> Tensor:
     data = TinyText(12, 3)
     model = client.model.eval()
     assert client.observer is not None
@@ -66,7 +66,7 @@ def test_regulariser_gradient_reaches_the_router_and_is_autograds(
     strategy = FedAlignMoE(reference=reference, adaptive=adaptive, lambda_=0.3)  # type: ignore[arg-type]
     r_g = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     client, _ = client_of(strategy, moe_model, r_g)
-    (name,) = strategy.anatomy.blocks[0].gate
+    (name,) = strategy.layout.blocks[0].gate
     params = client.params
     with torch.no_grad():
         params[name].add_(
@@ -158,7 +158,7 @@ def test_frozen_gate_trains_and_sends_no_router(moe_model: TinyClassifier) -> No
     strategy = FrozenGate()
     prepare(moe_model, strategy, 1)
     worker = Worker(moe_model, [TinyText(16, 1)], TinyText(9, 2), strategy, Training())
-    (name,) = strategy.anatomy.blocks[0].gate
+    (name,) = strategy.layout.blocks[0].gate
     before = moe_model.get_parameter(name).detach().clone()
     made = worker.train(0, strategy.broadcast(1), {}, personal=False)
     assert name not in made.tensors

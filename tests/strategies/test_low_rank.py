@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sluiceway import fedalign
 from sluiceway.core.settings import Training
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.moe import add_lora, anatomy, find_adapters
+from sluiceway.moe import add_lora, find_adapters, moe_layout
 from sluiceway.strategies import FedAlignMoE, FedAvg, Strategy, Update, strategy
 from sluiceway.transport.local import federate
 
@@ -27,7 +27,7 @@ EXACT = ("frozen-a", "residual")
 def adapted(gate: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny classifier with adapters on its experts; its gate is trained whole or adapted too."""
     model = TinyClassifier().to(dtype)
-    found = anatomy(model)
+    found = moe_layout(model)
     chosen = found.expert_params | (found.gate_params if gate else frozenset())
     model.requires_grad_(False)
     add_lora(model, {n: p for n, p in model.named_parameters() if n in chosen}, RANK, ALPHA)
@@ -65,12 +65,12 @@ def several(made: Strategy) -> list[Update]:
 
 def applied(made: Strategy, a: Tensor, b: Tensor, number: int) -> Tensor:
     """What pair `number` adds to its matrix, float64."""
-    return made.anatomy.adapters[number].delta(a.double(), b.double())
+    return made.layout.adapters[number].delta(a.double(), b.double())
 
 
 def merged_mean(made: Strategy, updates: Sequence[Update], number: int) -> Tensor:
     """The weighted mean of the clients' merged matrices W + scale B A, by a loop in float64."""
-    pair = made.anatomy.adapters[number]
+    pair = made.layout.adapters[number]
     base = (
         BASE[pair.base.param] if pair.base.index is None else BASE[pair.base.param][pair.base.index]
     )
@@ -91,7 +91,7 @@ BASE = {n: p.detach().double() for g in (False, True) for n, p in adapted(g).nam
 
 def merged_now(made: Strategy, number: int) -> Tensor:
     """The server's own merged matrix."""
-    pair = made.anatomy.adapters[number]
+    pair = made.layout.adapters[number]
     base = pair.base.of({**BASE, **made.tensors}).double()
     return base + applied(made, pair.a.of(made.tensors), pair.b.of(made.tensors), number)
 
@@ -107,8 +107,8 @@ def test_exact_aggregation_is_the_mean_of_the_merged_weights(
     updates = several(made)
     made.aggregate(updates)
     twin.__dict__ |= {k: v for k, v in made.__dict__.items() if k != "tensors"}  # its weights
-    assert len(made.anatomy.adapters) == 8 + gate
-    for number in range(len(made.anatomy.adapters)):
+    assert len(made.layout.adapters) == 8 + gate
+    for number in range(len(made.layout.adapters)):
         wanted = merged_mean(twin, updates, number)
         torch.testing.assert_close(merged_now(made, number), wanted, atol=1e-5, rtol=0)
 
@@ -159,8 +159,8 @@ def test_directions_are_those_of_the_products() -> None:
         rows = []
         for u in updates:
             row = []
-            for number, pair in enumerate(made.anatomy.adapters):
-                if made.anatomy.owner(pair.b.key) == (0, e):
+            for number, pair in enumerate(made.layout.adapters):
+                if made.layout.owner(pair.b.key) == (0, e):
                     old = pair.a.of(made.tensors), pair.b.of(made.tensors)
                     new = (
                         u.tensors.get(p.key, o) for p, o in zip((pair.a, pair.b), old, strict=True)
@@ -170,7 +170,7 @@ def test_directions_are_those_of_the_products() -> None:
                     )
             rows.append(torch.cat(row))
         wanted = fedalign.direction_consensus(torch.stack(rows))
-        got = made.directions(updates, made.anatomy.expert(0, e))
+        got = made.directions(updates, made.layout.expert(0, e))
         torch.testing.assert_close(got, wanted, atol=1e-9, rtol=0)
 
 

@@ -24,12 +24,12 @@ from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.messages import read_update, write_update
 from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Training
-from sluiceway.moe import Anatomy, NoExpertsError
+from sluiceway.moe import MoELayout, NoExpertsError
 from sluiceway.strategies import (
     ROBUST,
     STRATEGIES,
-    Client,
     FedAvg,
+    LocalContext,
     Median,
     NormClipping,
     Scaffold,
@@ -53,10 +53,10 @@ def around(rule: type[Robust], inner: Strategy, **parameters: float) -> Robust:
     return made
 
 
-def flat(values: list[float]) -> tuple[dict[str, Tensor], Anatomy, list[Update]]:
+def flat(values: list[float]) -> tuple[dict[str, Tensor], MoELayout, list[Update]]:
     """One parameter of one number, 0 at first, and a client for each value."""
     updates = [Update(i, 1, 1 + i, {"w": torch.tensor([float(x)])}) for i, x in enumerate(values)]
-    return {"w": torch.zeros(1)}, Anatomy(()), updates
+    return {"w": torch.zeros(1)}, MoELayout(()), updates
 
 
 def combined(made: Strategy, values: list[float]) -> float:
@@ -300,7 +300,7 @@ def test_one_client_alone_gets_exactly_its_own_tensors(rule: str, name: str) -> 
 
 def test_a_change_that_overflows_is_clipped() -> None:
     made = NormClipping(FedAvg(), limit=1)
-    made.setup({"w": torch.full((2,), -3e38)}, Anatomy(()), 1)
+    made.setup({"w": torch.full((2,), -3e38)}, MoELayout(()), 1)
     made.aggregate([Update(0, 1, 1, {"w": torch.full((2,), 3e38)})])
     assert bool(made.tensors["w"].isfinite().all())
 
@@ -319,7 +319,7 @@ def test_every_method_of_a_strategy_is_handed_inside() -> None:
     again = pickle.loads(pickle.dumps(made))
     assert again.inner.tensors.keys() == TENSORS.keys()
     with pytest.raises(NoExpertsError, match="fedmoe needs"):
-        Median(STRATEGIES["fedmoe"]()).setup({"w": torch.zeros(2)}, Anatomy(()), 2)
+        Median(STRATEGIES["fedmoe"]()).setup({"w": torch.zeros(2)}, MoELayout(()), 2)
 
 
 def test_which_rules_hold_the_round() -> None:
@@ -389,7 +389,7 @@ def test_low_rank_adapters(rule: str, lora: str) -> None:
 class Poisoned(FedAvg):
     """Clients of 24 examples turn what they have learned around, a thousand times as large."""
 
-    def finish(self, client: Client) -> dict[str, Tensor]:
+    def finish(self, client: LocalContext) -> dict[str, Tensor]:
         if client.steps == 2 * 3:
             with torch.no_grad():
                 for param in client.params.values():

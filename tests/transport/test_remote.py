@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from tests.nearby import Nearby, sharing
 
 from sluiceway.core.guards import RunFailed, TooFewUpdates
-from sluiceway.core.handshake import Card, JoinError
+from sluiceway.core.handshake import HandshakeError, ModelSignature
 from sluiceway.deploy.site import open_site
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
-from sluiceway.transport.protocol import Answer, Ask
+from sluiceway.transport.protocol import Request, Response
 from sluiceway.transport.remote import counts_of, in_order
-from sluiceway.transport.worker_pool import Lost
+from sluiceway.transport.worker_pool import TaskFailure
 
 STRATEGIES = ("fedavg", "fedalign-moe", "scaffold", "non-expert", "fedmoe")
 
@@ -28,7 +28,7 @@ def small(recipe: Path, *more: str) -> Recipe:
     return load_recipe(recipe, ["run.rounds=3", "data.clients=3", *more])
 
 
-def carrier(place: Path, count: int = 3) -> Nearby:
+def transport(place: Path, count: int = 3) -> Nearby:
     return Nearby(sharing(place, count), place)
 
 
@@ -39,7 +39,7 @@ def test_sites_give_the_embedded_numbers(
 ) -> None:
     chosen = small(recipe, f"method.name={method}", f"run.participation={participation}")
     here, _ = run(chosen)
-    there, summary = run(chosen, carrier=carrier(tmp_path / "sites"))
+    there, summary = run(chosen, transport=transport(tmp_path / "sites"))
     assert there.accuracy_by_round == here.accuracy_by_round
     assert [r.loss for r in there.records] == [r.loss for r in here.records]
     assert there.personal_accuracy == here.personal_accuracy
@@ -56,7 +56,7 @@ def test_a_restarted_server_and_restarted_sites_go_on(
 ) -> None:
     chosen = small(recipe, f"method.name={method}")
     whole, _ = run(chosen)
-    first = carrier(tmp_path / "sites")
+    first = transport(tmp_path / "sites")
 
     class Broken(Exception):
         pass
@@ -66,8 +66,8 @@ def test_a_restarted_server_and_restarted_sites_go_on(
             raise Broken
 
     with pytest.raises(Broken):
-        run(chosen, tmp_path / "out", carrier=first, progress=Progress(on_update=stop))
-    again, _ = run(chosen, tmp_path / "out", resume=True, carrier=carrier(tmp_path / "sites"))
+        run(chosen, tmp_path / "out", transport=first, progress=Progress(on_update=stop))
+    again, _ = run(chosen, tmp_path / "out", resume=True, transport=transport(tmp_path / "sites"))
     assert again.accuracy_by_round == whole.accuracy_by_round
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
@@ -79,33 +79,33 @@ def test_a_site_that_was_restarted_between_rounds_goes_on(recipe: Path, tmp_path
     place = tmp_path / "sites"
 
     class Forgetful(Nearby):
-        def one(self, number: int, ask: Ask, folder: Path) -> Answer | Lost:
+        def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
             name = self.sites[number]
             self.homes[name] = open_site(place / name / "site.toml")
             return super().one(number, ask, folder)
 
-    found, _ = run(chosen, carrier=Forgetful(sharing(place, 3), place))
+    found, _ = run(chosen, transport=Forgetful(sharing(place, 3), place))
     assert found.accuracy_by_round == whole.accuracy_by_round
 
 
 def test_the_others_go_on_without_a_site_that_is_away(recipe: Path, tmp_path: Path) -> None:
-    reach = carrier(tmp_path / "sites")
+    reach = transport(tmp_path / "sites")
 
     def leave(record: Any) -> None:
         reach.away = {1} if record.round == 1 else set()
 
-    found, summary = run(small(recipe), carrier=reach, progress=Progress(on_round=leave))
+    found, summary = run(small(recipe), transport=reach, progress=Progress(on_round=leave))
     assert [r.failed for r in found.records] == [{}, {1: "it is away"}, {}]
     assert summary["failed"] == [{"round": 2, "client": 1, "why": "it is away"}]
 
 
 def test_all_sites_away(recipe: Path, tmp_path: Path) -> None:
-    reach = carrier(tmp_path / "sites")
+    reach = transport(tmp_path / "sites")
 
     with pytest.raises(TooFewUpdates, match="it is away"):
         run(
             small(recipe),
-            carrier=reach,
+            transport=reach,
             progress=Progress(begin=lambda rounds: reach.away.update(range(3))),
         )
 
@@ -117,10 +117,10 @@ class Spoiling(Nearby):
         super().__init__(sharing(place, 3), place)
         self.spoil = spoil
 
-    def one(self, number: int, ask: Ask, folder: Path) -> Answer | Lost:
+    def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
         found = super().one(number, ask, folder)
         if ask.what == "train" and number == 1:
-            assert isinstance(found, Answer)
+            assert isinstance(found, Response)
             assert found.message is not None
             self.spoil(found.message)
         return found
@@ -143,47 +143,49 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize(("spoil", "where"), [(poison, "refused"), (cut, "failed")])
 def test_a_spoiled_update_is_left_out(recipe: Path, tmp_path: Path, spoil: Any, where: str) -> None:
-    found, _ = run(small(recipe), carrier=Spoiling(tmp_path / "sites", spoil))
+    found, _ = run(small(recipe), transport=Spoiling(tmp_path / "sites", spoil))
     for record in found.records:
         assert list(getattr(record, where)) == [1]
 
 
 def test_a_site_with_other_shapes_is_refused(recipe: Path, tmp_path: Path) -> None:
     class Older(Nearby):
-        def one(self, number: int, ask: Ask, folder: Path) -> Answer | Lost:
+        def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
             found = super().one(number, ask, folder)
-            assert isinstance(found, Answer)
+            assert isinstance(found, Response)
             if number != 2:
                 return found
-            card = Card.from_json(found.facts["card"])
+            card = ModelSignature.from_json(found.facts["card"])
             name = next(iter(card.tensors))
-            other = Card({**card.tensors, name: "float32 [3]"}, {**card.versions, "peft": "0.1"})
-            return Answer({**found.facts, "card": other.to_json()})
+            other = ModelSignature(
+                {**card.tensors, name: "float32 [3]"}, {**card.versions, "peft": "0.1"}
+            )
+            return Response({**found.facts, "card": other.to_json()})
 
     place = tmp_path / "sites"
-    with pytest.raises(JoinError, match=r"site site-2: .*float32 \[3\].*peft 0\.1"):
-        run(small(recipe), tmp_path / "out", carrier=Older(sharing(place, 3), place))
+    with pytest.raises(HandshakeError, match=r"site site-2: .*float32 \[3\].*peft 0\.1"):
+        run(small(recipe), tmp_path / "out", transport=Older(sharing(place, 3), place))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_site_that_cannot_join_is_named(recipe: Path, tmp_path: Path) -> None:
-    reach = carrier(tmp_path / "sites")
+    reach = transport(tmp_path / "sites")
     (tmp_path / "sites" / "site-1" / "site.toml").write_text('[data]\npath = "none.csv"\n')
     reach.homes["site-1"] = open_site(tmp_path / "sites" / "site-1" / "site.toml")
     with pytest.raises(RunFailed, match=r"site site-1 did not join: .*none\.csv"):
-        run(small(recipe), carrier=reach)
+        run(small(recipe), transport=reach)
 
 
 @pytest.mark.parametrize("said", [None, "12", [1.5], [-1], [True], [10**13]])
 def test_label_counts_that_cannot_be(said: Any) -> None:
-    with pytest.raises(JoinError, match="site x: its label counts"):
-        counts_of(Answer({"label_counts": said}), "x")
+    with pytest.raises(HandshakeError, match="site x: its label counts"):
+        counts_of(Response({"label_counts": said}), "x")
 
 
 def test_answers_in_order() -> None:
-    def coming() -> Iterator[tuple[int, Answer | Lost]]:
-        yield 7, Lost("a")
-        yield 2, Lost("b")
+    def coming() -> Iterator[tuple[int, Response | TaskFailure]]:
+        yield 7, TaskFailure("a")
+        yield 2, TaskFailure("b")
 
     found = list(in_order(coming(), [2, 5, 7]))
-    assert found == [(2, Lost("b")), (5, Lost("no answer")), (7, Lost("a"))]
+    assert found == [(2, TaskFailure("b")), (5, TaskFailure("no answer")), (7, TaskFailure("a"))]

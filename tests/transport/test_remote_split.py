@@ -17,9 +17,9 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
-from sluiceway.split.client import ClientSide
+from sluiceway.split.client import SplitClient
 from sluiceway.transport import remote_split
-from sluiceway.transport.tls import Doorway, Keys
+from sluiceway.transport.tls import Credentials, Endpoint
 
 RECIPES = {
     "parallel": [],
@@ -40,12 +40,12 @@ def small(split_recipe: Path, *more: str) -> Recipe:
 
 
 @contextmanager
-def deployed(place: Path, count: int = 3) -> Iterator[tuple[Nearby, Doorway]]:
+def deployed(place: Path, count: int = 3) -> Iterator[tuple[Nearby, Endpoint]]:
     """Sites with keys, the carrier that reaches them, and the server's doorway."""
     authority = Authority(place / "keys")
     sites = sharing(place, count, authority)
     try:
-        yield Nearby(sites, place), Doorway(authority.keys("server"), "localhost")
+        yield Nearby(sites, place), Endpoint(authority.keys("server"), "localhost")
     finally:
         for site in sites.values():
             site.close()
@@ -55,8 +55,8 @@ def deployed(place: Path, count: int = 3) -> Iterator[tuple[Nearby, Doorway]]:
 def test_sites_give_the_embedded_numbers(split_recipe: Path, tmp_path: Path, kind: str) -> None:
     chosen = small(split_recipe, *RECIPES[kind])
     here, _ = run(chosen)
-    with deployed(tmp_path) as (carrier, doorway):
-        there, summary = run(chosen, carrier=carrier, doorway=doorway)
+    with deployed(tmp_path) as (transport, doorway):
+        there, summary = run(chosen, transport=transport, doorway=doorway)
     assert [r.as_dict() | {"seconds": 0} for r in there.records if kind != "own masks"] == [
         r.as_dict() | {"seconds": 0} for r in here.records if kind != "own masks"
     ]
@@ -79,19 +79,19 @@ def test_a_restarted_server_goes_on(
     chosen = small(split_recipe, *RECIPES[kind])
     whole, _ = run(chosen)
     out = tmp_path / "out"
-    with deployed(tmp_path) as (carrier, doorway):
+    with deployed(tmp_path) as (transport, doorway):
         with monkeypatch.context() as patch:
-            received = remote_split.AtSite.receive
+            received = remote_split.RemoteClient.receive
 
-            def receive(party: remote_split.AtSite, name: Any, message: bytes) -> None:
+            def receive(party: remote_split.RemoteClient, name: Any, message: bytes) -> None:
                 if name.round == 3 and name.batch == 1:
                     raise Broken
                 received(party, name, message)
 
-            patch.setattr(remote_split.AtSite, "receive", receive)
+            patch.setattr(remote_split.RemoteClient, "receive", receive)
             with pytest.raises(Broken):
-                run(chosen, out, carrier=carrier, doorway=doorway)
-        again, _ = run(chosen, out, resume=True, carrier=carrier, doorway=doorway)
+                run(chosen, out, transport=transport, doorway=doorway)
+        again, _ = run(chosen, out, resume=True, transport=transport, doorway=doorway)
     assert again.accuracy_by_round == whole.accuracy_by_round
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
@@ -109,12 +109,12 @@ def test_a_site_that_is_gone_for_a_while(
     monkeypatch.setattr(remote_split, "LATER", 0.2)
     chosen = load_recipe(split_recipe, ["run.rounds=4", *RECIPES["acp-sl"]])
     place = tmp_path
-    with deployed(place) as (carrier, doorway):
-        homes = carrier.homes
-        received = remote_split.AtSite.receive
+    with deployed(place) as (transport, doorway):
+        homes = transport.homes
+        received = remote_split.RemoteClient.receive
         keys = homes["site-1"].keys
 
-        def receive(party: remote_split.AtSite, name: Any, message: bytes) -> None:
+        def receive(party: remote_split.RemoteClient, name: Any, message: bytes) -> None:
             if party.number == 1 and (name.round, name.batch) == (2, 1):
                 hang_up(homes["site-1"])
             received(party, name, message)
@@ -124,9 +124,11 @@ def test_a_site_that_is_gone_for_a_while(
                 homes["site-1"] = open_site(place / "site-1" / "site.toml", keys)
                 homes["site-1"].resume()
 
-        monkeypatch.setattr(remote_split.AtSite, "receive", receive)
+        monkeypatch.setattr(remote_split.RemoteClient, "receive", receive)
         monkeypatch.setattr(remote_split, "LATER", 1.0)
-        found, _ = run(chosen, carrier=carrier, doorway=doorway, progress=Progress(on_round=back))
+        found, _ = run(
+            chosen, transport=transport, doorway=doorway, progress=Progress(on_round=back)
+        )
         homes["site-1"].close()
     assert [list(record.refused) for record in found.records] == [[], [1], [1], []]
     assert "the line is down" in found.records[1].refused[1]
@@ -136,17 +138,17 @@ def test_a_site_that_is_gone_for_a_while(
 def test_a_client_that_sends_nan_sits_out(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sending = ClientSide.send
+    sending = SplitClient.send
 
-    def send(side: ClientSide, name: Any, batch: Any) -> bytes:
+    def send(side: SplitClient, name: Any, batch: Any) -> bytes:
         if side.number == 2 and name.round == 2:
             with torch.no_grad():
                 next(iter(side.params.values())).fill_(float("nan"))
         return sending(side, name, batch)
 
-    monkeypatch.setattr(ClientSide, "send", send)
-    with deployed(tmp_path) as (carrier, doorway):
-        found, _ = run(small(split_recipe), carrier=carrier, doorway=doorway)
+    monkeypatch.setattr(SplitClient, "send", send)
+    with deployed(tmp_path) as (transport, doorway):
+        found, _ = run(small(split_recipe), transport=transport, doorway=doorway)
     assert [list(record.refused) for record in found.records] == [[], [2], []]
     assert "NaN or Inf" in found.records[1].refused[2]
 
@@ -155,14 +157,14 @@ def test_a_site_with_a_strange_certificate_does_not_get_in(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_split, "AT_FIRST", 1.0)
-    with deployed(tmp_path) as (carrier, doorway):
+    with deployed(tmp_path) as (transport, doorway):
         strange = Authority(tmp_path / "strange").keys("site-1")
-        own = carrier.homes["site-1"].keys
+        own = transport.homes["site-1"].keys
         assert own is not None
         # Its own root, so that it takes the server for good; the server must refuse it.
-        carrier.homes["site-1"].keys = Keys(strange.certificate, strange.key, own.root)
+        transport.homes["site-1"].keys = Credentials(strange.certificate, strange.key, own.root)
         with pytest.raises(RunFailed, match="site site-1: it has no line to the server"):
-            run(small(split_recipe), tmp_path / "out", carrier=carrier, doorway=doorway)
+            run(small(split_recipe), tmp_path / "out", transport=transport, doorway=doorway)
     assert not (tmp_path / "out").exists()
 
 
@@ -181,15 +183,15 @@ def test_other_layers_are_refused(
 
     monkeypatch.setattr(SplitTrainer, "open", other)
     with (
-        deployed(tmp_path) as (carrier, doorway),
+        deployed(tmp_path) as (transport, doorway),
         pytest.raises(ValueError, match=r"site site-1: .*float32 \[9\]"),
     ):
-        run(small(split_recipe), carrier=carrier, doorway=doorway)
+        run(small(split_recipe), transport=transport, doorway=doorway)
 
 
 def test_no_doorway_is_one_line(split_recipe: Path, tmp_path: Path) -> None:
     with (
-        deployed(tmp_path) as (carrier, _),
+        deployed(tmp_path) as (transport, _),
         pytest.raises(InputError, match="carries no split run"),
     ):
-        run(small(split_recipe), carrier=carrier)
+        run(small(split_recipe), transport=transport)

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 from tests.nearby import Authority
 
-from sluiceway.transport.tls import HEADER, MAGIC, Dialler, Gate, Line, LineError
+from sluiceway.transport.tls import (
+    HEADER,
+    MAGIC,
+    Connection,
+    ConnectionBroken,
+    TlsClient,
+    TlsServer,
+)
 
 
 @pytest.fixture
@@ -22,8 +29,8 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-def gate(authority: Authority) -> Iterator[Gate]:
-    with Gate(authority.keys("server"), ["one", "two"], "localhost") as opened:
+def gate(authority: Authority) -> Iterator[TlsServer]:
+    with TlsServer(authority.keys("server"), ["one", "two"], "localhost") as opened:
         yield opened
 
 
@@ -35,8 +42,8 @@ def echo(facts: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes] | N
     return {"back": facts}, body[::-1]
 
 
-def test_a_question_and_an_answer(gate: Gate, authority: Authority) -> None:
-    dialler = Dialler(authority.keys("one"), "localhost", gate.port, echo)
+def test_a_question_and_an_answer(gate: TlsServer, authority: Authority) -> None:
+    dialler = TlsClient(authority.keys("one"), "localhost", gate.port, echo)
     line = gate.line("one", 10)
     line.send({"a": 1}, b"xyz")
     assert line.receive(10) == ({"back": {"a": 1}}, b"zyx")
@@ -47,12 +54,12 @@ def test_a_question_and_an_answer(gate: Gate, authority: Authority) -> None:
     line.send({}, body)
     assert line.receive(10)[1] == body
     dialler.close()
-    with pytest.raises(LineError, match="the line is down"):
+    with pytest.raises(ConnectionBroken, match="the line is down"):
         line.receive(10)
 
 
-def test_a_site_dials_again(gate: Gate, authority: Authority) -> None:
-    dialler = Dialler(authority.keys("one"), "localhost", gate.port, echo)
+def test_a_site_dials_again(gate: TlsServer, authority: Authority) -> None:
+    dialler = TlsClient(authority.keys("one"), "localhost", gate.port, echo)
     first = gate.line("one", 10)
     first.close()
     second = gate.line("one", 10, first)
@@ -61,7 +68,7 @@ def test_a_site_dials_again(gate: Gate, authority: Authority) -> None:
     dialler.close()
 
 
-def until(gate: Gate, said: str) -> None:
+def until(gate: TlsServer, said: str) -> None:
     for _ in range(200):
         if any(said in why for why in gate.turned_away):
             return
@@ -69,17 +76,19 @@ def until(gate: Gate, said: str) -> None:
     pytest.fail(f"{gate.turned_away} has no {said!r}")
 
 
-def test_another_root_does_not_get_in(gate: Gate, authority: Authority, tmp_path: Path) -> None:
+def test_another_root_does_not_get_in(
+    gate: TlsServer, authority: Authority, tmp_path: Path
+) -> None:
     strange = Authority(tmp_path / "strange").keys("one")
     trusting = type(strange)(strange.certificate, strange.key, authority.keys("x").root)
-    dialler = Dialler(trusting, "localhost", gate.port, echo)
+    dialler = TlsClient(trusting, "localhost", gate.port, echo)
     until(gate, "certificate")
-    with pytest.raises(LineError, match="no line to the server"):
+    with pytest.raises(ConnectionBroken, match="no line to the server"):
         gate.line("one", 0.1)
     dialler.close()
 
 
-def test_no_certificate_does_not_get_in(gate: Gate, authority: Authority) -> None:
+def test_no_certificate_does_not_get_in(gate: TlsServer, authority: Authority) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(authority.keys("server").root)
     with (
@@ -91,8 +100,8 @@ def test_no_certificate_does_not_get_in(gate: Gate, authority: Authority) -> Non
     until(gate, "certificate")
 
 
-def test_a_name_that_is_no_site_does_not_get_in(gate: Gate, authority: Authority) -> None:
-    dialler = Dialler(authority.keys("three"), "localhost", gate.port, echo)
+def test_a_name_that_is_no_site_does_not_get_in(gate: TlsServer, authority: Authority) -> None:
+    dialler = TlsClient(authority.keys("three"), "localhost", gate.port, echo)
     until(gate, "'three' is no site of this run")
     assert not gate.lines
     dialler.close()
@@ -100,8 +109,8 @@ def test_a_name_that_is_no_site_does_not_get_in(gate: Gate, authority: Authority
 
 def test_a_site_refuses_a_server_of_another_root(authority: Authority, tmp_path: Path) -> None:
     strange = Authority(tmp_path / "strange")
-    with Gate(strange.keys("server"), ["one"], "localhost") as gate:
-        dialler = Dialler(authority.keys("one"), "localhost", gate.port, echo)
+    with TlsServer(strange.keys("server"), ["one"], "localhost") as gate:
+        dialler = TlsClient(authority.keys("one"), "localhost", gate.port, echo)
         for _ in range(200):
             if dialler.fault:
                 break
@@ -121,22 +130,22 @@ def test_a_site_refuses_a_server_of_another_root(authority: Authority, tmp_path:
         HEADER.pack(MAGIC, 4000, 0) + b'{"a":' * 800,
     ],
 )
-def test_what_no_frame_is(gate: Gate, authority: Authority, sent: bytes) -> None:
+def test_what_no_frame_is(gate: TlsServer, authority: Authority, sent: bytes) -> None:
     context = authority.keys("two").context(server=False)
     raw = socket.create_connection(("localhost", gate.port))
     with context.wrap_socket(raw, server_hostname="localhost") as wrapped:
         line = gate.line("two", 10)
         wrapped.sendall(sent)
-        with pytest.raises(LineError, match="no frame"):
+        with pytest.raises(ConnectionBroken, match="no frame"):
             line.receive(5)
 
 
-def test_half_a_frame_and_silence(gate: Gate, authority: Authority) -> None:
+def test_half_a_frame_and_silence(gate: TlsServer, authority: Authority) -> None:
     context = authority.keys("two").context(server=False)
     raw = socket.create_connection(("localhost", gate.port))
     with context.wrap_socket(raw, server_hostname="localhost") as wrapped:
-        line: Line = gate.line("two", 10)
+        line: Connection = gate.line("two", 10)
         text = json.dumps({"a": 1}).encode()
         wrapped.sendall(HEADER.pack(MAGIC, len(text), 10) + text + b"12345")
-        with pytest.raises(LineError, match=r"no answer within 0\.2 s"):
+        with pytest.raises(ConnectionBroken, match=r"no answer within 0\.2 s"):
             line.receive(0.2)

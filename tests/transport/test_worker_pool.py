@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sluiceway.transport.worker_pool import Lost, Pool
+from sluiceway.transport.worker_pool import Pool, TaskFailure
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_lost_task_loses_no_other(pool: Pool[int]) -> None:
     found: list[Any] = list(pool.map(fail, [(n,) for n in range(8)], timeout=2))
     assert found[0] == 100
     assert found[5:] == [105, 106, 107]
-    assert all(isinstance(lost, Lost) for lost in found[1:5])
+    assert all(isinstance(lost, TaskFailure) for lost in found[1:5])
     assert [lost.why for lost in found[1:5]] == [
         "ValueError: no",
         "its process ended by signal 9",

@@ -43,7 +43,7 @@ class Failure:
 
 
 @dataclass
-class Tally:
+class UpdateFilter:
     """Counts a round's updates on their way to the strategy, and leaves out what would harm it.
 
     Attributes:
@@ -143,7 +143,7 @@ def fault(
 
 def routing_fault(update: Update, strategy: Strategy) -> str | None:
     """What is wrong with the routing report."""
-    blocks = strategy.anatomy.blocks
+    blocks = strategy.layout.blocks
     if len(update.routing) != len(blocks):
         return f"routing of {len(update.routing)} blocks, expected {len(blocks)}"
     for number, (report, block) in enumerate(zip(update.routing, blocks, strict=True)):

@@ -20,14 +20,14 @@ from sluiceway.errors import BAD_INPUT, SluicewayError
 PACKAGES = ("sluiceway", "torch", "transformers", "peft")
 
 
-class JoinError(SluicewayError, ValueError):
+class HandshakeError(SluicewayError, ValueError):
     """A client whose tensors are not the server's; the message is one line."""
 
     exit_code = BAD_INPUT
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelSignature:
     """The tensors that one side exchanges, and what it runs.
 
     Attributes:
@@ -39,35 +39,35 @@ class Card:
     versions: Mapping[str, str]
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> Card:
+    def of(tensors: Mapping[str, Tensor]) -> ModelSignature:
         """The card of this process."""
         kinds = {
             name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             for name, tensor in tensors.items()
         }
-        return Card(kinds, {package: installed(package) for package in PACKAGES})
+        return ModelSignature(kinds, {package: installed(package) for package in PACKAGES})
 
     def to_json(self) -> str:
         """Plain text, to be sent."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
-    def from_json(text: str) -> Card:
-        """The inverse of `to_json`. Raises JoinError."""
+    def from_json(text: str) -> ModelSignature:
+        """The inverse of `to_json`. Raises HandshakeError."""
         try:
             found = json.loads(text)
-            return Card(
+            return ModelSignature(
                 *({str(k): str(v) for k, v in found[f].items()} for f in ("tensors", "versions"))
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise JoinError(f"not a card of a client or server ({error})") from None
+            raise HandshakeError(f"not a card of a client or server ({error})") from None
 
 
-def check_joining(server: Card, client: Card) -> None:
+def check_joining(server: ModelSignature, client: ModelSignature) -> None:
     """Refuse a client that does not exchange the server's tensors.
 
     Raises:
-        JoinError: names the first difference, how many there are, and both sides' versions.
+        HandshakeError: names the first difference, how many there are, and both sides' versions.
     """
     names = [*server.tensors, *(name for name in client.tensors if name not in server.tensors)]
     wrong = [name for name in names if server.tensors.get(name) != client.tensors.get(name)]
@@ -75,7 +75,7 @@ def check_joining(server: Card, client: Card) -> None:
         return
     first = wrong[0]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    raise JoinError(
+    raise HandshakeError(
         f"client and server differ in {first}{more}: the server has "
         f"{server.tensors.get(first, 'no such tensor')}, the client "
         f"{client.tensors.get(first, 'no such tensor')}; {described('server', server)}, "
@@ -83,7 +83,7 @@ def check_joining(server: Card, client: Card) -> None:
     )
 
 
-def described(side: str, card: Card) -> str:
+def described(side: str, card: ModelSignature) -> str:
     """One side's versions in a few words."""
     return f"{side}: " + " ".join(f"{name} {number}" for name, number in card.versions.items())
 

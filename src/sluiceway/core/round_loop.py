@@ -23,7 +23,7 @@ from sluiceway.core.checkpoints import (
     require_same,
 )
 from sluiceway.core.evaluation import Evaluation
-from sluiceway.core.guards import Failure, Tally, TooFewUpdates
+from sluiceway.core.guards import Failure, TooFewUpdates, UpdateFilter
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import line
 from sluiceway.strategies import Broadcast, Strategy, Update
@@ -46,7 +46,7 @@ class Rounds:
     min_clients: int = Field(default=1, ge=1, le=100_000)
     repeats: int = Field(default=1, ge=0, le=1000)
 
-    def chosen(self, number: int, holders: Sequence[int], repeat: int = 0) -> list[int]:
+    def chosen(self, number: int, eligible: Sequence[int], repeat: int = 0) -> list[int]:
         """The clients of round `number`, in ascending order, of those that hold examples.
 
         Args:
@@ -54,21 +54,21 @@ class Rounds:
             holders: at least one.
             repeat: 0 when the round is played first.
         """
-        count = self.count(holders)
+        count = self.count(eligible)
         rng = np.random.default_rng([self.seed, number, *([repeat] if repeat else [])])
-        return sorted(rng.choice(np.asarray(holders), size=count, replace=False).tolist())
+        return sorted(rng.choice(np.asarray(eligible), size=count, replace=False).tolist())
 
-    def count(self, holders: Sequence[int]) -> int:
+    def count(self, eligible: Sequence[int]) -> int:
         """How many clients take part in a round, of those that hold examples."""
-        return max(1, round(self.participation * len(holders)))
+        return max(1, round(self.participation * len(eligible)))
 
-    def check(self, holders: Sequence[int]) -> None:
+    def check(self, eligible: Sequence[int]) -> None:
         """Raise ValueError if no client holds examples, or fewer than `min_clients` take part."""
-        if not holders:
+        if not eligible:
             raise ValueError("no client holds any example")
-        if self.min_clients > self.count(holders):
+        if self.min_clients > self.count(eligible):
             raise ValueError(
-                f"run.min_clients = {self.min_clients}: {self.count(holders)} clients take part "
+                f"run.min_clients = {self.min_clients}: {self.count(eligible)} clients take part "
                 "in a round"
             )
 
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """
         ...
 
-    def settle(self, clients: Sequence[int]) -> None:
+    def commit(self, clients: Sequence[int]) -> None:
         """The last round stands: what these clients keep from it is kept; of others it is not."""
         ...
 
@@ -268,14 +268,14 @@ class Loop:
             Stopped: the run was asked to stop.
         """
         sizes = self.label_counts.sum(1)
-        holders = sizes.nonzero().flatten().tolist()
-        self.rounds.check(holders)
+        eligible = sizes.nonzero().flatten().tolist()
+        self.rounds.check(eligible)
         self.result.empty = (sizes == 0).nonzero().flatten().tolist()
         self.result.label_counts = self.label_counts.tolist()
         with self.checkpoint.guarding() if self.checkpoint else contextlib.nullcontext():
             for number in range(len(self.result.records) + 1, self.rounds.rounds + 1):
                 check_stop()
-                record = self.play(number, holders)
+                record = self.run_round(number, eligible)
                 self.result.records.append(record)
                 self.result.tensors = self.strategy.tensors
                 if self.checkpoint:
@@ -283,15 +283,17 @@ class Loop:
                 self.on_round(record)
         return self.result
 
-    def play(self, number: int, holders: Sequence[int]) -> Record:
+    def run_round(self, number: int, eligible: Sequence[int]) -> Record:
         """One round, as often as it takes."""
         began = time.perf_counter()
-        turns: list[tuple[Tally, int]] = []
+        turns: list[tuple[UpdateFilter, int]] = []
         while True:
-            chosen = self.rounds.chosen(number, holders, len(turns))
-            tally = Tally(self.strategy, number, chosen, self.rounds.min_clients, self.on_update)
+            chosen = self.rounds.chosen(number, eligible, len(turns))
+            tally = UpdateFilter(
+                self.strategy, number, chosen, self.rounds.min_clients, self.on_update
+            )
             try:
-                self.turn(tally, self.last_of(number, chosen, holders))
+                self.attempt(tally, self.last_of(number, chosen, eligible))
                 turns.append((tally, self.engine.broadcast_bytes() * len(chosen)))
                 break
             except TooFewUpdates:
@@ -299,41 +301,41 @@ class Loop:
                 if len(turns) > self.rounds.repeats:
                     raise
         found = self.engine.evaluate(self.strategy.tensors)
-        self.engine.settle(tally.used)
+        self.engine.commit(tally.used)
         self.result.personal_accuracy |= tally.personal
         return Record(
             round=number,
             accuracy=found.accuracy,
             loss=found.mean_loss,
             train_loss=tally.mean_loss(),
-            bytes_up=sum(turn.nbytes for turn, _ in turns),
+            bytes_up=sum(attempt.nbytes for attempt, _ in turns),
             bytes_down=sum(down for _, down in turns),
             seconds=time.perf_counter() - began,
             clients=chosen,
-            refused={c: why for turn, _ in turns for c, why in turn.refused.items()},
+            refused={c: why for attempt, _ in turns for c, why in attempt.refused.items()},
             accuracy_by_client=[
                 found.weighted_accuracy(counts) if counts.sum() else None
                 for counts in self.label_counts
             ],
             report=self.strategy.report(),
-            failed={c: why for turn, _ in turns for c, why in turn.failed.items()},
+            failed={c: why for attempt, _ in turns for c, why in attempt.failed.items()},
             repeats=len(turns) - 1,
         )
 
-    def turn(self, tally: Tally, personal: set[int]) -> None:
+    def attempt(self, tally: UpdateFilter, personal: set[int]) -> None:
         """Send the broadcast out, and let the strategy take what comes back."""
         keep = not self.strategy.streams()
         broadcast = self.strategy.broadcast(tally.round)
         coming = self.engine.train(broadcast, list(tally.asked), personal, keep=keep)
         self.strategy.aggregate(tally.usable(coming))
 
-    def last_of(self, number: int, chosen: Sequence[int], holders: Sequence[int]) -> set[int]:
+    def last_of(self, number: int, chosen: Sequence[int], eligible: Sequence[int]) -> set[int]:
         """Those of the chosen that take part in no later round."""
         last = set(chosen)
         for later in range(number + 1, self.rounds.rounds + 1):
             if not last:
                 break
-            last -= set(self.rounds.chosen(later, holders))
+            last -= set(self.rounds.chosen(later, eligible))
         return last
 
     def snapshot(self) -> Snapshot:

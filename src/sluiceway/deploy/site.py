@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from sluiceway.core.evaluation import label_counts
-from sluiceway.core.handshake import Card
+from sluiceway.core.handshake import ModelSignature
 from sluiceway.data import ChoiceData, TextData, TextDataset
 from sluiceway.deploy.site_file import Invitation, Own, SiteFile, invitation
 from sluiceway.deploy.split_work import begin_split
@@ -34,9 +34,9 @@ from sluiceway.experiment.session import Session, capped, load_texts
 from sluiceway.experiment.validation import first_fault
 from sluiceway.federated.client import prepare
 from sluiceway.transport.local import standing
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.site import Kept, SiteError, Trainer
-from sluiceway.transport.tls import Keys
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.site import ClientStateStore, SiteError, Trainer
+from sluiceway.transport.tls import Credentials
 
 #: What is remembered of the newest joining, so that a site that was restarted can go on.
 JOINED = "joined.json"
@@ -45,8 +45,8 @@ JOINED = "joined.json"
 class Work(Protocol):
     """What a site does once it has joined."""
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
-        """Do what is asked; see `Site.answer`."""
+    def answer(self, ask: Request, folder: Path) -> Response:
+        """Do what is asked; see `ClientHandler.answer`."""
         ...
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class Work(Protocol):
         ...
 
 
-def open_site(path: Path, keys: Keys | None = None) -> HomeSite:
+def open_site(path: Path, keys: Credentials | None = None) -> HomeSite:
     """A site by its file.
 
     Args:
@@ -86,7 +86,7 @@ class HomeSite:
         keys: see `open_site`.
     """
 
-    def __init__(self, file: SiteFile, place: Path, keys: Keys | None = None) -> None:
+    def __init__(self, file: SiteFile, place: Path, keys: Credentials | None = None) -> None:
         self.file = file
         self.keys = keys
         self.place = place
@@ -94,8 +94,8 @@ class HomeSite:
         self.work: Work | None = None
         self._lock = threading.Lock()
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
-        """See `Site.answer`. "join" begins; the rest is the work's."""
+    def answer(self, ask: Request, folder: Path) -> Response:
+        """See `ClientHandler.answer`. "join" begins; the rest is the work's."""
         with self._lock:
             if ask.what == "join":
                 return self.join(ask)
@@ -103,7 +103,7 @@ class HomeSite:
                 self.work, _ = self.begun(self.remembered())
             return self.work.answer(ask, folder)
 
-    def join(self, ask: Ask) -> Answer:
+    def join(self, ask: Request) -> Response:
         """Prepare for a run, and say what this site exchanges and how much it holds."""
         self.close()
         facts = dict(ask.facts)
@@ -112,7 +112,7 @@ class HomeSite:
         fresh = self.folder / f"{JOINED}.new"
         fresh.write_text(json.dumps(facts), encoding="utf-8")
         os.replace(fresh, self.folder / JOINED)
-        return Answer(said)
+        return Response(said)
 
     def remembered(self) -> dict[str, Any]:
         """What the site was told when it last joined. Raises SiteError."""
@@ -156,7 +156,7 @@ class FederatedWork:
         self.trainer = trainer
         self.stack = stack
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         """Train. Raises SiteError for anything else."""
         if ask.what != "train":
             raise SiteError(f"a federated run has no {ask.what!r}")
@@ -195,8 +195,10 @@ def begin_federated(
             seed=recipe.run.seed,
         )
     )
-    work = FederatedWork(Trainer(worker, invited.client, Kept(folder / "states")), stack)
-    card = Card.of(strategy.tensors).to_json()
+    work = FederatedWork(
+        Trainer(worker, invited.client, ClientStateStore(folder / "states")), stack
+    )
+    card = ModelSignature.of(strategy.tensors).to_json()
     return work, {"card": card, "label_counts": label_counts([train])[0].tolist()}
 
 

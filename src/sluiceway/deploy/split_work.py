@@ -18,21 +18,21 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import chosen_compressor, chosen_network, parts_of
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session
-from sluiceway.split.setup import Ground, ground
+from sluiceway.split.setup import SharedSetup, ground
 from sluiceway.strategies import STRATEGIES
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.site import Kept, SiteError
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.site import ClientStateStore, SiteError
 from sluiceway.transport.split_site import SplitTrainer
-from sluiceway.transport.tls import Dialler, Keys
+from sluiceway.transport.tls import Credentials, TlsClient
 
 
 class SplitWork:
     """A client's part; the carrier has nothing to bring once the line is there."""
 
-    def __init__(self, dialler: Dialler) -> None:
+    def __init__(self, dialler: TlsClient) -> None:
         self.dialler = dialler
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         """Raises SiteError."""
         raise SiteError(f"a split run has no {ask.what!r}")
 
@@ -46,7 +46,7 @@ def begin_split(
     folder: Path,
     invited: Invitation,
     device: str,
-    keys: Keys | None,
+    keys: Credentials | None,
     ended: Callable[[], None],
 ) -> tuple[SplitWork, dict[str, Any]]:
     """Prepare, dial, and say how much the site holds.
@@ -64,13 +64,13 @@ def begin_split(
     recipe = invited.recipe
     examples, test = own_images(file.data, recipe, invited)
 
-    def grounds(classes: int) -> Ground:
+    def grounds(classes: int) -> SharedSetup:
         if device == "cpu":
             torch.set_num_threads(recipe.run.threads)
         return ground_of(recipe, examples, test, classes, len(invited.label_names), device)
 
     trainer = SplitTrainer(
-        invited.client, examples, grounds, Kept(folder / "states"), recipe.run.seed
+        invited.client, examples, grounds, ClientStateStore(folder / "states"), recipe.run.seed
     )
 
     def answer(facts: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes] | None:
@@ -79,7 +79,7 @@ def begin_split(
             return None
         return trainer.answer(facts, body)
 
-    work = SplitWork(Dialler(keys, *invited.gate, answer))
+    work = SplitWork(TlsClient(keys, *invited.gate, answer))
     return work, {"label_counts": label_counts([examples])[0].tolist()}
 
 
@@ -90,7 +90,7 @@ def ground_of(
     classes: int,
     outputs: int,
     device: str,
-) -> Ground:
+) -> SharedSetup:
     """What both sides make alike."""
     chosen = recipe.model
     assert chosen.cut is not None

@@ -12,12 +12,12 @@ from sluiceway.experiment.kinds import network
 from sluiceway.experiment.models import outlined
 from sluiceway.moe import (
     BlockRow,
-    Layout,
+    ModelSummary,
     NoExpertsError,
     add_lora,
-    anatomy,
     find_adapters,
-    layout,
+    model_summary,
+    moe_layout,
     upcycle,
 )
 from sluiceway.split.cut import cut_points
@@ -43,7 +43,7 @@ def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, ggu
         except ValueError as error:
             raise InputError(str(error)) from None
     try:
-        found = layout(model)
+        found = model_summary(model)
     except NoExpertsError as error:
         raise NoExpertsError(f"{name}: {error}; --experts 8 shows a dense model upcycled") from None
     console = wide_console()
@@ -93,7 +93,7 @@ def show_cuts(name: str, width: int, image: str) -> None:
     wide_console().print(table)
 
 
-def blocks_table(found: Layout) -> Table:
+def blocks_table(found: ModelSummary) -> Table:
     """One row a block."""
     table = Table(box=None, pad_edge=False)
     for heading in ("block", "family", "E", "k", "router", "expert tensors"):
@@ -129,7 +129,7 @@ def short(name: str, row: BlockRow) -> str:
     return name.removeprefix(f"{row.name}.")
 
 
-def totals(found: Layout) -> list[str]:
+def totals(found: ModelSummary) -> list[str]:
     """The model's sizes, and a round's traffic when experts and gates are trained."""
     moved = found.expert_bytes + found.router_bytes
     return [
@@ -142,10 +142,10 @@ def totals(found: Layout) -> list[str]:
 
 def adapters_table(model: nn.Module, rank: int) -> Table:
     """What a client sends and gets in a round with adapters on all experts, by `method.lora`."""
-    gates = anatomy(model).gate_params
+    gates = moe_layout(model).gate_params
     params = dict(model.named_parameters())
     routers = sum(params[name].nbytes for name in gates)
-    experts = {n: p for n, p in params.items() if n in anatomy(model).expert_params}
+    experts = {n: p for n, p in params.items() if n in moe_layout(model).expert_params}
     try:
         add_lora(model, experts, rank, rank)
     except ImportError:

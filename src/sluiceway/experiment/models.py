@@ -16,7 +16,7 @@ from sluiceway.data import DataError, check_tokenizer, wheel_folder
 from sluiceway.errors import InputError
 from sluiceway.experiment.answers import TextClassifier
 from sluiceway.experiment.recipe import Model
-from sluiceway.moe import Anatomy, add_lora, find_anatomy, repair, upcycle
+from sluiceway.moe import MoELayout, add_lora, find_layout, repair, upcycle
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def assembled(
     """
     backbone = loaded.backbone
     try:
-        if model.experts and not find_anatomy(backbone):
+        if model.experts and not find_layout(backbone):
             upcycle(
                 backbone,
                 model.layers,
@@ -224,8 +224,8 @@ def adapt(built: nn.Module, model: Model, trained: set[str]) -> set[str]:
         InputError: PEFT is not installed.
         ValueError: nothing of what is trained can be adapted.
     """
-    anatomy = find_anatomy(built)
-    gates = anatomy.gate_params if anatomy and not model.lora_gate else frozenset()
+    layout = find_layout(built)
+    gates = layout.gate_params if layout and not model.lora_gate else frozenset()
     whole = {name for name in trained if name.startswith("head.")} | (trained & gates)
     targets = {n: p for n, p in built.named_parameters() if n in trained - whole}
     try:
@@ -242,16 +242,16 @@ def trained_names(built: nn.Module, model: Model) -> set[str]:
     """
     names = [name for name, _ in built.named_parameters()]
     head = {name for name in names if name.startswith("head.")}
-    anatomy = find_anatomy(built)
+    layout = find_layout(built)
     if model.train == "all":
         return set(names)
-    if anatomy is None or model.train == "layers":
-        return head | set(names[first_trained(built, names, anatomy, model.layers) :])
-    gates = anatomy.gate_params if model.train == "moe" else frozenset()
-    return head | anatomy.expert_params | gates
+    if layout is None or model.train == "layers":
+        return head | set(names[first_trained(built, names, layout, model.layers) :])
+    gates = layout.gate_params if model.train == "moe" else frozenset()
+    return head | layout.expert_params | gates
 
 
-def first_trained(built: nn.Module, names: list[str], anatomy: Anatomy | None, last: int) -> int:
+def first_trained(built: nn.Module, names: list[str], layout: MoELayout | None, last: int) -> int:
     """Position in `names` of the layer of the first mixture, or of the `last` layers' first."""
     stacks = [
         (f"{prefix}.", len(module))
@@ -260,8 +260,8 @@ def first_trained(built: nn.Module, names: list[str], anatomy: Anatomy | None, l
     ]
     for prefix, depth in stacks:
         number = str(max(depth - last, 0))
-        if anatomy is not None:
-            block = anatomy.blocks[0].name
+        if layout is not None:
+            block = layout.blocks[0].name
             if not block.startswith(prefix):
                 continue
             number = block.removeprefix(prefix).split(".")[0]

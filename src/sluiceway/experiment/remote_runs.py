@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
-from sluiceway.core.handshake import JoinError
+from sluiceway.core.handshake import HandshakeError
 from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import (
     Outcome,
@@ -19,10 +19,10 @@ from sluiceway.experiment.kinds import (
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.strategies import STRATEGIES
-from sluiceway.transport.protocol import Carrier
+from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import federate_remote
 from sluiceway.transport.remote_split import split_remote
-from sluiceway.transport.tls import Doorway
+from sluiceway.transport.tls import Endpoint
 
 
 def serve_federated(
@@ -31,23 +31,21 @@ def serve_federated(
     session: Session,
     progress: Progress,
     checkpoint: Checkpoint | None,
-    carrier: Carrier,
+    transport: Transport,
 ) -> Outcome:
     """Fine-tune a language model across sites; of the recipe's data the test set is read here.
 
     Raises:
         InputError: there are more or fewer sites than the recipe has clients.
     """
-    require_sites(recipe, carrier)
+    sites = required_sites(recipe, transport)
     data = session.data(recipe.data, progress.say)
     model, _, test, source = language_model(recipe, data, session)
     strategy, training = chosen_strategy(recipe)
-    progress.say(
-        f"model: {recipe.model.name} from {source}, on {device}; sites: {', '.join(carrier.sites)}"
-    )
+    progress.say(f"model: {recipe.model.name} from {source}, on {device}; sites: {sites}")
     result = federate_remote(
         model,
-        carrier,
+        transport,
         facts_of(recipe, data.label_names),
         test,
         strategy,
@@ -69,15 +67,15 @@ def serve_split(
     session: Session,
     progress: Progress,
     checkpoint: Checkpoint | None,
-    carrier: Carrier,
-    doorway: Doorway | None,
+    transport: Transport,
+    doorway: Endpoint | None,
 ) -> Outcome:
     """Train an image classifier that is cut between sites and this server.
 
     Raises:
         InputError: there are more or fewer sites than clients, or no doorway.
     """
-    require_sites(recipe, carrier)
+    sites = required_sites(recipe, transport)
     if doorway is None:
         raise InputError(
             f"run.engine = {recipe.run.engine!r} carries no split run: it has no line for a "
@@ -87,14 +85,12 @@ def serve_split(
     chosen = recipe.model
     assert chosen.cut is not None
     model = chosen_network(recipe, train.shape, len(pictures.label_names))
-    progress.say(
-        f"model: {chosen.name} cut at {chosen.cut}, on {device}; sites: {', '.join(carrier.sites)}"
-    )
+    progress.say(f"model: {chosen.name} cut at {chosen.cut}, on {device}; sites: {sites}")
     try:
         result = split_remote(
             model,
             chosen.cut,
-            carrier,
+            transport,
             doorway,
             facts_of(recipe, pictures.label_names),
             test,
@@ -110,7 +106,7 @@ def serve_split(
             on_round=progress.on_round,
             checkpoint=checkpoint,
         )
-    except (CheckpointError, JoinError):
+    except (CheckpointError, HandshakeError):
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -122,9 +118,10 @@ def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:
     return {"recipe": recipe.resolved(), "label_names": list(label_names)}
 
 
-def require_sites(recipe: Recipe, carrier: Carrier) -> None:
-    """Raise InputError unless there is a site for each client."""
-    if len(carrier.sites) != recipe.data.clients:
+def required_sites(recipe: Recipe, transport: Transport) -> str:
+    """The sites' names. Raises InputError unless there is one for each client."""
+    if len(transport.sites) != recipe.data.clients:
         raise InputError(
-            f"data.clients = {recipe.data.clients}, but there are {len(carrier.sites)} sites"
+            f"data.clients = {recipe.data.clients}, but there are {len(transport.sites)} sites"
         )
+    return ", ".join(transport.sites)

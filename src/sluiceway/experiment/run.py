@@ -19,11 +19,11 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import Outcome, run_federated, run_split
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.remote_runs import serve_federated, serve_split
-from sluiceway.experiment.run_directory import Folder
+from sluiceway.experiment.run_directory import RunDirectory
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.transport.local import chosen_device
-from sluiceway.transport.protocol import Carrier
-from sluiceway.transport.tls import Doorway
+from sluiceway.transport.protocol import Transport
+from sluiceway.transport.tls import Endpoint
 
 
 def run(
@@ -34,8 +34,8 @@ def run(
     force: bool = False,
     session: Session | None = None,
     progress: Progress | None = None,
-    carrier: Carrier | None = None,
-    doorway: Doorway | None = None,
+    transport: Transport | None = None,
+    doorway: Endpoint | None = None,
 ) -> tuple[Result, dict[str, Any]]:
     """Run a recipe on the embedded engine, or across sites.
 
@@ -59,14 +59,14 @@ def run(
     """
     session = session or Session()
     progress = progress or Progress()
-    if carrier is None and recipe.run.engine != "local":
+    if transport is None and recipe.run.engine != "local":
         raise InputError(
             f"run.engine = {recipe.run.engine!r} is for `sluiceway run`; here it must be 'local'"
         )
     began = time.perf_counter()
     device = usable_device(recipe.run.device)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(Folder(out, recipe, resume, force)) if out else None
+        folder = stack.enter_context(RunDirectory(out, recipe, resume, force)) if out else None
 
         def on_start() -> None:
             progress.begin(recipe.run.rounds)
@@ -82,12 +82,12 @@ def run(
         checkpoint = checkpoint_of(recipe, out, resume, progress) if out else None
         given = recipe, device, session, told, checkpoint
         split = recipe.run.kind == "split"
-        if carrier is None:
+        if transport is None:
             outcome = (run_split if split else run_federated)(*given)
         elif split:
-            outcome = serve_split(*given, carrier, doorway)
+            outcome = serve_split(*given, transport, doorway)
         else:
-            outcome = serve_federated(*given, carrier)
+            outcome = serve_federated(*given, transport)
         summary = summarise(recipe, outcome, device, time.perf_counter() - began)
         if folder:
             folder.finish(outcome.result, summary)

@@ -28,7 +28,7 @@ FREE = ("rounds", "workers", "feature_memory_mb", "checkpoint_every", "checkpoin
 
 
 @dataclass
-class Folder:
+class RunDirectory:
     """A run folder: recipe.toml, metrics.jsonl, summary.json, checkpoints/.
 
     Used as a context, in which no other run can use the folder. Nothing is written before `open`,

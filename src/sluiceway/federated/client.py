@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss, labels_of
 from sluiceway.core.evaluation import Evaluation, evaluate
-from sluiceway.core.handshake import Card, check_joining
+from sluiceway.core.handshake import ModelSignature, check_joining
 from sluiceway.core.messages import take_values
 from sluiceway.core.parameters import exchanged, frozen_modules
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
 from sluiceway.federated.stepping import (
     Stepper,
     checkpointable,
     checkpointed,
-    masters_of,
+    master_params_of,
     refuse_reentrant,
 )
-from sluiceway.moe import Anatomy, Observer, find_adapters, find_anatomy, repair
-from sluiceway.strategies import Broadcast, Client, Strategy, Update
+from sluiceway.moe import MoELayout, Observer, find_adapters, find_layout, repair
+from sluiceway.strategies import Broadcast, LocalContext, Strategy, Update
 
 #: Test examples that a client's own model is judged by, about.
 PERSONAL = 500
@@ -49,29 +49,29 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
         ValueError: nothing is left to train, or experts are under reentrant checkpointing.
     """
     repair(model)
-    anatomy = find_anatomy(model) or Anatomy((), find_adapters(model))
-    if anatomy.blocks:
+    layout = find_layout(model) or MoELayout((), find_adapters(model))
+    if layout.blocks:
         refuse_reentrant(model)
     for name, param in model.named_parameters():
-        param.requires_grad_(param.requires_grad and strategy.trains(name, anatomy))
+        param.requires_grad_(param.requires_grad and strategy.trains(name, layout))
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError("nothing to train: every parameter of the model is frozen")
     tensors = exchanged(model)
-    anatomy = trained_anatomy(anatomy, set(tensors))
-    tensors |= {name: model.get_parameter(name) for name in sorted(strategy.server_owned(anatomy))}
+    layout = trained_layout(layout, set(tensors))
+    tensors |= {name: model.get_parameter(name) for name in sorted(strategy.server_owned(layout))}
     held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    strategy.setup(held, anatomy, clients)
+    strategy.setup(held, layout, clients)
 
 
-def trained_anatomy(anatomy: Anatomy, names: set[str]) -> Anatomy:
+def trained_layout(layout: MoELayout, names: set[str]) -> MoELayout:
     """The blocks and LoRA pairs of which a parameter is among `names`, blocks numbered anew."""
     blocks = [
         block
-        for block in anatomy.blocks
+        for block in layout.blocks
         if names & {*block.gate, *(p.param for expert in block.pieces for p in expert)}
     ]
-    pairs = tuple(pair for pair in anatomy.adapters if pair.b.param in names)
-    return Anatomy(tuple(replace(block, position=i) for i, block in enumerate(blocks)), pairs)
+    pairs = tuple(pair for pair in layout.adapters if pair.b.param in names)
+    return MoELayout(tuple(replace(block, position=i) for i, block in enumerate(blocks)), pairs)
 
 
 class Worker:
@@ -110,10 +110,10 @@ class Worker:
         self.loss = loss
         self.device = torch.device(device)
         self.seed = seed
-        self.anatomy = strategy.anatomy
-        owned = sorted(strategy.server_owned(self.anatomy))
+        self.layout = strategy.layout
+        owned = sorted(strategy.server_owned(self.layout))
         self.exchanged = exchanged(model) | {name: model.get_parameter(name) for name in owned}
-        check_joining(Card.of(strategy.tensors), Card.of(self.exchanged))
+        check_joining(ModelSignature.of(strategy.tensors), ModelSignature.of(self.exchanged))
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {n: t.clone() for n, t in strategy.tensors.items() if strategy.private(n)}
         self.still = frozen_modules(model)
@@ -136,16 +136,19 @@ class Worker:
         examples = self.clients[number]
         self.load(broadcast.tensors, needed=self.exchanged.keys() - self.initial.keys())
         self.load({n: state.get(f"private/{n}", t) for n, t in self.initial.items()})
-        with self.randomness(mix(self.seed, broadcast.round, number)), self.observation() as seen:
-            client = Client(
+        with (
+            self.randomness(derive_seed(self.seed, broadcast.round, number)),
+            self.observation() as seen,
+        ):
+            client = LocalContext(
                 model=self.model,
                 params=self.params,
                 received={n: p.detach().clone() for n, p in self.params.items()},
                 broadcast=broadcast,
-                anatomy=self.anatomy,
+                layout=self.layout,
                 observer=seen,
                 state=state,
-                masters=masters_of(self.params),
+                master_params=master_params_of(self.params),
             )
             self.strategy.start(client)
             metrics = self.fit(client, examples)
@@ -163,7 +166,7 @@ class Worker:
             number, broadcast.round, len(examples), tensors, routing, extra=extra, metrics=metrics
         )
 
-    def fit(self, client: Client, examples: Examples) -> dict[str, float]:
+    def fit(self, client: LocalContext, examples: Examples) -> dict[str, float]:
         """Local training, in place; returns its mean loss and penalty.
 
         And the number of `skipped_steps`, where gradients overflowed float16.
@@ -197,7 +200,7 @@ class Worker:
             yield from order.split(self.training.batch_size * self.training.accumulate)
 
     def descend(
-        self, client: Client, stepper: Stepper, batch: Batch, share: float
+        self, client: LocalContext, stepper: Stepper, batch: Batch, share: float
     ) -> tuple[Tensor, Tensor | None]:
         """Forward and backward of a batch that is `share` of its step, in (0, 1].
 
@@ -251,10 +254,10 @@ class Worker:
     @contextlib.contextmanager
     def observation(self) -> Iterator[Observer | None]:
         """An observer of this round's routing, or None for a dense model."""
-        if not self.anatomy.blocks:
+        if not self.layout.blocks:
             yield None
             return
-        observer = Observer(self.model, self.anatomy, regions=self.strategy.wants_regions())
+        observer = Observer(self.model, self.layout, regions=self.strategy.wants_regions())
         try:
             yield observer
         finally:

@@ -1,8 +1,8 @@
 """Frozen layers are run once per example, and rounds train on what comes out of them.
 
 The layers below the first trained one never change, so their output for an example does not
-either. `find_trunk` finds them, `FeatureStore` keeps their output (in memory up to a limit, then
-in a memory-mapped file), and the model then runs with those layers passed over.
+either. `find_frozen_prefix` finds them, `FeatureStore` keeps their output (in memory up to a limit,
+then in a memory-mapped file), and the model then runs with those layers passed over.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Reached(Exception):
     """Raised to stop a forward pass at the end of the trunk."""
 
 
-class Trunk:
+class FrozenPrefix:
     """The frozen layers of a stack that lie below its first trained one.
 
     Args:
@@ -110,13 +110,13 @@ class Trunk:
         return digest.hexdigest()
 
 
-def find_trunk(model: nn.Module) -> Trunk | None:
+def find_frozen_prefix(model: nn.Module) -> FrozenPrefix | None:
     """The largest run of frozen layers at the bottom of a stack of layers, if there is one.
 
     A stack is an nn.ModuleList or nn.Sequential whose first layers are frozen and a later one is
     trained. Whether passing over them is sound for this model is for `agrees` to say.
     """
-    best: tuple[int, Trunk] | None = None
+    best: tuple[int, FrozenPrefix] | None = None
     for module in model.modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
@@ -125,11 +125,11 @@ def find_trunk(model: nn.Module) -> Trunk | None:
         depth = trained.index(True) if True in trained else 0
         size = sum(p.numel() for layer in layers[:depth] for p in layer.parameters())
         if size and (best is None or size > best[0]):
-            best = size, Trunk(model, layers, depth)
+            best = size, FrozenPrefix(model, layers, depth)
     return best[1] if best else None
 
 
-def agrees(trunk: Trunk, batch: Batch) -> bool:
+def agrees(trunk: FrozenPrefix, batch: Batch) -> bool:
     """Whether passing over the trunk changes neither logits nor any trained gradient.
 
     It does where something else feeds the trained part: a layer below that returns more than
@@ -181,7 +181,7 @@ class FeatureStore:
 
     @staticmethod
     def of(
-        trunk: Trunk, examples: Examples, rows: Tensor, device: torch.device, limit: int
+        trunk: FrozenPrefix, examples: Examples, rows: Tensor, device: torch.device, limit: int
     ) -> FeatureStore:
         """Run the trunk over the examples at `rows`; more than `limit` bytes go to a file."""
         trunk.model.eval()
@@ -277,7 +277,9 @@ class FeatureCache:
         self.stores: dict[tuple[str, int], FeatureStore] = {}
         self._kept: list[Examples] = []  # keeps ids from being used again
 
-    def wrap(self, trunk: Trunk, sets: Sequence[Examples], device: torch.device) -> list[Examples]:
+    def wrap(
+        self, trunk: FrozenPrefix, sets: Sequence[Examples], device: torch.device
+    ) -> list[Examples]:
         """The data sets with their features; sets that are parts of one are computed together."""
         parts = [base_of(examples) for examples in sets]
         bases = {id(base): base for base, _ in parts}

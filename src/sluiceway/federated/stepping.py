@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.settings import Training
 from sluiceway.moe.observe import REENTRANT
-from sluiceway.strategies import Client
+from sluiceway.strategies import LocalContext
 
 #: What a loss is multiplied with before a float16 backward pass, at the start of every round.
 #: Lower than PyTorch's own 65536: a client may take too few steps to come down from there.
@@ -28,7 +28,7 @@ SWITCHES = (
 )
 
 
-def masters_of(params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def master_params_of(params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """What the optimiser steps, by name.
 
     The parameter itself, or a float32 copy where it is of half precision: in bfloat16 a step of
@@ -44,27 +44,27 @@ class Stepper:
     """The optimiser steps of one client in one round: `backward` once or more, then `step`.
 
     Args:
-        client: its `masters` are stepped and `params` follow; gradients of both are cleared.
+        client: its `master_params` are stepped and `params` follow; gradients of both are cleared.
         training: how.
         device: where the parameters are.
     """
 
-    def __init__(self, client: Client, training: Training, device: torch.device) -> None:
+    def __init__(self, client: LocalContext, training: Training, device: torch.device) -> None:
         self.client = client
         self.max_grad_norm = training.max_grad_norm
-        masters = list(client.masters.values())
+        master_params = list(client.master_params.values())
         self.copies = [
-            (param, client.masters[name])
+            (param, client.master_params[name])
             for name, param in client.params.items()
-            if client.masters[name] is not param
+            if client.master_params[name] is not param
         ]
-        self.optimiser = training.optimiser(masters)
+        self.optimiser = training.optimiser(master_params)
         fp16 = any(param.dtype == torch.float16 for param in client.params.values())
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=SCALE, enabled=fp16 or training.mixed == "float16"
         )
         self.skipped = 0
-        for param in (*client.params.values(), *masters):
+        for param in (*client.params.values(), *master_params):
             param.grad = None
 
     def backward(self, loss: Tensor) -> None:
@@ -77,7 +77,7 @@ class Stepper:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
-    def step(self, correct: Callable[[Client], None]) -> None:
+    def step(self, correct: Callable[[LocalContext], None]) -> None:
         """Correct the gradients, clip, and step; in float16 not at all where they overflowed."""
         self.scaler.unscale_(self.optimiser)
         if self.overflowed():
@@ -85,7 +85,7 @@ class Stepper:
         else:
             correct(self.client)
             if self.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(self.client.masters.values(), self.max_grad_norm)
+                nn.utils.clip_grad_norm_(self.client.master_params.values(), self.max_grad_norm)
             self.scaler.step(self.optimiser)
             for param, master in self.copies:
                 param.data.copy_(master.data)
@@ -98,7 +98,9 @@ class Stepper:
         if not self.scaler.is_enabled():
             return False
         finite = [
-            m.grad.isfinite().all() for m in self.client.masters.values() if m.grad is not None
+            m.grad.isfinite().all()
+            for m in self.client.master_params.values()
+            if m.grad is not None
         ]
         return not bool(torch.stack(finite).all())
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe.param_slice import Piece
+from sluiceway.moe.param_slice import ParamSlice
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Adapter:
         transposed: W is stored as [in, out], and (B A) is added transposed.
     """
 
-    base: Piece
-    a: Piece
-    b: Piece
+    base: ParamSlice
+    a: ParamSlice
+    b: ParamSlice
     scale: float
     transposed: bool
 
@@ -80,7 +80,7 @@ def _adapters_of(name: str, module: Any) -> Iterator[Adapter]:
         a, b = f"{prefix}lora_A.{key}.weight", f"{prefix}lora_B.{key}.weight"
         scale = float(module.scaling[key])
         if base.ndim != 3:
-            whole = (Piece.whole(param), Piece.whole(a), Piece.whole(b))
+            whole = (ParamSlice.whole(param), ParamSlice.whole(a), ParamSlice.whole(b))
             yield Adapter(*whole, scale, transposed)
             continue
         rank = lora_a.weight.shape[0] // experts
@@ -88,9 +88,9 @@ def _adapters_of(name: str, module: Any) -> Iterator[Adapter]:
         by_column = (lora_b.weight.shape[0], rank, experts)
         for e in range(experts):
             yield Adapter(
-                Piece.part(param, e),
-                Piece.part(a, e, by_expert),
-                Piece.part(b, e, by_column, axis=2),
+                ParamSlice.part(param, e),
+                ParamSlice.part(a, e, by_expert),
+                ParamSlice.part(b, e, by_column, axis=2),
                 scale,
                 transposed,
             )

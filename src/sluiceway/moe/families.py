@@ -2,7 +2,7 @@
 
 A row says how a block is recognised (the class name of its router and the names of two children)
 and how the router's output is read. Everything else (which tensors are gates, which belong to
-which expert, the number of experts) follows from the shapes, see ``anatomy.py``.
+which expert, the number of experts) follows from the shapes, see ``layout.py``.
 Model classes are compared by name, so that no model code is imported.
 """
 

@@ -1,6 +1,6 @@
 """Where routers and experts live in a model.
 
-``anatomy(model)`` walks the modules once, recognises blocks by the table in ``families.py`` (or,
+``moe_layout(model)`` walks the modules once, recognises blocks by the table in ``families.py`` (or,
 where that finds nothing, by their structure, see ``search.py``), and
 names every tensor that belongs to a gate or to one expert. Names are those of
 ``model.named_parameters()``: ``save_pretrained`` renames and un-fuses, so saved names never match.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sluiceway.errors import BAD_INPUT, SluicewayError
 from sluiceway.moe.adapters import Adapter, find_adapters, unwrapped
 from sluiceway.moe.families import FAMILIES, Family, family_of
-from sluiceway.moe.param_slice import Piece
+from sluiceway.moe.param_slice import ParamSlice
 from sluiceway.moe.search import search
 
 
@@ -64,12 +64,12 @@ class Block:
     num_experts: int
     top_k: int
     hidden: int
-    pieces: tuple[tuple[Piece, ...], ...]
+    pieces: tuple[tuple[ParamSlice, ...], ...]
     gate_rest: tuple[str, ...]
     row: Family = field(repr=False)
     found: str = ""
 
-    def expert(self, e: int) -> tuple[Piece, ...]:
+    def expert(self, e: int) -> tuple[ParamSlice, ...]:
         """The pieces of expert ``e``, 0 <= e < E; IndexError otherwise."""
         if not 0 <= e < self.num_experts:
             raise IndexError(f"expert {e} of block {self.name}: it has {self.num_experts} experts")
@@ -77,7 +77,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class MoELayout:
     """All mixture-of-experts blocks of one model, and its LoRA pairs, in order of appearance."""
 
     blocks: tuple[Block, ...]
@@ -108,8 +108,8 @@ class Anatomy:
         }
 
     @cached_property
-    def _fused(self) -> dict[str, tuple[Piece, ...]]:
-        fused: dict[str, list[Piece]] = {}
+    def _fused(self) -> dict[str, tuple[ParamSlice, ...]]:
+        fused: dict[str, list[ParamSlice]] = {}
         for block in self.blocks:
             for pieces in block.pieces:
                 for piece in pieces:
@@ -117,19 +117,19 @@ class Anatomy:
                         fused.setdefault(piece.param, []).append(piece)
         return {param: tuple(pieces) for param, pieces in fused.items()}
 
-    def expert(self, block: int, e: int) -> tuple[Piece, ...]:
+    def expert(self, block: int, e: int) -> tuple[ParamSlice, ...]:
         """The pieces of expert ``e`` of block number ``block``; IndexError out of range."""
         return self.blocks[block].expert(e)
 
-    def pieces(self, params: Iterable[str]) -> tuple[Piece, ...]:
+    def pieces(self, params: Iterable[str]) -> tuple[ParamSlice, ...]:
         """The given parameters as pieces, in the given order.
 
         A fused expert parameter becomes its E slices, in order of e; every other name becomes one
         whole piece.
         """
-        found: list[Piece] = []
+        found: list[ParamSlice] = []
         for param in params:
-            found.extend(self._fused.get(param) or (Piece.whole(param),))
+            found.extend(self._fused.get(param) or (ParamSlice.whole(param),))
         return tuple(found)
 
     def owner(self, key: str) -> tuple[int, int] | None:
@@ -141,14 +141,14 @@ class Anatomy:
         return next((block.position for block in self.blocks if param in block.gate), None)
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def moe_layout(model: nn.Module) -> MoELayout:
     """Find the mixture-of-experts blocks of ``model``, which may be wrapped or on the meta device.
 
     Raises:
         NoExpertsError: the model has no block of a known family, and none was found by structure.
         ValueError: a block of a known family has shapes that contradict its number of experts.
     """
-    found = find_anatomy(model)
+    found = find_layout(model)
     if found is None:
         raise NoExpertsError(
             f"model {type(model).__name__} has no mixture-of-experts block: no known family "
@@ -157,8 +157,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     return found
 
 
-def find_anatomy(model: nn.Module) -> Anatomy | None:
-    """Like ``anatomy``, but None for a model in which no mixture-of-experts block was found."""
+def find_layout(model: nn.Module) -> MoELayout | None:
+    """Like ``layout``, but None for a model in which no mixture-of-experts block was found."""
     params = dict(model.named_parameters())
     adapters = find_adapters(model)
     blocks: list[Block] = []
@@ -170,7 +170,7 @@ def find_anatomy(model: nn.Module) -> Anatomy | None:
         for i, match in enumerate(search(model).matches):
             block = _block(i, match.name, match.block, match.row, params, adapters)
             blocks.append(replace(block, found=match.found))
-    return Anatomy(tuple(blocks), adapters) if blocks else None
+    return MoELayout(tuple(blocks), adapters) if blocks else None
 
 
 def _block(
@@ -216,21 +216,21 @@ def _block(
 
 def _module_pieces(
     name: str, experts: nn.ModuleList | nn.ModuleDict, params: Mapping[str, Tensor]
-) -> tuple[tuple[Piece, ...], ...]:
+) -> tuple[tuple[ParamSlice, ...], ...]:
     # A dropout that all experts share has no parameters.
     named = [
         child for child, inner in experts.named_children() if any(True for _ in inner.parameters())
     ]
     children = sorted(named, key=_number)
     return tuple(
-        tuple(Piece.whole(param) for param in _under(params, _join(name, child)))
+        tuple(ParamSlice.whole(param) for param in _under(params, _join(name, child)))
         for child in children
     )
 
 
 def _fused_pieces(
     name: str, num_experts: int, params: Mapping[str, Tensor], adapters: Sequence[Adapter]
-) -> tuple[tuple[Piece, ...], ...]:
+) -> tuple[tuple[ParamSlice, ...], ...]:
     pairs = [pair for pair in adapters if pair.base.param.startswith(f"{name}.")]
     low_rank = {piece.param for pair in pairs for piece in (pair.a, pair.b)}
     fused = [
@@ -240,7 +240,7 @@ def _fused_pieces(
     ]
     return tuple(
         (
-            *(Piece.part(param, e) for param in fused),
+            *(ParamSlice.part(param, e) for param in fused),
             *(p for pair in pairs if pair.base.index == e for p in (pair.a, pair.b)),
         )
         for e in range(num_experts)

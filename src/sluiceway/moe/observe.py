@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sluiceway.fedalign.routing import routing_statistics
 from sluiceway.moe.families import RouterOutput
-from sluiceway.moe.layout import Anatomy, Block
+from sluiceway.moe.layout import Block, MoELayout
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Observer:
     Use it as a context manager, or call ``close``: it holds one hook per block.
 
     Args:
-        model: the model that ``anatomy`` describes.
+        model: the model that ``layout`` describes.
         anatomy: its blocks.
         regions: measure the mean hidden state per expert too, [E, d] a block.
 
@@ -130,20 +130,20 @@ class Observer:
 
     last: list[BlockStep | None]
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, regions: bool = True) -> None:
-        self._anatomy = anatomy
+    def __init__(self, model: nn.Module, layout: MoELayout, regions: bool = True) -> None:
+        self._anatomy = layout
         self._regions = regions
         self._active = False
         self._grad_at_entry = False
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._is_decoder = _decoder_blocks(model, anatomy)
+        self._is_decoder = _decoder_blocks(model, layout)
         self._sums: list[_Sums | None] = []
         self.reset()
         self._handles: list[RemovableHandle] = [
             model.get_submodule(block.router).register_forward_hook(
                 self._hook(block), with_kwargs=True
             )
-            for block in anatomy.blocks
+            for block in layout.blocks
         ]
 
     @contextmanager
@@ -256,8 +256,8 @@ def _flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.detach().reshape(-1) != 0
 
 
-def _decoder_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[bool, ...]:
+def _decoder_blocks(model: nn.Module, layout: MoELayout) -> tuple[bool, ...]:
     """Per block, whether it is in the decoder of an encoder-decoder model."""
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
     both = {"encoder", "decoder"} <= parts
-    return tuple(both and "decoder" in block.name.split(".") for block in anatomy.blocks)
+    return tuple(both and "decoder" in block.name.split(".") for block in layout.blocks)

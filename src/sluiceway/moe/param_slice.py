@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamSlice:
     """One tensor that may cross the wire: a whole parameter, or one expert's part of a fused one.
 
     Attributes:
@@ -28,14 +28,16 @@ class Piece:
     axis: int = 0
 
     @staticmethod
-    def whole(param: str) -> Piece:
+    def whole(param: str) -> ParamSlice:
         """The whole parameter."""
-        return Piece(param, param, None)
+        return ParamSlice(param, param, None)
 
     @staticmethod
-    def part(param: str, index: int, shape: tuple[int, ...] | None = None, axis: int = 0) -> Piece:
+    def part(
+        param: str, index: int, shape: tuple[int, ...] | None = None, axis: int = 0
+    ) -> ParamSlice:
         """Expert ``index``'s part of a fused parameter."""
-        return Piece(f"{param}[{index}]", param, index, shape, axis)
+        return ParamSlice(f"{param}[{index}]", param, index, shape, axis)
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The piece inside ``tensors[param]``: a view, never a copy.

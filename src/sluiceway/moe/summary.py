@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sluiceway.moe.layout import Block, anatomy
+from sluiceway.moe.layout import Block, moe_layout
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelSummary:
     """Rows for the blocks of a model, and totals over all its parameters, tied ones once."""
 
     rows: tuple[BlockRow, ...]
@@ -68,17 +68,17 @@ class Layout:
         return self.router_parameters / self.parameters
 
 
-def layout(model: nn.Module) -> Layout:
+def model_summary(model: nn.Module) -> ModelSummary:
     """Describe the mixture-of-experts blocks of ``model``; the meta device is enough.
 
     Raises:
         NoExpertsError: the model has no mixture-of-experts block that could be found.
     """
-    found = anatomy(model)
+    found = moe_layout(model)
     params: dict[str, Tensor] = dict(model.named_parameters())
     experts = [params[name] for name in found.expert_params]
     routers = [params[name] for name in found.gate_params]
-    return Layout(
+    return ModelSummary(
         rows=tuple(_row(block, params) for block in found.blocks),
         parameters=_count(params.values()),
         bytes=_bytes(params.values()),

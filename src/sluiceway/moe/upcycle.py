@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from sluiceway.moe.layout import find_anatomy
+from sluiceway.moe.layout import find_layout
 from sluiceway.moe.upcycled import Activation, UpcycledExperts, UpcycledMoE, UpcycledRouter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +85,7 @@ def upcycle(
     """
     settings = _Settings(experts, top_k, noise, router_std, scale, sliced)
     _check(settings)
-    if find_anatomy(model) is not None:
+    if find_layout(model) is not None:
         raise ValueError(f"model {type(model).__name__} has mixture-of-experts blocks already")
     found = [dense for module in model.modules() if (dense := _recognise(module)) is not None]
     if not found:

@@ -25,8 +25,8 @@ from sluiceway.split.methods import (
 )
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.split.packing import (
+    BatchContext,
     Smashed,
-    Ticket,
     pack_gradient,
     pack_smashed,
     unpack_gradient,
@@ -41,6 +41,7 @@ __all__ = [
     "FORMS",
     "LIMIT",
     "METHODS",
+    "BatchContext",
     "BatchId",
     "Bottleneck",
     "ChannelChoice",
@@ -60,7 +61,6 @@ __all__ = [
     "SplitRecord",
     "StdChannels",
     "TaylorChannels",
-    "Ticket",
     "TopK",
     "WireError",
     "cut",

@@ -13,7 +13,7 @@ from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.messages import message_of, take_values
 from sluiceway.core.parameters import exchanged, frozen_modules
 from sluiceway.split.config import (
-    Terms,
+    SplitConfig,
     client_layers,
     counts_in,
     joined,
@@ -23,10 +23,10 @@ from sluiceway.split.config import (
     training_mode,
 )
 from sluiceway.split.header import BatchId
-from sluiceway.split.messages import read_opening
-from sluiceway.split.packing import Ticket
-from sluiceway.split.scorers import Meter
-from sluiceway.strategies import Client, Strategy
+from sluiceway.split.messages import read_round_start
+from sluiceway.split.packing import BatchContext
+from sluiceway.split.scorers import ChannelScorer
+from sluiceway.strategies import LocalContext, Strategy
 from sluiceway.strategies.base import unprefixed
 
 
@@ -35,11 +35,11 @@ class Sent:
     """What a client remembers of a batch until its gradient has returned."""
 
     smashed: Tensor
-    ticket: Ticket
+    ticket: BatchContext
     labels: Tensor
 
 
-class ClientSide:
+class SplitClient:
     """One client: its data, its front, and in a U-shape its tail with the loss.
 
     Args:
@@ -58,8 +58,8 @@ class ClientSide:
         examples: Examples,
         front: nn.Module,
         tail: nn.Module | None,
-        terms: Terms,
-        meter: Meter | None,
+        terms: SplitConfig,
+        meter: ChannelScorer | None,
         smallest: int = 1,
     ) -> None:
         self.number = number
@@ -131,16 +131,16 @@ class ClientSide:
             WireError: it is no such message, of another round, or its tensors or mask do not fit
                 the client's layers.
         """
-        broadcast, merged = read_opening(message, number, self.terms.shape[0])
+        broadcast, merged = read_round_start(message, number, self.terms.shape[0])
         take_values(self.owned, broadcast.tensors, needed=self.owned)
         self.mask = mask if merged is None else merged
         self.strategy = strategy
-        self.role = Client(
+        self.role = LocalContext(
             model=self.layers,
             params=self.params,
             received={n: p.detach().clone() for n, p in self.params.items()},
             broadcast=broadcast,
-            anatomy=strategy.anatomy,
+            layout=strategy.layout,
             observer=None,
             state=self.state,
         )
@@ -158,7 +158,7 @@ class ClientSide:
                     count += 1
 
     def end(self, number: int, scores: Tensor | None) -> bytes:
-        """The message that closes a round; see `Closing`.
+        """The message that closes a round; see `RoundEnd`.
 
         Args:
             scores: [C]; None sends none.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.batches import Batch
-from sluiceway.core.seeds import mix
-from sluiceway.split.client import ClientSide
+from sluiceway.core.seeds import derive_seed
+from sluiceway.split.client import SplitClient
 from sluiceway.split.errors import WireError
 from sluiceway.split.header import BatchId
 from sluiceway.strategies import Strategy
@@ -20,7 +20,7 @@ class Away(WireError):
     """A client that cannot be reached; the round goes on without it."""
 
 
-class Party(Protocol):
+class ClientProxy(Protocol):
     """A client of the run; every method may raise `Away`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Party(Protocol):
     size: int
 
     def rate(self) -> bytes:
-        """Its message of scores before the first round; see `ClientSide.rate`."""
+        """Its message of scores before the first round; see `SplitClient.rate`."""
         ...
 
     def begin(self, number: int, opening: bytes, mask: Tensor | None) -> None:
@@ -72,7 +72,7 @@ class Party(Protocol):
         ...
 
 
-class Here:
+class LocalClient:
     """A client of this process.
 
     Args:
@@ -81,7 +81,7 @@ class Here:
         seed: of the whole run.
     """
 
-    def __init__(self, side: ClientSide, strategy: Strategy, seed: int) -> None:
+    def __init__(self, side: SplitClient, strategy: Strategy, seed: int) -> None:
         self.side, self.strategy, self.seed = side, strategy, seed
         self.number = side.number
         self.size = len(side.examples)
@@ -122,4 +122,4 @@ class Here:
 
 def generator(seed: int, number: int, client: int) -> torch.Generator:
     """What shuffles and augments a client's batches of round `number`."""
-    return torch.Generator().manual_seed(mix(seed, number, client))
+    return torch.Generator().manual_seed(derive_seed(seed, number, client))

@@ -2,7 +2,8 @@
 
 A compressor is both ends of it: the client calls `up` and `open_gradient`, the server `open` and
 `down`. What crosses is decided by one method, `places`; all else is common. Both sides remember a
-`Ticket` per batch, so that a gradient repeats no mask and cannot be taken for another batch's.
+`BatchContext` per batch, so that a gradient repeats no mask and cannot be taken for another
+batch's.
 
 Rounding is straight-through: the gradient of a rounded value is taken as that of the value itself.
 A value that did not cross is zero on the server, and its gradient zero on the client: that is the
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from sluiceway.split.feedback import ErrorFeedback
 from sluiceway.split.header import LIMIT, BatchId, Expected, message_bytes
 from sluiceway.split.packing import (
+    BatchContext,
     Smashed,
-    Ticket,
     pack_gradient,
     pack_smashed,
     unpack_gradient,
     unpack_smashed,
 )
-from sluiceway.split.selection import KeptChannels, Places
+from sluiceway.split.selection import KeptChannels, Selection
 from sluiceway.strategies.base import PARAMETERS
 
 Quantize = Literal["none", "fp16", "int8", "int4"]
@@ -88,7 +89,7 @@ class Compressor:
         """Channels, or elements of an example, that cross of [B, C, ...] without a mask."""
         return shape[1]
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
+    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         """What of A crosses. The one thing that a new method must say."""
         if mask is not None:
             raise ValueError(f"mask: {self.name} chooses no channels")
@@ -101,7 +102,7 @@ class Compressor:
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         training: bool = True,
-    ) -> tuple[bytes, Ticket]:
+    ) -> tuple[bytes, BatchContext]:
         """The client's message.
 
         Args:
@@ -139,7 +140,7 @@ class Compressor:
         expected = Expected(shape, batch, self.codec, self.elements, labels, classes)
         return unpack_smashed(message, self.limit, expected, device)
 
-    def down(self, grad: Tensor, ticket: Ticket) -> bytes:
+    def down(self, grad: Tensor, ticket: BatchContext) -> bytes:
         """The server's message: the gradient by what crossed, and by nothing else.
 
         Args:
@@ -159,7 +160,7 @@ class Compressor:
         )
 
     def open_gradient(
-        self, message: bytes, ticket: Ticket, device: str | torch.device = "cpu"
+        self, message: bytes, ticket: BatchContext, device: str | torch.device = "cpu"
     ) -> Tensor:
         """The client's reading of it, for `A.backward(gradient)`.
 
@@ -224,5 +225,5 @@ class Channels(Compressor):
 
     name: ClassVar[str] = "channels"
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
+    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool) if mask is None else mask)

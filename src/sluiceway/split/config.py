@@ -14,7 +14,7 @@ from sluiceway.split.compress import Compressor
 
 
 @dataclass(frozen=True)
-class Terms:
+class SplitConfig:
     """What both sides know before the first step.
 
     Attributes:
@@ -51,7 +51,7 @@ def batch_sizes(examples: int, training: Optimisation, smallest: int) -> list[in
 
     Args:
         examples: how many it holds.
-        smallest: see `Halves`.
+        smallest: see `SplitModel`.
     """
     whole, rest = divmod(examples, training.batch_size)
     last = [rest] if rest >= max(smallest, 1) else []

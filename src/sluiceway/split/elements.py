@@ -12,7 +12,7 @@ from torch import Tensor
 from sluiceway.channels import share_count
 from sluiceway.split.compress import Compressor
 from sluiceway.split.header import BatchId
-from sluiceway.split.selection import KeptElements, Places
+from sluiceway.split.selection import KeptElements, Selection
 from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
 
@@ -31,7 +31,7 @@ class TopK(Compressor):
     def kept(self, shape: tuple[int, ...]) -> int:
         return share_count(self.share, prod(shape[1:]))
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
+    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         if mask is not None:
             raise ValueError(f"mask: {self.name} chooses no channels")
         return KeptElements(top_elements(A, self.kept(tuple(A.shape))))
@@ -50,7 +50,7 @@ class RandTopK(TopK):
     alpha: float = Field(default=0.1, ge=0, le=1)
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Places:
+    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         if not training or mask is not None:
             return super().places(A, batch, mask, training)
         picked = with_outsiders(A, self.kept(tuple(A.shape)), self.alpha, (self.seed, *batch))

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, labels_of
 from sluiceway.core.evaluation import BATCH, Evaluation
-from sluiceway.split.config import Terms
+from sluiceway.split.config import SplitConfig
 from sluiceway.split.header import BatchId
 from sluiceway.split.mask_selector import ALL
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SplitEvaluation:
     """What the test set says.
 
     Attributes:
@@ -43,7 +43,7 @@ class Verdict:
         )
 
 
-class Judge:
+class Evaluator:
     """Evaluates on the global test set.
 
     Args:
@@ -51,7 +51,7 @@ class Judge:
         terms: what both sides know.
     """
 
-    def __init__(self, test: Examples, terms: Terms) -> None:
+    def __init__(self, test: Examples, terms: SplitConfig) -> None:
         self.test, self.terms = test, terms
         self.classes = int(labels_of(test).max()) + 1 if len(test) else 0
 
@@ -62,7 +62,7 @@ class Judge:
         middle: nn.Module,
         tail: nn.Module | None,
         masks: Mapping[int, Tensor | None],
-    ) -> Verdict:
+    ) -> SplitEvaluation:
         """The verdict with these masks, [C] bool or None, by client or for `ALL`.
 
         The front runs once for all masks, and equal masks are evaluated once. Leaves the layers in
@@ -87,7 +87,9 @@ class Judge:
             logits = middle(values)
             full += self._counts(logits if tail is None else tail(logits), batch.labels)
         found |= dict.fromkeys(whole, full)
-        return Verdict({client: found[key_of(mask)] for client, mask in masks.items()}, full)
+        return SplitEvaluation(
+            {client: found[key_of(mask)] for client, mask in masks.items()}, full
+        )
 
     def _loses(self, mask: Tensor | None) -> bool:
         """Whether anything is dropped or rounded on its way."""

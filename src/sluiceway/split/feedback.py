@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sluiceway.split.packing import Ticket
+from sluiceway.split.packing import BatchContext
 
 
 class ErrorFeedback:
@@ -35,7 +35,7 @@ class ErrorFeedback:
     def send(
         self,
         grad: Tensor,
-        ticket: Ticket,
+        ticket: BatchContext,
         pack: Callable[[Tensor], bytes],
         opened: Callable[[bytes], Tensor],
     ) -> bytes:

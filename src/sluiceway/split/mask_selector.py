@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sluiceway import channels
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.split.config import joined
 from sluiceway.split.methods import ChannelChoice
 from sluiceway.split.scorers import Fixed
@@ -18,7 +18,7 @@ from sluiceway.strategies.base import unprefixed
 ALL = -1
 
 
-class Masks:
+class MaskSelector:
     """The masks of a run, and the scores they come from.
 
     Args:
@@ -43,7 +43,7 @@ class Masks:
         self.crossing = self.merged and choice is not None and choice.sends_scores
         keys = [] if choice is None else [ALL] if self.merged else range(len(sizes))
         self.choosers = {key: choice.chooser(count, nbytes) for key in keys if choice is not None}
-        self.drawn = {key: Fixed(count, mix(seed, key + 1)).drawn for key in keys}
+        self.drawn = {key: Fixed(count, derive_seed(seed, key + 1)).drawn for key in keys}
         self.scores: dict[int, Tensor] = {}
         self.ahead = choice is not None and choice.warmup == 0
 

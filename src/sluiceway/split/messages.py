@@ -19,7 +19,7 @@ CLOSING: Final = ("model", "extra", "scores", "counts", "loss")
 RATING: Final = ("scores",)
 
 
-def read_opening(message: bytes, number: int, channels: int) -> tuple[Broadcast, Tensor | None]:
+def read_round_start(message: bytes, number: int, channels: int) -> tuple[Broadcast, Tensor | None]:
     """The server's message: layers and what goes with them, and a merged mask if it has one.
 
     Args:
@@ -48,7 +48,7 @@ def read_opening(message: bytes, number: int, channels: int) -> tuple[Broadcast,
 
 
 @dataclass(frozen=True)
-class Closing:
+class RoundEnd:
     """What a client sends at the end of a round.
 
     Attributes:
@@ -65,7 +65,7 @@ class Closing:
     loss: tuple[int, float]
 
 
-def read_closing(message: bytes, client: int, number: int, channels: int) -> Closing:
+def read_round_end(message: bytes, client: int, number: int, channels: int) -> RoundEnd:
     """The client's message.
 
     Args:
@@ -83,7 +83,7 @@ def read_closing(message: bytes, client: int, number: int, channels: int) -> Clo
     integer(facts, "examples", where)
     counts = {name: count_of(name, tensor, where) for name, tensor in parts["counts"].items()}
     scores = scores_of(parts, channels, where)
-    return Closing(parts["model"], parts["extra"], scores, counts, loss_of(parts, where))
+    return RoundEnd(parts["model"], parts["extra"], scores, counts, loss_of(parts, where))
 
 
 def count_of(name: str, tensor: Tensor, where: str) -> int:
@@ -109,7 +109,7 @@ def loss_of(parts: Mapping[str, Mapping[str, Tensor]], where: str) -> tuple[int,
     return int(parts["loss"]["examples"]), float(parts["loss"]["sum"])
 
 
-def read_rating(message: bytes, client: int, channels: int) -> Tensor | None:
+def read_initial_scores(message: bytes, client: int, channels: int) -> Tensor | None:
     """The message of a client that rated its channels before the first round.
 
     Args:

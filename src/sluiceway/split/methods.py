@@ -20,7 +20,7 @@ from sluiceway.channels import ChannelChooser
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.elements import RandTopK, TopK
-from sluiceway.split.scorers import Fixed, LabelAware, MeanGradientScore, MeanScore, Meter
+from sluiceway.split.scorers import ChannelScorer, Fixed, LabelAware, MeanGradientScore, MeanScore
 from sluiceway.strategies.base import PARAMETERS
 
 
@@ -57,7 +57,7 @@ class ChannelChoice(Channels):
     #: Whether clients must send their scores for a merged mask.
     sends_scores: ClassVar[bool] = True
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         """A client's meter for `count` channels and `classes` labels."""
         raise NotImplementedError(f"{type(self).__name__} must say how channels are rated")
 
@@ -114,7 +114,7 @@ class ACPSL(ChannelChoice):
     grid: int = Field(default=4, ge=1, le=1024)
     memory: float = Field(default=0.9, ge=0, le=1)
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         forms = {
             "fisher": channels.fisher,
             "between": channels.between,
@@ -131,7 +131,7 @@ class RandomChannels(ChannelChoice):
     name: ClassVar[str] = "random"
     sends_scores: ClassVar[bool] = False
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return Fixed(count, seed)
 
 
@@ -141,7 +141,7 @@ class L1Channels(ChannelChoice):
 
     name: ClassVar[str] = "l1"
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanScore(channels.l1)
 
 
@@ -151,7 +151,7 @@ class StdChannels(ChannelChoice):
 
     name: ClassVar[str] = "std"
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanScore(channels.std)
 
 
@@ -161,7 +161,7 @@ class EntropyChannels(ChannelChoice):
 
     name: ClassVar[str] = "entropy"
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanScore(channels.entropy)
 
 
@@ -175,7 +175,7 @@ class TaylorChannels(ChannelChoice):
     name: ClassVar[str] = "taylor"
     warmup: int = Field(default=1, ge=1, le=1_000_000)
 
-    def meter(self, count: int, classes: int, seed: int) -> Meter:
+    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanGradientScore(channels.taylor)
 
 

@@ -1,7 +1,8 @@
 """Smashed data and the gradients that return, as messages; the format is told in `header`.
 
 The same packing runs wherever a run executes, so that bytes are counted from what would really
-cross. Both sides remember a `Ticket` per batch: it opens the gradient of that batch and no other.
+cross. Both sides remember a `BatchContext` per batch: it opens the gradient of that batch and no
+other.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sluiceway.split.quantise import codec_named, decode, encode
 from sluiceway.split.selection import (
     NOTHING,
     KeptElements,
-    Places,
+    Selection,
     channels_from,
     elements_from,
     to_bytes,
@@ -29,7 +30,7 @@ _UINT32: Final = 1 << 32
 
 
 @dataclass(frozen=True, eq=False)
-class Ticket:
+class BatchContext:
     """What both sides remember of a batch until its gradient has returned.
 
     Attributes:
@@ -40,7 +41,7 @@ class Ticket:
 
     batch: BatchId
     shape: tuple[int, ...]
-    places: Places
+    places: Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +57,12 @@ class Smashed:
 
     values: Tensor
     labels: Tensor | None
-    ticket: Ticket
+    ticket: BatchContext
 
 
 def pack_smashed(
-    A: Tensor, places: Places, batch: BatchId, codec: str = "none", labels: Tensor | None = None
-) -> tuple[bytes, Ticket]:
+    A: Tensor, places: Selection, batch: BatchId, codec: str = "none", labels: Tensor | None = None
+) -> tuple[bytes, BatchContext]:
     """Pack what is kept of smashed data.
 
     Args:
@@ -78,12 +79,12 @@ def pack_smashed(
     Raises:
         ValueError: a shape does not fit, a number is out of range, or there is no such codec.
     """
-    ticket = Ticket(batch, tuple(A.shape), places)
+    ticket = BatchContext(batch, tuple(A.shape), places)
     written = None if labels is None else _labels(labels, len(A))
     return _pack(A, ticket, codec, False, written), ticket
 
 
-def pack_gradient(grad: Tensor, ticket: Ticket, codec: str = "none") -> bytes:
+def pack_gradient(grad: Tensor, ticket: BatchContext, codec: str = "none") -> bytes:
     """Pack the gradient by smashed data, of what was kept alone.
 
     Args:
@@ -124,20 +125,20 @@ def unpack_smashed(
     first, second, _ = header.sections
     first, second = HEADER_BYTES + first, HEADER_BYTES + first + second
     labels = _read_labels(data[HEADER_BYTES:first], header, expected)
-    places: Places
+    places: Selection
     if header.elements:
         places = elements_from(data[first:second], header.shape, header.kept, header.places)
     else:
         places = channels_from(data[first:second], header.shape[1], header.kept, header.places)
     device = torch.device(device)
     values = places.spread(decode(data[second:], header.groups, header.codec, device), header.shape)
-    ticket = Ticket(header.batch, header.shape, places)
+    ticket = BatchContext(header.batch, header.shape, places)
     return Smashed(values, None if labels is None else labels.to(device), ticket)
 
 
 def unpack_gradient(
     message: bytes | memoryview,
-    ticket: Ticket,
+    ticket: BatchContext,
     limit: int = LIMIT,
     codec: str | None = None,
     device: str | torch.device = "cpu",
@@ -170,7 +171,7 @@ def unpack_gradient(
 
 
 def _pack(
-    A: Tensor, ticket: Ticket, codec: str, gradient: bool, labels: np.ndarray | None
+    A: Tensor, ticket: BatchContext, codec: str, gradient: bool, labels: np.ndarray | None
 ) -> bytes:
     """The message of one direction."""
     shape, places = ticket.shape, ticket.places

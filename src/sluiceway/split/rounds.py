@@ -14,14 +14,14 @@ from sluiceway.core.messages import WireError, message_of
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.round_loop import Record
 from sluiceway.errors import line
-from sluiceway.moe import Anatomy
-from sluiceway.split.client_proxy import Away, Party
+from sluiceway.moe import MoELayout
+from sluiceway.split.client_proxy import Away, ClientProxy
 from sluiceway.split.config import batch_sizes, client_layers, counts_in
-from sluiceway.split.evaluation import Judge
-from sluiceway.split.mask_selector import ALL, Masks
-from sluiceway.split.messages import read_closing, read_rating
+from sluiceway.split.evaluation import Evaluator
+from sluiceway.split.mask_selector import ALL, MaskSelector
+from sluiceway.split.messages import read_initial_scores, read_round_end
 from sluiceway.split.schedules import Traffic, side_by_side
-from sluiceway.split.server import ServerSide
+from sluiceway.split.server import SplitServer
 from sluiceway.strategies import FedAvg, Strategy, Update
 
 
@@ -45,7 +45,7 @@ class SplitRecord(Record):
 
 
 @dataclass
-class Split:
+class SplitLoop:
     """A split run, as `setup.build` makes it.
 
     Attributes:
@@ -69,12 +69,12 @@ class Split:
     front: nn.Sequential
     back: nn.Sequential
     tail: nn.Sequential | None
-    parties: Sequence[Party]
-    servers: dict[int, ServerSide]
-    masks: Masks
+    parties: Sequence[ClientProxy]
+    servers: dict[int, SplitServer]
+    masks: MaskSelector
     strategy: Strategy
     form: str
-    judge: Judge
+    judge: Evaluator
     label_counts: Tensor
     channels: int
     crossing: int
@@ -84,7 +84,7 @@ class Split:
     losses: list[tuple[int, float]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def play(self, number: int, chosen: Sequence[int]) -> SplitRecord:
+    def run_round(self, number: int, chosen: Sequence[int]) -> SplitRecord:
         """Round `number` with the chosen clients."""
         began = time.perf_counter()
         self.traffic, self.refused, self.losses, self.counts = Traffic(), {}, [], {}
@@ -95,22 +95,22 @@ class Split:
         # In sequence each client is a group of its own, whose average is its front: handed on.
         for group in [[p] for p in parties] if self.form == "sequential" else [parties]:
             self.train(number, group)
-        self.settle(chosen)
+        self.commit(chosen)
         return self.recorded(number, chosen, began)
 
-    def rate(self, party: Party) -> None:
+    def rate(self, party: ClientProxy) -> None:
         """Take a client's scores before the first round; without masks of their own they cross."""
         try:
             message = party.rate()
             if self.masks.crossing:
                 self.traffic.up += len(message)
-            scores = read_rating(message, party.number, self.crossing)
+            scores = read_initial_scores(message, party.number, self.crossing)
             if scores is not None:
                 self.masks.rate(party.number, scores)
         except WireError as error:
             self.refused[party.number] = str(error)
 
-    def train(self, number: int, parties: Sequence[Party]) -> None:
+    def train(self, number: int, parties: Sequence[ClientProxy]) -> None:
         """Clients train on the server's newest layers; then theirs are averaged."""
         there = self.begun(number, parties)
         sizes = {
@@ -129,7 +129,7 @@ class Split:
             self.average_copies([p for p in there if p.number not in self.refused])
         self.strategy.aggregate(self.closed(number, there))
 
-    def begun(self, number: int, parties: Sequence[Party]) -> list[Party]:
+    def begun(self, number: int, parties: Sequence[ClientProxy]) -> list[ClientProxy]:
         """Those of the clients that could be sent the layers."""
         opening, there = self.opening(number), []
         for party in parties:
@@ -150,7 +150,7 @@ class Split:
             parts["mask"] = {"kept": mask}
         return message_of(parts, {"round": number})
 
-    def closed(self, number: int, parties: Sequence[Party]) -> list[Update]:
+    def closed(self, number: int, parties: Sequence[ClientProxy]) -> list[Update]:
         """The layers of the clients whose round stands, at its end."""
         updates = []
         for party in parties:
@@ -165,11 +165,11 @@ class Split:
                 updates.append(update)
         return updates
 
-    def update_of(self, number: int, party: Party) -> Update:
+    def update_of(self, number: int, party: ClientProxy) -> Update:
         """A client's layers at the end of its round; scores, losses and counts are noted."""
         message, scores = party.end(number, self.masks.crossing)
         self.traffic.up += len(message)
-        found = read_closing(message, party.number, number, self.crossing)
+        found = read_round_end(message, party.number, number, self.crossing)
         if found.scores is not None:
             scores = found.scores
         if strange := sorted(set(found.counts) - set(self.counted())):
@@ -188,21 +188,21 @@ class Split:
         return counts_in(client_layers(self.front, self.tail))
 
     @torch.no_grad()
-    def average_copies(self, parties: Sequence[Party]) -> None:
+    def average_copies(self, parties: Sequence[ClientProxy]) -> None:
         """Average the server's copies that trained, by examples; every client's starts from it.
 
         Optimisers, and BatchNorm's counts of batches, stay with the copies.
         """
         averaged = exchanged(self.back)
         strategy = FedAvg()
-        strategy.setup(averaged, Anatomy(()), len(parties))
+        strategy.setup(averaged, MoELayout(()), len(parties))
         strategy.aggregate(
             Update(p.number, 0, p.size, exchanged(self.servers[p.number].back)) for p in parties
         )
         for layers in (self.back, *(server.back for server in self.servers.values())):
             write(exchanged(layers), strategy.tensors)
 
-    def settle(self, chosen: Sequence[int]) -> None:
+    def commit(self, chosen: Sequence[int]) -> None:
         """Write what was averaged into the global layers, which are the model's own."""
         write(exchanged(client_layers(self.front, self.tail)), self.strategy.tensors)
         for name, buffer in self.counted().items():

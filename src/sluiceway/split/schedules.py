@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sluiceway.core.signals import check_stop
-from sluiceway.split.client_proxy import Away, Party
+from sluiceway.split.client_proxy import Away, ClientProxy
 from sluiceway.split.header import BatchId
 from sluiceway.split.packing import Smashed
-from sluiceway.split.server import ServerSide
+from sluiceway.split.server import SplitServer
 
 #: "sequential": clients take turns on one front and one back. "parallel": every client has a
 #: front, all share one back, which steps on their batches together (SFL-V2). "copies": every
@@ -28,10 +28,10 @@ class Traffic:
 
 
 def side_by_side(
-    parties: Sequence[Party],
+    parties: Sequence[ClientProxy],
     number: int,
     sizes: Mapping[int, Sequence[int]],
-    server: ServerSide,
+    server: SplitServer,
     traffic: Traffic,
     *,
     tails: bool,
@@ -51,7 +51,7 @@ def side_by_side(
     """
     out: dict[int, str] = {}
     done = dict.fromkeys(sizes, 0)
-    asking = Asking(parties, traffic, tails)
+    asking = TailExchange(parties, traffic, tails)
     for chosen in spread([len(sizes[party.number]) for party in parties]):
         check_stop()
         taking_part = [parties[i] for i in chosen if parties[i].number not in out]
@@ -92,10 +92,10 @@ def noting(out: dict[int, str], name: BatchId) -> Iterator[None]:
 
 
 def incoming(
-    parties: Sequence[Party],
+    parties: Sequence[ClientProxy],
     names: Mapping[int, BatchId],
-    server: ServerSide,
-    asking: Asking,
+    server: SplitServer,
+    asking: TailExchange,
 ) -> dict[int, Smashed | str]:
     """What each client sent, or why it cannot be trained on."""
     found: dict[int, Smashed | str] = {}
@@ -128,10 +128,10 @@ def spread(counts: Sequence[int]) -> Iterator[list[int]]:
         ]
 
 
-class Asking:
+class TailExchange:
     """Carries what the server made of a batch to its client's tail, and the gradient back."""
 
-    def __init__(self, parties: Sequence[Party], traffic: Traffic, tails: bool) -> None:
+    def __init__(self, parties: Sequence[ClientProxy], traffic: Traffic, tails: bool) -> None:
         self.parties = {party.number: party for party in parties}
         self.traffic = traffic
         self.tails = tails

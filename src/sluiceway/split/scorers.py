@@ -12,7 +12,7 @@ from sluiceway import channels
 from sluiceway.channels import ClassStatistics
 
 
-class Meter(Protocol):
+class ChannelScorer(Protocol):
     """Rates channels on one client, which has the labels in every form of training."""
 
     def watch(self, A: Tensor, labels: Tensor) -> None:

@@ -22,7 +22,7 @@ NOTHING, BITS, INDEX16, INDEX32 = range(4)
 _INDEX: Final = {INDEX16: "<u2", INDEX32: "<u4"}
 
 
-class Places(Protocol):
+class Selection(Protocol):
     """What is kept of smashed data [B, C, ...]: the common face of both kinds."""
 
     @property
@@ -153,7 +153,7 @@ def places_bytes(shape: tuple[int, ...], kept: int, elements: bool, code: int) -
     return rows * per_row[code]
 
 
-def to_bytes(places: Places, shape: tuple[int, ...], code: int) -> bytes:
+def to_bytes(places: Selection, shape: tuple[int, ...], code: int) -> bytes:
     """The places of data of this shape, written as `code` says."""
     if code == NOTHING:
         return b""

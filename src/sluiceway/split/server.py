@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sluiceway.core.guards import finite
 from sluiceway.core.parameters import frozen_modules
 from sluiceway.split.config import (
-    Terms,
+    SplitConfig,
     load_optimiser,
     optimiser_of,
     optimiser_state,
@@ -21,7 +21,7 @@ from sluiceway.split.header import BatchId
 from sluiceway.split.packing import Smashed
 
 
-class ServerSide:
+class SplitServer:
     """The server's layers and their optimiser, which lives as long as the run.
 
     Args:
@@ -30,7 +30,7 @@ class ServerSide:
         smallest: steps on fewer examples are left out, 1 for none.
     """
 
-    def __init__(self, back: nn.Module, terms: Terms, smallest: int = 1) -> None:
+    def __init__(self, back: nn.Module, terms: SplitConfig, smallest: int = 1) -> None:
         self.back = back
         self.still = frozen_modules(back)
         self.terms = terms

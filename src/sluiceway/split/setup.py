@@ -15,24 +15,24 @@ from sluiceway.core.evaluation import label_counts
 from sluiceway.core.messages import message_of
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.round_loop import Rounds
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
-from sluiceway.moe import Anatomy
-from sluiceway.split.client import ClientSide
-from sluiceway.split.client_proxy import Here, Party
+from sluiceway.moe import MoELayout
+from sluiceway.split.client import SplitClient
+from sluiceway.split.client_proxy import ClientProxy, LocalClient
 from sluiceway.split.compress import Compressor
-from sluiceway.split.config import Terms, client_layers, counts_in
+from sluiceway.split.config import SplitConfig, client_layers, counts_in
 from sluiceway.split.cut import cut
-from sluiceway.split.evaluation import Judge
-from sluiceway.split.mask_selector import ALL, Masks
+from sluiceway.split.evaluation import Evaluator
+from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.methods import ChannelChoice
-from sluiceway.split.rounds import Split
-from sluiceway.split.scorers import Meter
-from sluiceway.split.server import ServerSide
+from sluiceway.split.rounds import SplitLoop
+from sluiceway.split.scorers import ChannelScorer
+from sluiceway.split.server import SplitServer
 from sluiceway.strategies import Strategy
 
 
-class Halves(NamedTuple):
+class SplitModel(NamedTuple):
     """A cut network, as the method trains it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Halves(NamedTuple):
     smallest: tuple[int, int]
 
 
-class Ground(NamedTuple):
+class SharedSetup(NamedTuple):
     """What both sides of a run make alike, each for itself.
 
     Attributes:
@@ -63,24 +63,24 @@ class Ground(NamedTuple):
         seed: of the whole run.
     """
 
-    halves: Halves
-    terms: Terms
+    halves: SplitModel
+    terms: SplitConfig
     strategy: Strategy
     choice: ChannelChoice | None
     seed: int
 
-    def meter(self, number: int) -> Meter | None:
+    def meter(self, number: int) -> ChannelScorer | None:
         """A client's meter; None for a method that rates no channels."""
         if self.choice is None:
             return None
         own = self.choice.masks == "client"
-        seed = mix(self.seed, number) if own else self.seed
+        seed = derive_seed(self.seed, number) if own else self.seed
         return self.choice.meter(self.halves.shape[0], self.terms.classes, seed)
 
-    def side(self, number: int, examples: Examples, meter: Meter | None) -> ClientSide:
+    def side(self, number: int, examples: Examples, meter: ChannelScorer | None) -> SplitClient:
         """A client with its layers."""
         h = self.halves
-        return ClientSide(number, examples, h.front, h.tail, self.terms, meter, h.smallest[0])
+        return SplitClient(number, examples, h.front, h.tail, self.terms, meter, h.smallest[0])
 
 
 def ground(
@@ -97,7 +97,7 @@ def ground(
     training: Optimisation,
     loss: Loss,
     device: torch.device,
-) -> Ground:
+) -> SharedSetup:
     """Cut the model and settle what both sides know.
 
     Args:
@@ -108,21 +108,21 @@ def ground(
     """
     halves = halve(model.to(device), cut_at, tail_at, example, method)
     require_trainable(halves, training)
-    terms = Terms(training, method, rounding_of(method), loss, halves.shape, classes, device)
-    strategy.setup(exchanged_by_clients(halves), Anatomy(()), clients)
+    terms = SplitConfig(training, method, rounding_of(method), loss, halves.shape, classes, device)
+    strategy.setup(exchanged_by_clients(halves), MoELayout(()), clients)
     choice = method if isinstance(method, ChannelChoice) else None
-    return Ground(halves, terms, strategy, choice, seed)
+    return SharedSetup(halves, terms, strategy, choice, seed)
 
 
 def build(
-    made: Ground,
+    made: SharedSetup,
     plan: Rounds,
     form: str,
     test: Examples,
     counts: Tensor,
-    parties: Sequence[Party],
-    meters: Sequence[Meter | None],
-) -> Split:
+    parties: Sequence[ClientProxy],
+    meters: Sequence[ChannelScorer | None],
+) -> SplitLoop:
     """The server's side of a run.
 
     Args:
@@ -136,14 +136,14 @@ def build(
     """
     halves, terms = made.halves, made.terms
     sizes = counts.sum(1).tolist()
-    taking_part = sorted(sizes, reverse=True)[: len(plan.chosen(1, holders(counts)))]
+    taking_part = sorted(sizes, reverse=True)[: len(plan.chosen(1, eligible(counts)))]
     per_client = layer_bytes(made.strategy, halves)
     cost = round_bytes(terms, halves.tail_shape, taking_part, per_client)
-    masks = Masks(made.choice, halves.shape[0], sizes, cost, plan.seed)
+    masks = MaskSelector(made.choice, halves.shape[0], sizes, cost, plan.seed)
     for number, meter in enumerate(meters):
         if meter is not None and (scores := meter.scores()) is not None:
             masks.rate(number, scores)
-    return Split(
+    return SplitLoop(
         front=halves.front,
         back=halves.back,
         tail=halves.tail,
@@ -152,7 +152,7 @@ def build(
         masks=masks,
         strategy=made.strategy,
         form=form,
-        judge=Judge(test, terms),
+        judge=Evaluator(test, terms),
         label_counts=counts,
         channels=halves.channels,
         crossing=halves.shape[0],
@@ -174,7 +174,7 @@ def here(
     training: Optimisation,
     loss: Loss,
     device: torch.device,
-) -> Split:
+) -> SplitLoop:
     """A run whose clients are all in this process; see `split_train`."""
     counts = label_counts(sets)
     if not counts.shape[1]:
@@ -195,13 +195,13 @@ def here(
     )
     meters = [made.meter(number) for number in range(len(sets))]
     parties = [
-        Here(made.side(i, examples, meter), strategy, plan.seed)
+        LocalClient(made.side(i, examples, meter), strategy, plan.seed)
         for i, (examples, meter) in enumerate(zip(sets, meters, strict=True))
     ]
     return build(made, plan, form, test, counts, parties, meters)
 
 
-def require_trainable(halves: Halves, training: Optimisation) -> None:
+def require_trainable(halves: SplitModel, training: Optimisation) -> None:
     """Raise ValueError if the layers can train on no batch at all."""
     if training.batch_size < max(halves.smallest):
         raise ValueError(
@@ -221,7 +221,7 @@ def rounding_of(method: Compressor) -> Compressor:
     )
 
 
-def holders(counts: Tensor) -> list[int]:
+def eligible(counts: Tensor) -> list[int]:
     """The clients that hold examples."""
     found: list[int] = counts.sum(1).nonzero().flatten().tolist()
     return found
@@ -234,7 +234,7 @@ def example_of(sets: Sequence[Examples], device: torch.device) -> Batch:
 
 def halve(
     model: nn.Module, cut_at: str, tail_at: str | None, example: Batch, method: Compressor
-) -> Halves:
+) -> SplitModel:
     """Cut the network once or twice, and try its parts on an example.
 
     Raises:
@@ -255,7 +255,7 @@ def halve(
     at_client = smallest_batch(front, example)
     if tail is not None:
         at_client = max(at_client, smallest_batch(tail, Batch(onward, example.labels)))
-    return Halves(
+    return SplitModel(
         front,
         back,
         tail,
@@ -285,21 +285,23 @@ def smallest_batch(layers: nn.Module, example: Batch) -> int:
     return 1
 
 
-def exchanged_by_clients(halves: Halves) -> dict[str, Tensor]:
+def exchanged_by_clients(halves: SplitModel) -> dict[str, Tensor]:
     """The initial values of what clients train, on the CPU."""
     layers = client_layers(halves.front, halves.tail)
     return {name: tensor.detach().cpu() for name, tensor in exchanged(layers).items()}
 
 
-def server_sides(halves: Halves, terms: Terms, form: str, clients: int) -> dict[int, ServerSide]:
+def server_sides(
+    halves: SplitModel, terms: SplitConfig, form: str, clients: int
+) -> dict[int, SplitServer]:
     """The server's side: one for `ALL`, or a copy for each client."""
     smallest = halves.smallest[1]
     if form != "copies":
-        return {ALL: ServerSide(halves.back, terms, smallest)}
-    return {i: ServerSide(copy.deepcopy(halves.back), terms, smallest) for i in range(clients)}
+        return {ALL: SplitServer(halves.back, terms, smallest)}
+    return {i: SplitServer(copy.deepcopy(halves.back), terms, smallest) for i in range(clients)}
 
 
-def layer_bytes(strategy: Strategy, halves: Halves) -> int:
+def layer_bytes(strategy: Strategy, halves: SplitModel) -> int:
     """Bytes per client and round of the messages that open and close it, at most.
 
     What a strategy's clients send beside the layers is taken to be as long as what it sends them.
@@ -312,13 +314,13 @@ def layer_bytes(strategy: Strategy, halves: Halves) -> int:
 
 
 def round_bytes(
-    terms: Terms, tail_shape: tuple[int, ...], sizes: Sequence[int], per_client: int
+    terms: SplitConfig, tail_shape: tuple[int, ...], sizes: Sequence[int], per_client: int
 ) -> Callable[[int], int]:
     """From a number of kept channels to the bytes of a round, both directions, at most.
 
     Args:
         terms: what both sides know.
-        tail_shape: see `Halves`.
+        tail_shape: see `SplitModel`.
         sizes: examples of the clients that take part.
         per_client: bytes of the messages that open and close a client's round.
     """

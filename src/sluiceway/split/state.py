@@ -12,11 +12,11 @@ from torch import Tensor
 from sluiceway.core.checkpoints import CheckpointError, Saved, require_same
 from sluiceway.errors import line
 from sluiceway.split.config import joined
-from sluiceway.split.rounds import Split
+from sluiceway.split.rounds import SplitLoop
 from sluiceway.strategies.base import unprefixed
 
 
-def state_of(split: Split) -> dict[str, dict[str, Tensor]]:
+def state_of(split: SplitLoop) -> dict[str, dict[str, Tensor]]:
     """Everything that the next round depends on, by file; tensors are not copied."""
     own = {key: s.back for key, s in split.servers.items() if s.back is not split.back}
     links = {"cut": split.judge.terms.link, "tail": split.judge.terms.tail_link}
@@ -31,7 +31,7 @@ def state_of(split: Split) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def restore(split: Split, saved: Saved) -> None:
+def restore(split: SplitLoop, saved: Saved) -> None:
     """Put a run back as it was after a round. Raises CheckpointError."""
     now = state_of(split)
     state = {file: saved.tensors(file) for file in now}
@@ -58,7 +58,7 @@ def restore(split: Split, saved: Saved) -> None:
         raise CheckpointError(f"checkpoint {saved.folder} is of another run ({why})") from error
 
 
-def layers_of(split: Split) -> dict[str, Tensor]:
+def layers_of(split: SplitLoop) -> dict[str, Tensor]:
     """Parameters and buffers of the global network, by their names in the model."""
     parts = [part for part in (split.front, split.back, split.tail) if part is not None]
     return {name: tensor for part in parts for name, tensor in part.state_dict().items()}

@@ -15,14 +15,14 @@ from sluiceway.core.checkpoints import Checkpoint, Snapshot
 from sluiceway.core.guards import Diverged, TooFewUpdates, finite
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.round_loop import Result, Rounds
-from sluiceway.core.seeds import mix
+from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
 from sluiceway.core.signals import check_stop
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
-from sluiceway.split.rounds import Split, SplitRecord
+from sluiceway.split.rounds import SplitLoop, SplitRecord
 from sluiceway.split.schedules import FORMS
-from sluiceway.split.setup import here, holders
+from sluiceway.split.setup import eligible, here
 from sluiceway.split.state import restore, state_of
 from sluiceway.strategies import FedAvg, Strategy
 
@@ -114,14 +114,14 @@ def split_train(
 
 
 def run(
-    built: Split,
+    built: SplitLoop,
     plan: Rounds,
     on_start: Callable[[], None],
     on_round: Callable[[SplitRecord], None],
     checkpoint: Checkpoint | None,
 ) -> Result:
     """Play the rounds that are left."""
-    with_examples = holders(built.label_counts)
+    with_examples = eligible(built.label_counts)
     plan.check(with_examples)
     result = Result(
         empty=[p.number for p in built.parties if p.number not in with_examples],
@@ -135,8 +135,8 @@ def run(
     with checkpoint.guarding() if checkpoint else contextlib.nullcontext():
         for number in range(len(result.records) + 1, plan.rounds + 1):
             check_stop()
-            torch.manual_seed(mix(plan.seed, number))
-            record = built.play(number, plan.chosen(number, with_examples))
+            torch.manual_seed(derive_seed(plan.seed, number))
+            record = built.run_round(number, plan.chosen(number, with_examples))
             tensors = trained(built)
             require(record, tensors, plan.min_clients)
             result.records.append(record)
@@ -190,7 +190,7 @@ def made(method: Compressor | str) -> Compressor:
     return METHODS[method]()
 
 
-def trained(built: Split) -> dict[str, torch.Tensor]:
+def trained(built: SplitLoop) -> dict[str, torch.Tensor]:
     """The global network's trained tensors by their names in the model, copied to the CPU."""
     parts = [part for part in (built.front, built.back, built.tail) if part is not None]
     return {n: t.detach().cpu().clone() for part in parts for n, t in exchanged(part).items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from sluiceway.strategies.base import (
     Broadcast,
-    Client,
+    LocalContext,
     RunningMean,
     Strategy,
     Update,
@@ -55,13 +55,13 @@ __all__ = [
     "ROBUST",
     "STRATEGIES",
     "Broadcast",
-    "Client",
     "FedAdam",
     "FedAlignMoE",
     "FedAvg",
     "FedMoE",
     "FedProx",
     "FrozenGate",
+    "LocalContext",
     "Median",
     "NonExpert",
     "NormClipping",

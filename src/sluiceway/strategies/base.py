@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from sluiceway.moe import Anatomy, BlockRouting, NoExpertsError, Observer, Piece
+from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, Observer, ParamSlice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Update:
         client: number of the client, from 0.
         round: the round it answers.
         examples: how many training examples the client holds, > 0.
-        tensors: the trained values (not differences) by `Piece.key`; experts that saw no token
+        tensors: the trained values (not differences) by `ParamSlice.key`; experts that saw no token
             are absent. May be a lazy mapping over a file.
         routing: what the client measured per MoE block; empty for a dense model.
         extra: what the strategy's client half sends beside them.
@@ -71,7 +71,7 @@ class Update:
 
 
 @dataclass
-class Client:
+class LocalContext:
     """One client in one round, as its strategy's client half sees it.
 
     Attributes:
@@ -92,15 +92,15 @@ class Client:
     params: dict[str, nn.Parameter]
     received: Mapping[str, Tensor]
     broadcast: Broadcast
-    anatomy: Anatomy
+    layout: MoELayout
     observer: Observer | None
     state: dict[str, Tensor]
-    masters: dict[str, nn.Parameter] = field(default_factory=dict)
+    master_params: dict[str, nn.Parameter] = field(default_factory=dict)
     steps: int = 0
     scratch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.masters = self.masters or self.params
+        self.master_params = self.master_params or self.params
 
 
 class Strategy:
@@ -111,12 +111,12 @@ class Strategy:
     needs_experts: ClassVar[bool] = False
 
     tensors: dict[str, Tensor]
-    anatomy: Anatomy
+    layout: MoELayout
     clients: int
 
     # -- the server's half ---------------------------------------------------------------------
 
-    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
+    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
         """Take the initial values of all that is trained.
 
         Args:
@@ -127,16 +127,16 @@ class Strategy:
         Raises:
             NoExpertsError: the strategy needs experts and the model has none.
         """
-        if self.needs_experts and not anatomy.blocks:
+        if self.needs_experts and not layout.blocks:
             raise NoExpertsError(
                 f"method {self.name} needs a mixture-of-experts model, and this one is dense; "
                 "give a MoE model, or upcycle a dense one (model.experts = 8)"
             )
         self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.anatomy = anatomy
+        self.layout = layout
         self.clients = clients
-        self.pieces: tuple[Piece, ...] = anatomy.pieces(self.tensors)
-        owned = self.server_owned(anatomy)
+        self.pieces: tuple[ParamSlice, ...] = layout.pieces(self.tensors)
+        owned = self.server_owned(layout)
         self.shared_pieces = tuple(
             p for p in self.pieces if p.param not in owned and not self.private(p.param)
         )
@@ -183,11 +183,11 @@ class Strategy:
 
     # -- what is trained and what crosses ------------------------------------------------------
 
-    def trains(self, param: str, anatomy: Anatomy) -> bool:
+    def trains(self, param: str, layout: MoELayout) -> bool:
         """Whether the named parameter is trained at all."""
         return True
 
-    def server_owned(self, anatomy: Anatomy) -> frozenset[str]:
+    def server_owned(self, layout: MoELayout) -> frozenset[str]:
         """Parameters that clients receive and never train: only the server may change them."""
         return frozenset()
 
@@ -195,9 +195,9 @@ class Strategy:
         """Whether the named parameter stays with its client and never crosses."""
         return False
 
-    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
+    def sends(self, piece: ParamSlice, routing: Sequence[BlockRouting]) -> bool:
         """Whether a client with this routing sends the piece: all but experts without a token."""
-        owner = self.anatomy.owner(piece.key)
+        owner = self.layout.owner(piece.key)
         return owner is None or float(routing[owner[0]].load[owner[1]]) > 0
 
     def wants_regions(self) -> bool:
@@ -206,21 +206,21 @@ class Strategy:
 
     # -- the client's half ---------------------------------------------------------------------
 
-    def start(self, client: Client) -> None:
+    def start(self, client: LocalContext) -> None:
         """Called once the received values are in the model, before the first step."""
 
-    def penalty(self, client: Client) -> Tensor | None:
+    def penalty(self, client: LocalContext) -> Tensor | None:
         """A term that is added to the task loss of this step (scalar with graph), or None."""
         return None
 
-    def correct(self, client: Client) -> None:
+    def correct(self, client: LocalContext) -> None:
         """Called after backward, before clipping and the optimiser's step.
 
-        Gradients are in `client.masters`; it is not called for a step that is left out because
-        they overflowed.
+        Gradients are in `client.master_params`; it is not called for a step that is left out
+        because they overflowed.
         """
 
-    def finish(self, client: Client) -> Mapping[str, Tensor]:
+    def finish(self, client: LocalContext) -> Mapping[str, Tensor]:
         """What the update carries beside the model, at the end of local training."""
         return {}
 
@@ -251,7 +251,7 @@ class RunningMean:
         }
         self.total: dict[str, float | Tensor] = {}
 
-    def add(self, piece: Piece, value: Tensor | None, weight: float | Tensor) -> None:
+    def add(self, piece: ParamSlice, value: Tensor | None, weight: float | Tensor) -> None:
         """Count one client's value of one piece.
 
         Args:

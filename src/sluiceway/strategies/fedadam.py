@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import Anatomy
+from sluiceway.moe import MoELayout
 from sluiceway.strategies.base import PARAMETERS, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 
@@ -30,8 +30,8 @@ class FedAdam(FedAvg):
     beta2: float = Field(default=0.99, ge=0, lt=1)
     tau: float = Field(default=0.001, gt=0)
 
-    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
-        super().setup(tensors, anatomy, clients)
+    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
+        super().setup(tensors, layout, clients)
         self.first = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in tensors.items()}
         self.second = {name: torch.zeros_like(t) for name, t in self.first.items()}
 

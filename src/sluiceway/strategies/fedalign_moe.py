@@ -16,8 +16,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway import fedalign
-from sluiceway.moe import Adapter, Anatomy, Block, BlockStep, Piece, received_logits
-from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
+from sluiceway.moe import Adapter, Block, BlockStep, MoELayout, ParamSlice, received_logits
+from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 from sluiceway.strategies.matching import reordered
 
@@ -65,17 +65,17 @@ class FedAlignMoE(FedAvg):
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
 
-    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
-        super().setup(tensors, anatomy, clients)
+    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
+        super().setup(tensors, layout, clients)
         self.routing: list[Tensor] = []
         self.kept_share = 1.0
 
-    def trains(self, param: str, anatomy: Anatomy) -> bool:
-        frozen = self.gate == "frozen" and param in anatomy.gate_params
-        return not frozen and super().trains(param, anatomy)
+    def trains(self, param: str, layout: MoELayout) -> bool:
+        frozen = self.gate == "frozen" and param in layout.gate_params
+        return not frozen and super().trains(param, layout)
 
     def private(self, param: str) -> bool:
-        return self.gate == "local" and param in self.anatomy.gate_params
+        return self.gate == "local" and param in self.layout.gate_params
 
     def wants_regions(self) -> bool:
         return self.semantic or self.match == "meaning"
@@ -97,16 +97,16 @@ class FedAlignMoE(FedAvg):
         if not held:
             return
         if self.match == "meaning":
-            for block in self.anatomy.blocks:
+            for block in self.layout.blocks:
                 held = self.matched(held, block)
         self.rows = {update.client: row for row, update in enumerate(held)}
-        self.gate_weights = [self.client_weights(held, b) for b in range(len(self.anatomy.blocks))]
+        self.gate_weights = [self.client_weights(held, b) for b in range(len(self.layout.blocks))]
         self.routing = [
             fedalign.global_routing(w, stacked(held, b, "routing"))
             for b, w in enumerate(self.gate_weights)
         ]
         if self.semantic:
-            self.expert_weights = [self.semantic_weights(held, b) for b in self.anatomy.blocks]
+            self.expert_weights = [self.semantic_weights(held, b) for b in self.layout.blocks]
         super().aggregate(held)
 
     def matched(self, held: Sequence[Update], block: Block) -> list[Update]:
@@ -141,7 +141,7 @@ class FedAlignMoE(FedAvg):
             self.weights,
         )
 
-    def directions(self, held: Sequence[Update], pieces: Sequence[Piece]) -> Tensor:
+    def directions(self, held: Sequence[Update], pieces: Sequence[ParamSlice]) -> Tensor:
         """D(e), [N, N]: cosines between the clients' updates of one expert.
 
         Taken over evenly spread values of the expert, `sample` of them: all N updates are read
@@ -191,12 +191,12 @@ class FedAlignMoE(FedAvg):
             stride += 1
         return stride
 
-    def weight(self, update: Update, piece: Piece) -> float | Tensor:
-        owner = self.anatomy.owner(piece.key)
+    def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
+        owner = self.layout.owner(piece.key)
         if owner is not None and self.semantic:
             block, expert = owner
             return float(self.expert_weights[block][self.rows[update.client], expert])
-        block_of_gate = self.anatomy.gate_block(piece.param)
+        block_of_gate = self.layout.gate_block(piece.param)
         aligned = self.gate == "consistency" and (self.align or self.consistency)
         if block_of_gate is not None and aligned:
             return self.gate_weights[block_of_gate][self.rows[update.client]]
@@ -212,18 +212,18 @@ class FedAlignMoE(FedAvg):
 
     # -- the client's half ---------------------------------------------------------------------
 
-    def penalty(self, client: Client) -> Tensor | None:
+    def penalty(self, client: LocalContext) -> Tensor | None:
         if not self.align or self.lambda_ == 0 or client.observer is None:
             return None
         terms = [
             term
-            for block, step in zip(client.anatomy.blocks, client.observer.last, strict=True)
+            for block, step in zip(client.layout.blocks, client.observer.last, strict=True)
             if step is not None and step.logits.requires_grad
             if (term := self.block_penalty(client, block, step)) is not None
         ]
         return self.lambda_ * torch.stack(terms).mean() if terms else None
 
-    def block_penalty(self, client: Client, block: Block, step: BlockStep) -> Tensor | None:
+    def block_penalty(self, client: LocalContext, block: Block, step: BlockStep) -> Tensor | None:
         """L_reg of one MoE block in this step, scalar; None while there is nothing to align to."""
         r_g = client.broadcast.extra.get(f"routing/{block.position}")
         alpha = None
@@ -240,7 +240,7 @@ class FedAlignMoE(FedAvg):
             received = received_logits(block, router, client.received, step.hidden)
         return fedalign.conditional_penalty(step.logits, received, alpha, step.mask)
 
-    def own_routing(self, client: Client, block: Block, step: BlockStep) -> Tensor:
+    def own_routing(self, client: LocalContext, block: Block, step: BlockStep) -> Tensor:
         """r_i so far in this round, this step included, [E]."""
         p = step.logits.detach().float().softmax(-1)
         # Autocast would make this product a half-precision one.

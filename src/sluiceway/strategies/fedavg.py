@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import Adapter, Anatomy, Piece
+from sluiceway.moe import Adapter, MoELayout, ParamSlice
 from sluiceway.strategies.base import PARAMETERS, RunningMean, Strategy, Update
 from sluiceway.strategies.low_rank import RunningProducts
 
@@ -45,7 +45,7 @@ class FedAvg(Strategy):
             new = mean.result()
             self.tensors = {**self.tensors, **self.step(new | products.folded(new))}
 
-    def weight(self, update: Update, piece: Piece) -> float | Tensor:
+    def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
         """How much this client's value of this piece counts, >= 0; need not be normalised."""
         return float(update.examples)
 
@@ -58,16 +58,16 @@ class FedAvg(Strategy):
         """The LoRA pairs that are combined here: those whose B crosses."""
         return tuple(
             pair
-            for pair in self.anatomy.adapters
+            for pair in self.layout.adapters
             if pair.b.param in self.tensors and not self.private(pair.b.param)
         )
 
-    def trains(self, param: str, anatomy: Anatomy) -> bool:
-        return self.lora != "frozen-a" or param not in anatomy.low_rank_a
+    def trains(self, param: str, layout: MoELayout) -> bool:
+        return self.lora != "frozen-a" or param not in layout.low_rank_a
 
-    def server_owned(self, anatomy: Anatomy) -> frozenset[str]:
+    def server_owned(self, layout: MoELayout) -> frozenset[str]:
         if self.lora == "frozen-a":
-            return anatomy.low_rank_a
+            return layout.low_rank_a
         if self.lora == "residual":
-            return frozenset(pair.base.param for pair in anatomy.adapters)
+            return frozenset(pair.base.param for pair in layout.adapters)
         return frozenset()

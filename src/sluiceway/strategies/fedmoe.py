@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import BlockRouting, Piece
+from sluiceway.moe import BlockRouting, ParamSlice
 from sluiceway.strategies.base import PARAMETERS, Update
 from sluiceway.strategies.fedavg import FedAvg
 
@@ -30,18 +30,18 @@ class FedMoE(FedAvg):
     needs_experts: ClassVar[bool] = True
     hold: float = Field(default=0.5, ge=0)
 
-    def weight(self, update: Update, piece: Piece) -> float | Tensor:
-        owner = self.anatomy.owner(piece.key)
+    def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
+        owner = self.layout.owner(piece.key)
         if owner is not None:
             block, expert = owner
             return update.examples * float(self.holds(update.routing[block])[expert])
-        block_of_gate = self.anatomy.gate_block(piece.param)
+        block_of_gate = self.layout.gate_block(piece.param)
         if block_of_gate is not None:
             return update.examples * self.holds(update.routing[block_of_gate])
         return float(update.examples)
 
-    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
-        owner = self.anatomy.owner(piece.key)
+    def sends(self, piece: ParamSlice, routing: Sequence[BlockRouting]) -> bool:
+        owner = self.layout.owner(piece.key)
         return owner is None or bool(self.holds(routing[owner[0]])[owner[1]])
 
     def holds(self, routing: BlockRouting) -> Tensor:

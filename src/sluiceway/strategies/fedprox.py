@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.strategies.base import PARAMETERS, Client
+from sluiceway.strategies.base import PARAMETERS, LocalContext
 from sluiceway.strategies.fedavg import FedAvg
 
 
@@ -23,12 +23,12 @@ class FedProx(FedAvg):
     name: ClassVar[str] = "fedprox"
     mu: float = Field(default=0.01, ge=0)
 
-    def penalty(self, client: Client) -> Tensor | None:
+    def penalty(self, client: LocalContext) -> Tensor | None:
         if self.mu == 0:
             return None
         # The masters, since half-precision parameters cannot tell small distances.
         distances = [
             torch.sum((value - client.received[name]) ** 2)
-            for name, value in client.masters.items()
+            for name, value in client.master_params.items()
         ]
         return 0.5 * self.mu * torch.stack(distances).sum()

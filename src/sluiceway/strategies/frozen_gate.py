@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from sluiceway.moe import Anatomy
+from sluiceway.moe import MoELayout
 from sluiceway.strategies.base import PARAMETERS
 from sluiceway.strategies.fedavg import FedAvg
 
@@ -18,5 +18,5 @@ class FrozenGate(FedAvg):
     name: ClassVar[str] = "frozen-gate"
     needs_experts: ClassVar[bool] = True
 
-    def trains(self, param: str, anatomy: Anatomy) -> bool:
-        return param not in anatomy.gate_params and super().trains(param, anatomy)
+    def trains(self, param: str, layout: MoELayout) -> bool:
+        return param not in layout.gate_params and super().trains(param, layout)

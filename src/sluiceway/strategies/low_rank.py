@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sluiceway.moe import Adapter, Piece
+from sluiceway.moe import Adapter, ParamSlice
 from sluiceway.strategies.base import RunningMean, Update
 
 
@@ -43,7 +43,7 @@ class RunningProducts:
         if a is not None or b is not None:
             a = pair.a.of(self.old) if a is None else a
             value = multiplied(a, pair.b.of(self.old) if b is None else b)
-        self.mean.add(Piece.whole(pair.base.key), value, weight)
+        self.mean.add(ParamSlice.whole(pair.base.key), value, weight)
 
     def folded(self, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapted parameters with the residuals added, so that nothing of the mean is lost.

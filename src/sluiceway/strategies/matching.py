@@ -15,7 +15,7 @@ class Reordered(Mapping[str, Tensor]):
     """An update's tensors with the experts of one block in another order; read when asked for.
 
     Args:
-        sent: by `Piece.key`.
+        sent: by `ParamSlice.key`.
         block: whose experts.
         order: [E], the client's expert that takes the place of index e.
     """

@@ -22,4 +22,4 @@ class NonExpert(FedAvg):
     needs_experts: ClassVar[bool] = True
 
     def private(self, param: str) -> bool:
-        return param in self.anatomy.expert_params
+        return param in self.layout.expert_params

@@ -21,8 +21,8 @@ from pydantic import Field, InstanceOf
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import Anatomy, BlockRouting, Piece
-from sluiceway.strategies.base import PARAMETERS, Broadcast, Client, Strategy, Update
+from sluiceway.moe import BlockRouting, MoELayout, ParamSlice
+from sluiceway.strategies.base import PARAMETERS, Broadcast, LocalContext, Strategy, Update
 
 #: Values that are worked on at a time: of one client, or of up to sixteen together.
 SLICE = 1 << 16
@@ -44,8 +44,8 @@ class Robust(Strategy):
     def needs_experts(self) -> bool:  # type: ignore[override]
         return self.inner.needs_experts
 
-    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
-        self.inner.setup(tensors, anatomy, clients)
+    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
+        self.inner.setup(tensors, layout, clients)
 
     def broadcast(self, number: int) -> Broadcast:
         return self.inner.broadcast(number)
@@ -71,31 +71,31 @@ class Robust(Strategy):
     def report(self) -> dict[str, float]:
         return self.inner.report()
 
-    def trains(self, param: str, anatomy: Anatomy) -> bool:
-        return self.inner.trains(param, anatomy)
+    def trains(self, param: str, layout: MoELayout) -> bool:
+        return self.inner.trains(param, layout)
 
-    def server_owned(self, anatomy: Anatomy) -> frozenset[str]:
-        return self.inner.server_owned(anatomy)
+    def server_owned(self, layout: MoELayout) -> frozenset[str]:
+        return self.inner.server_owned(layout)
 
     def private(self, param: str) -> bool:
         return self.inner.private(param)
 
-    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
+    def sends(self, piece: ParamSlice, routing: Sequence[BlockRouting]) -> bool:
         return self.inner.sends(piece, routing)
 
     def wants_regions(self) -> bool:
         return self.inner.wants_regions()
 
-    def start(self, client: Client) -> None:
+    def start(self, client: LocalContext) -> None:
         self.inner.start(client)
 
-    def penalty(self, client: Client) -> Tensor | None:
+    def penalty(self, client: LocalContext) -> Tensor | None:
         return self.inner.penalty(client)
 
-    def correct(self, client: Client) -> None:
+    def correct(self, client: LocalContext) -> None:
         self.inner.correct(client)
 
-    def finish(self, client: Client) -> Mapping[str, Tensor]:
+    def finish(self, client: LocalContext) -> Mapping[str, Tensor]:
         return self.inner.finish(client)
 
 

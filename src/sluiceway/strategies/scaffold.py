@@ -9,8 +9,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import Anatomy, BlockRouting, Piece
-from sluiceway.strategies.base import PARAMETERS, Client, Update, unprefixed
+from sluiceway.moe import BlockRouting, MoELayout, ParamSlice
+from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 
 
@@ -26,8 +26,8 @@ class Scaffold(FedAvg):
 
     name: ClassVar[str] = "scaffold"
 
-    def setup(self, tensors: Mapping[str, Tensor], anatomy: Anatomy, clients: int) -> None:
-        super().setup(tensors, anatomy, clients)
+    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
+        super().setup(tensors, layout, clients)
         # A sum of small steps in half precision would stand still.
         self.control = {
             name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
@@ -61,28 +61,30 @@ class Scaffold(FedAvg):
         super().load_state_dict(state)
         self.control = unprefixed(state, "control/")
 
-    def sends(self, piece: Piece, routing: Sequence[BlockRouting]) -> bool:
+    def sends(self, piece: ParamSlice, routing: Sequence[BlockRouting]) -> bool:
         return True
 
     # -- the client's half ---------------------------------------------------------------------
 
-    def start(self, client: Client) -> None:
+    def start(self, client: LocalContext) -> None:
         own = {name: client.state.get(f"control/{name}") for name in client.params}
         server = {name: client.broadcast.extra[f"control/{name}"] for name in client.params}
         client.scratch["shift"] = {
-            name: (server[name] if c is None else server[name] - c).to(client.masters[name])
+            name: (server[name] if c is None else server[name] - c).to(client.master_params[name])
             for name, c in own.items()
         }
-        client.scratch["sum"] = {name: torch.zeros_like(p) for name, p in client.masters.items()}
+        client.scratch["sum"] = {
+            name: torch.zeros_like(p) for name, p in client.master_params.items()
+        }
 
-    def correct(self, client: Client) -> None:
-        for name, param in client.masters.items():
+    def correct(self, client: LocalContext) -> None:
+        for name, param in client.master_params.items():
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             client.scratch["sum"][name].add_(param.grad)
             param.grad.add_(client.scratch["shift"][name])
 
-    def finish(self, client: Client) -> Mapping[str, Tensor]:
+    def finish(self, client: LocalContext) -> Mapping[str, Tensor]:
         sent: dict[str, Tensor] = {}
         for name, total in client.scratch["sum"].items():
             key = f"control/{name}"

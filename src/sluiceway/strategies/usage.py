@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import Piece
+from sluiceway.moe import ParamSlice
 from sluiceway.strategies.base import PARAMETERS, Update
 from sluiceway.strategies.fedavg import FedAvg
 
@@ -19,8 +19,8 @@ class Usage(FedAvg):
     name: ClassVar[str] = "usage"
     needs_experts: ClassVar[bool] = True
 
-    def weight(self, update: Update, piece: Piece) -> float | Tensor:
-        owner = self.anatomy.owner(piece.key)
+    def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
+        owner = self.layout.owner(piece.key)
         if owner is None:
             return float(update.examples)
         block, expert = owner

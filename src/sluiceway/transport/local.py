@@ -31,10 +31,10 @@ from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.federated.frozen_prefix import FeatureCache, Trunk, agrees, find_trunk
+from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies import strategy as strategy_of
-from sluiceway.transport.worker_pool import Lost, Pool, described
+from sluiceway.transport.worker_pool import Pool, TaskFailure, described
 
 #: Test examples that a worker is given at a time.
 PART = 256
@@ -45,7 +45,7 @@ class LocalEngine:
 
     Messages are packed into files of a temporary folder, so that what is counted is what would
     cross, and so that updates that wait for the others take no memory. What clients keep is in
-    files too, and changes with `settle` only: a round that does not stand leaves no trace.
+    files too, and changes with `commit` only: a round that does not stand leaves no trace.
 
     A client whose training raises, whose process dies or who takes too long has failed; the others
     go on.
@@ -93,12 +93,12 @@ class LocalEngine:
         down = folder / "broadcast"
         self._down = write_broadcast(down, broadcast)
         jobs = [(number, down, self.states / f"{number}", number in personal) for number in clients]
-        for number, done in zip(clients, self._each(play, jobs), strict=True):
+        for number, done in zip(clients, self._each(train_client, jobs), strict=True):
             yield answer(number, done)
             if not keep and isinstance(done, Path):
                 done.unlink()
 
-    def settle(self, clients: Sequence[int]) -> None:
+    def commit(self, clients: Sequence[int]) -> None:
         for number in clients:
             fresh = self.folder / "round" / f"state-{number}"
             if fresh.exists():
@@ -113,35 +113,35 @@ class LocalEngine:
         # Parts that do not depend on the number of workers make sums that do not either.
         parts = torch.arange(len(self.worker.test)).split(PART)
         total = Evaluation.nothing()
-        for found in self._each(judge, [(path, part.tolist()) for part in parts]):
-            if isinstance(found, Lost):
+        for found in self._each(evaluate_part, [(path, part.tolist()) for part in parts]):
+            if isinstance(found, TaskFailure):
                 raise found.error or RuntimeError(f"evaluation: {found.why}")
             total += found
         return total
 
     def _each(self, task: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """The result of each job in order, or a `Lost`."""
+        """The result of each job in order, or a `TaskFailure`."""
         if self._pool is not None:
-            yield from self._pool.map(task, jobs, self.timeout if task is play else None)
+            yield from self._pool.map(task, jobs, self.timeout if task is train_client else None)
             return
         for job in jobs:
             check_stop()
             try:
                 found = task(self.worker, *job)
             except Exception as error:
-                found = Lost(described(error), error)
+                found = TaskFailure(described(error), error)
             yield found
 
 
-def answer(number: int, done: Path | Lost) -> Update | Failure:
+def answer(number: int, done: Path | TaskFailure) -> Update | Failure:
     """A client's update from the file it was packed to.
 
     Raises:
         StorageError: this machine has no room for it, which is no failure of the client.
     """
-    if isinstance(done, Lost) and isinstance(done.error, StorageError):
+    if isinstance(done, TaskFailure) and isinstance(done.error, StorageError):
         raise done.error
-    if isinstance(done, Lost):
+    if isinstance(done, TaskFailure):
         return Failure(number, done.why, error=done.error)
     try:
         return read_update(done)
@@ -149,7 +149,7 @@ def answer(number: int, done: Path | Lost) -> Update | Failure:
         return Failure(number, str(error), done.stat().st_size, error)
 
 
-def play(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
+def train_client(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
     """Train one client from a packed broadcast to a packed update, whose path is returned.
 
     What the client keeps is read from `kept`, and written beside the update.
@@ -164,7 +164,7 @@ def play(worker: Worker, number: int, down: Path, kept: Path, personal: bool) ->
     return path
 
 
-def judge(worker: Worker, path: Path, indices: list[int]) -> Evaluation:
+def evaluate_part(worker: Worker, path: Path, indices: list[int]) -> Evaluation:
     """Evaluate packed global tensors on a part of the test set."""
     return worker.evaluate(read_broadcast(path).tensors, indices)
 
@@ -298,7 +298,7 @@ def standing(
         features: None for a cache of its own, of up to 2 GB in memory.
     """
     with ExitStack() as stack:
-        trunk = usable_trunk(model, [*clients, test], device)
+        trunk = usable_prefix(model, [*clients, test], device)
         if trunk:
             cache = features or FeatureCache(2 << 30)
             *clients, test = cache.wrap(trunk, [*clients, test], device)
@@ -313,11 +313,11 @@ def chosen_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def usable_trunk(
+def usable_prefix(
     model: nn.Module, clients: Sequence[Examples], device: torch.device
-) -> Trunk | None:
+) -> FrozenPrefix | None:
     """The model's frozen trunk, if passing over it changes nothing."""
-    trunk = find_trunk(model)
+    trunk = find_frozen_prefix(model)
     filled = next((c for c in clients if len(c)), None)
     if trunk is None or filled is None:
         return None

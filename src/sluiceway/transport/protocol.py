@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from sluiceway.transport.worker_pool import Lost
+    from sluiceway.transport.worker_pool import TaskFailure
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """A request to a site.
 
     Attributes:
@@ -27,17 +27,17 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a site answers; the fields are those of `Ask`."""
+class Response:
+    """What a site answers; the fields are those of `Request`."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     message: Path | None = None
 
 
-class Site(Protocol):
+class ClientHandler(Protocol):
     """A party at home: does what it is asked with data that stay with it."""
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         """Do what is asked.
 
         Args:
@@ -50,7 +50,7 @@ class Site(Protocol):
         ...
 
 
-class Carrier(Protocol):
+class Transport(Protocol):
     """Carries requests to sites and brings their answers.
 
     Attributes:
@@ -60,8 +60,8 @@ class Carrier(Protocol):
     sites: Sequence[str]
 
     def ask(
-        self, asks: Mapping[int, Ask], folder: Path, timeout: float = 0
-    ) -> Iterator[tuple[int, Answer | Lost]]:
+        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    ) -> Iterator[tuple[int, Response | TaskFailure]]:
         """Ask several sites at once.
 
         Args:
@@ -70,7 +70,7 @@ class Carrier(Protocol):
             timeout: seconds for all of them, 0 for any.
 
         Returns:
-            Each client's number with its answer, in any order, as they become ready; a `Lost` for
-            a site that is away, could not do it, or took too long.
+            Each client's number with its answer, in any order, as they become ready; a
+            `TaskFailure` for a site that is away, could not do it, or took too long.
         """
         ...

@@ -1,4 +1,4 @@
-"""Federated rounds whose clients are elsewhere: what they are asked goes by a `Carrier`."""
+"""Federated rounds whose clients are elsewhere: what they are asked goes by a `Transport`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation, widened
 from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import Failure, RunFailed
-from sluiceway.core.handshake import Card, JoinError, check_joining
+from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
 from sluiceway.core.messages import write_broadcast
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
@@ -26,8 +26,8 @@ from sluiceway.errors import line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.transport.local import PART, answer, chosen_device, standing
-from sluiceway.transport.protocol import Answer, Ask, Carrier
-from sluiceway.transport.worker_pool import Lost
+from sluiceway.transport.protocol import Request, Response, Transport
+from sluiceway.transport.worker_pool import TaskFailure
 
 #: Largest count of examples of a class, and most classes, that a site may claim.
 COUNT_LIMIT = 10**12
@@ -47,8 +47,10 @@ class RemoteEngine:
         timeout: seconds for a round's training, 0 for any.
     """
 
-    def __init__(self, carrier: Carrier, worker: Worker, *, keep: int, timeout: float = 0) -> None:
-        self.carrier = carrier
+    def __init__(
+        self, transport: Transport, worker: Worker, *, keep: int, timeout: float = 0
+    ) -> None:
+        self.transport = transport
         self.worker = worker
         self.keep = keep
         self.timeout = timeout
@@ -76,7 +78,7 @@ class RemoteEngine:
         self._down = write_broadcast(down, broadcast)
         self._kept = {}
         asks = {
-            number: Ask(
+            number: Request(
                 "train",
                 {
                     "run": (self.states / "run").read_text(),
@@ -88,12 +90,12 @@ class RemoteEngine:
             )
             for number in clients
         }
-        incoming = self.carrier.ask(asks, folder, self.timeout)
+        incoming = self.transport.ask(asks, folder, self.timeout)
         for number, done in in_order(incoming, clients):
-            path = done if isinstance(done, Lost) else done.message
-            if isinstance(done, Answer) and done.facts.get("kept") is True:
+            path = done if isinstance(done, TaskFailure) else done.message
+            if isinstance(done, Response) and done.facts.get("kept") is True:
                 self._kept[number] = broadcast.round
-            yield answer(number, path or Lost("it answered without an update"))
+            yield answer(number, path or TaskFailure("it answered without an update"))
             if not keep and isinstance(path, Path):
                 path.unlink()
 
@@ -102,7 +104,7 @@ class RemoteEngine:
         noted = self.states / f"{number}"
         return int(noted.read_text()) if noted.exists() else 0
 
-    def settle(self, clients: Sequence[int]) -> None:
+    def commit(self, clients: Sequence[int]) -> None:
         for number in clients:
             if number in self._kept:
                 (self.states / f"{number}").write_text(f"{self._kept[number]}")
@@ -118,22 +120,22 @@ class RemoteEngine:
 
 
 def in_order(
-    coming: Iterator[tuple[int, Answer | Lost]], clients: Sequence[int]
-) -> Iterator[tuple[int, Answer | Lost]]:
+    coming: Iterator[tuple[int, Response | TaskFailure]], clients: Sequence[int]
+) -> Iterator[tuple[int, Response | TaskFailure]]:
     """Answers in the order of `clients`, whatever the order in which they come."""
-    early: dict[int, Answer | Lost] = {}
+    early: dict[int, Response | TaskFailure] = {}
     for number in clients:
         while number not in early:
             found = next(coming, None)
             if found is None:
-                early[number] = Lost("no answer")
+                early[number] = TaskFailure("no answer")
                 break
             early.setdefault(*found)
         yield number, early.pop(number)
 
 
 def joined(
-    carrier: Carrier, facts: Mapping[str, Any], card: Card | None, timeout: float = 0
+    transport: Transport, facts: Mapping[str, Any], card: ModelSignature | None, timeout: float = 0
 ) -> Tensor:
     """Ask every site to join, and see that all exchange what the server does.
 
@@ -147,22 +149,22 @@ def joined(
 
     Raises:
         RunFailed: a site is away or cannot join.
-        JoinError: a site exchanges other tensors, or says what cannot be.
+        HandshakeError: a site exchanges other tensors, or says what cannot be.
     """
-    asks = {i: Ask("join", {**facts, "client": i}) for i in range(len(carrier.sites))}
+    asks = {i: Request("join", {**facts, "client": i}) for i in range(len(transport.sites))}
     counts: dict[int, list[int]] = {}
     with scratch_folder() as folder:
-        for number, found in carrier.ask(asks, folder, timeout):
-            name = carrier.sites[number]
-            if isinstance(found, Lost):
+        for number, found in transport.ask(asks, folder, timeout):
+            name = transport.sites[number]
+            if isinstance(found, TaskFailure):
                 raise RunFailed(f"site {line(name, 80)} did not join: {line(found.why, 1000)}")
             if card is not None:
                 try:
-                    check_joining(card, Card.from_json(str(found.facts.get("card"))))
-                except JoinError as error:
-                    raise JoinError(f"site {line(name, 80)}: {error}") from None
+                    check_joining(card, ModelSignature.from_json(str(found.facts.get("card"))))
+                except HandshakeError as error:
+                    raise HandshakeError(f"site {line(name, 80)}: {error}") from None
             counts[number] = counts_of(found, name)
-    if missing := [carrier.sites[i] for i in asks if i not in counts]:
+    if missing := [transport.sites[i] for i in asks if i not in counts]:
         raise RunFailed(f"site {line(missing[0], 80)} did not join: no answer")
     width = max(map(len, counts.values()))
     return torch.stack([widened(torch.tensor(counts[i]).long(), width) for i in asks])
@@ -173,21 +175,23 @@ def states_needed(checkpoint: Checkpoint | None) -> int:
     return 2 + (checkpoint.every * checkpoint.keep if checkpoint else 0)
 
 
-def counts_of(found: Answer, name: str) -> list[int]:
-    """Examples of each class that a site says it holds. Raises JoinError."""
+def counts_of(found: Response, name: str) -> list[int]:
+    """Examples of each class that a site says it holds. Raises HandshakeError."""
     counts = found.facts.get("label_counts")
     if (
         not isinstance(counts, list)
         or len(counts) > CLASSES_LIMIT
         or not all(type(n) is int and 0 <= n <= COUNT_LIMIT for n in counts)
     ):
-        raise JoinError(f"site {line(name, 80)}: its label counts are not whole numbers from 0")
+        raise HandshakeError(
+            f"site {line(name, 80)}: its label counts are not whole numbers from 0"
+        )
     return counts
 
 
 def federate_remote(
     model: nn.Module,
-    carrier: Carrier,
+    transport: Transport,
     facts: Mapping[str, Any],
     test: Examples,
     strategy: Strategy,
@@ -213,18 +217,18 @@ def federate_remote(
         timeout: seconds for the training of a round, 0 for any; who is late has failed.
 
     Raises:
-        RunFailed, JoinError: see `joined`; and as `federate`.
+        RunFailed, HandshakeError: see `joined`; and as `federate`.
     """
     place = torch.device(chosen_device(device))
     model.to(place)
-    prepare(model, strategy, len(carrier.sites))
-    counts = joined(carrier, facts, Card.of(strategy.tensors))
+    prepare(model, strategy, len(transport.sites))
+    counts = joined(transport, facts, ModelSignature.of(strategy.tensors))
     keep = states_needed(checkpoint)
     with ExitStack() as stack:
         worker = stack.enter_context(
             standing(model, [], test, strategy, training, loss=loss, device=place, seed=plan.seed)
         )
-        engine = stack.enter_context(RemoteEngine(carrier, worker, keep=keep, timeout=timeout))
+        engine = stack.enter_context(RemoteEngine(transport, worker, keep=keep, timeout=timeout))
         loop = Loop(
             strategy,
             engine,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.guards import RunFailed
-from sluiceway.core.handshake import Card, JoinError, check_joining
+from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
 from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.core.settings import Optimisation
 from sluiceway.errors import line
@@ -26,9 +26,9 @@ from sluiceway.split.rounds import SplitRecord
 from sluiceway.split.setup import build, exchanged_by_clients, ground
 from sluiceway.split.training import check, made, run
 from sluiceway.strategies import FedAvg, Strategy
-from sluiceway.transport.protocol import Carrier
+from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import joined, states_needed
-from sluiceway.transport.tls import Doorway, Gate, Line, LineError
+from sluiceway.transport.tls import Connection, ConnectionBroken, Endpoint, TlsServer
 
 #: Seconds that a site has to dial before the run begins, and at the beginning of a round.
 AT_FIRST = 60.0
@@ -36,11 +36,11 @@ LATER = 2.0
 
 
 @dataclass
-class AtSite:
-    """A client at a site; see `Party`.
+class RemoteClient:
+    """A client at a site; see `ClientProxy`.
 
     Attributes:
-        number, size: see `Party`.
+        number, size: see `ClientProxy`.
         site: its name.
         gate: where its line ends.
         terms: what it must know to build its layers, ready for JSON.
@@ -55,16 +55,16 @@ class AtSite:
     number: int
     size: int
     site: str
-    gate: Gate
+    gate: TlsServer
     terms: Mapping[str, Any]
-    card: Card
+    card: ModelSignature
     keep: int
     timeout: float
     own: bool
     run: str
     based: int = 0
-    _line: Line | None = field(default=None, init=False)
-    _old: Line | None = field(default=None, init=False)
+    _line: Connection | None = field(default=None, init=False)
+    _old: Connection | None = field(default=None, init=False)
 
     # -- its line ------------------------------------------------------------------------------
 
@@ -72,20 +72,20 @@ class AtSite:
         """Have a line, and on a new one see that the site has the layers that it must have.
 
         Raises:
-            Away: it has not dialled, or cannot build them. JoinError: it has others.
+            Away: it has not dialled, or cannot build them. HandshakeError: it has others.
         """
         if self._line is not None:
             return
         try:
             self._line = self.gate.line(self.site, patience, self._old)
-        except LineError as error:
+        except ConnectionBroken as error:
             raise Away(f"site {self.site}: {error}") from None
         facts, _ = self.asked({"what": "open", **self.terms})
         try:
-            check_joining(self.card, Card.from_json(str(facts.get("card"))))
-        except JoinError as error:
+            check_joining(self.card, ModelSignature.from_json(str(facts.get("card"))))
+        except HandshakeError as error:
             self.drop()
-            raise JoinError(f"site {self.site}: {error}") from None
+            raise HandshakeError(f"site {self.site}: {error}") from None
 
     def drop(self) -> None:
         """The line is of no use any more."""
@@ -99,7 +99,7 @@ class AtSite:
             raise Away(f"site {self.site}: the line is down")
         try:
             self._line.send(facts, body)
-        except LineError as error:
+        except ConnectionBroken as error:
             self.drop()
             raise Away(f"site {self.site}: {error}") from None
 
@@ -109,7 +109,7 @@ class AtSite:
             raise Away(f"site {self.site}: the line is down")
         try:
             facts, body = self._line.receive(self.timeout)
-        except LineError as error:
+        except ConnectionBroken as error:
             self.drop()
             raise Away(f"site {self.site}: {error}") from None
         if "error" in facts:
@@ -183,8 +183,8 @@ class AtSite:
 def split_remote(
     model: nn.Module,
     cut_at: str,
-    carrier: Carrier,
-    doorway: Doorway,
+    transport: Transport,
+    doorway: Endpoint,
     facts: Mapping[str, Any],
     test: Examples,
     method: Compressor,
@@ -210,13 +210,13 @@ def split_remote(
         timeout: seconds for an answer, 0 for any.
 
     Raises:
-        RunFailed, JoinError: a site cannot join; and as `split_train`.
+        RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
     check(form, tail_at, fronts)
     place = torch.device(device)
-    with Gate(doorway.keys, carrier.sites, doorway.listen, doorway.port) as gate:
+    with TlsServer(doorway.keys, transport.sites, doorway.listen, doorway.port) as gate:
         door = {"host": doorway.host, "port": gate.port}
-        counts = joined(carrier, {**facts, "gate": door}, None)
+        counts = joined(transport, {**facts, "gate": door}, None)
         if not counts.shape[1]:
             raise ValueError("no client holds any example")
         strategy = fronts or FedAvg()
@@ -226,7 +226,7 @@ def split_remote(
             tail_at,
             Batch.of(test, torch.tensor([0]), place),
             counts.shape[1],
-            len(carrier.sites),
+            len(transport.sites),
             replace(made(method)),
             strategy=strategy,
             seed=plan.seed,
@@ -235,19 +235,19 @@ def split_remote(
             device=place,
         )
         parties = [
-            AtSite(
+            RemoteClient(
                 number,
                 int(counts[number].sum()),
                 site,
                 gate,
                 {"classes": counts.shape[1]},
-                Card.of(exchanged_by_clients(both.halves)),
+                ModelSignature.of(exchanged_by_clients(both.halves)),
                 states_needed(checkpoint),
                 timeout,
                 both.choice is not None and both.choice.masks == "client",
                 uuid.uuid4().hex,
             )
-            for number, site in enumerate(carrier.sites)
+            for number, site in enumerate(transport.sites)
         ]
         try:
             for party in parties:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sluiceway.core.messages import read_broadcast, write_update
 from sluiceway.federated.client import Worker
-from sluiceway.transport.protocol import Answer, Ask
+from sluiceway.transport.protocol import Request, Response
 
 #: Runs of which a site keeps its states, beside the newest.
 OTHER_RUNS = 3
@@ -23,7 +23,7 @@ class SiteError(ValueError):
     """What a site was asked for cannot be done; the message is one line."""
 
 
-class Kept:
+class ClientStateStore:
     """What a site keeps from round to round, in files by run and round.
 
     A round that the server did not use, or that it forgot when it was restarted, leaves no trace:
@@ -75,12 +75,12 @@ class Trainer:
         kept: what it keeps from round to round.
     """
 
-    def __init__(self, worker: Worker, number: int, kept: Kept) -> None:
+    def __init__(self, worker: Worker, number: int, kept: ClientStateStore) -> None:
         self.worker = worker
         self.number = number
         self.kept = kept
 
-    def train(self, ask: Ask, folder: Path) -> Answer:
+    def train(self, ask: Request, folder: Path) -> Response:
         """Train from the packed broadcast to a packed update.
 
         Args:
@@ -106,7 +106,7 @@ class Trainer:
         write_update(path, update)
         if state:
             self.kept.save(run, broadcast.round, state, keep, based)
-        return Answer({"kept": bool(state)}, path)
+        return Response({"kept": bool(state)}, path)
 
 
 def name_of_run(facts: Mapping[str, Any]) -> str:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from sluiceway.core.batches import Batch, Examples
-from sluiceway.core.handshake import Card
-from sluiceway.core.seeds import mix
-from sluiceway.split.client import ClientSide
+from sluiceway.core.handshake import ModelSignature
+from sluiceway.core.seeds import derive_seed
+from sluiceway.split.client import SplitClient
 from sluiceway.split.client_proxy import generator
 from sluiceway.split.config import joined
 from sluiceway.split.header import BatchId
-from sluiceway.split.setup import Ground, exchanged_by_clients
+from sluiceway.split.setup import SharedSetup, exchanged_by_clients
 from sluiceway.strategies.base import unprefixed
-from sluiceway.transport.site import Kept, SiteError, name_of_run, whole
+from sluiceway.transport.site import ClientStateStore, SiteError, name_of_run, whole
 
 #: Facts and body of an answer.
 Reply = tuple[dict[str, Any], bytes]
@@ -26,7 +26,7 @@ SILENT = ("pass", "receive")
 
 
 class SplitTrainer:
-    """A client behind a line: from frames to frames; see `remote_split.AtSite`.
+    """A client behind a line: from frames to frames; see `remote_split.RemoteClient`.
 
     Args:
         number: this client's.
@@ -40,8 +40,8 @@ class SplitTrainer:
         self,
         number: int,
         examples: Examples,
-        grounds: Callable[[int], Ground],
-        kept: Kept,
+        grounds: Callable[[int], SharedSetup],
+        kept: ClientStateStore,
         seed: int,
     ) -> None:
         self.number, self.examples, self.grounds = number, examples, grounds
@@ -88,13 +88,13 @@ class SplitTrainer:
         self.fault = None
         self.classes = whole(facts, "classes")
         self.anew()
-        return {"card": Card.of(exchanged_by_clients(self.both.halves)).to_json()}, b""
+        return {"card": ModelSignature.of(exchanged_by_clients(self.both.halves)).to_json()}, b""
 
     def anew(self) -> None:
         """The client as it was before the first round."""
         self.both = self.grounds(self.classes)
         meter = self.both.meter(self.number)
-        self.side: ClientSide = self.both.side(self.number, self.examples, meter)
+        self.side: SplitClient = self.both.side(self.number, self.examples, meter)
         self.stands, self.between_rounds = ("", 0), True
 
     def rate(self, _: dict[str, Any], __: bytes) -> Reply:
@@ -116,7 +116,7 @@ class SplitTrainer:
         turns = generator(self.seed, self.round, self.number)
         self.turns: Iterator[tuple[BatchId, Batch]] = self.side.batches(self.round, turns)
         # Of layers that draw, as dropout does; data and channels are drawn by seeds of their own.
-        torch.manual_seed(mix(self.seed, self.round, self.number))
+        torch.manual_seed(derive_seed(self.seed, self.round, self.number))
         return {}, b""
 
     def next_batch(self, facts: dict[str, Any]) -> tuple[BatchId, Batch]:

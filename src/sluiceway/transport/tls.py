@@ -35,7 +35,7 @@ PAUSE: Final = 0.5
 
 
 @dataclass(frozen=True)
-class Keys:
+class Credentials:
     """Where a party's own certificate, its key, and the root that signed all of them are (PEM)."""
 
     certificate: Path
@@ -53,7 +53,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Doorway:
+class Endpoint:
     """Where the server opens a gate, and where sites find it.
 
     Attributes:
@@ -63,17 +63,17 @@ class Doorway:
         listen: address to listen on.
     """
 
-    keys: Keys
+    keys: Credentials
     host: str
     port: int = 0
     listen: str = "0.0.0.0"
 
 
-class LineError(ConnectionError):
+class ConnectionBroken(ConnectionError):
     """A line that has ended, or on which something came that is no frame; one line of text."""
 
 
-class Line:
+class Connection:
     """One end of a line; used by one thread at a time.
 
     Args:
@@ -86,7 +86,7 @@ class Line:
         wrapped.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def send(self, facts: Mapping[str, Any], body: bytes = b"") -> None:
-        """Send a frame. Raises LineError."""
+        """Send a frame. Raises ConnectionBroken."""
         text = json.dumps(facts).encode()
         try:
             self.socket.sendall(HEADER.pack(MAGIC, len(text), len(body)) + text)
@@ -102,26 +102,26 @@ class Line:
             timeout: seconds without a byte, 0 for any.
 
         Raises:
-            LineError: none came, or it is none.
+            ConnectionBroken: none came, or it is none.
         """
         try:
             self.socket.settimeout(timeout or None)
             magic, text, body = HEADER.unpack(self.exactly(HEADER.size))
             if magic != MAGIC or text > FACTS_LIMIT or body > BODY_LIMIT:
-                raise LineError("what came is no frame")
+                raise ConnectionBroken("what came is no frame")
             facts = json.loads(self.exactly(text))
             if not isinstance(facts, dict):
-                raise LineError("what came is no frame")
+                raise ConnectionBroken("what came is no frame")
             return facts, self.exactly(body)
         except TimeoutError:
             self.close()
-            raise LineError(f"no answer within {timeout:g} s") from None
-        except LineError:
+            raise ConnectionBroken(f"no answer within {timeout:g} s") from None
+        except ConnectionBroken:
             self.close()
             raise
         except (ValueError, RecursionError):
             self.close()
-            raise LineError("what came is no frame") from None
+            raise ConnectionBroken("what came is no frame") from None
         except OSError as error:
             raise self.ended(error) from None
 
@@ -135,10 +135,10 @@ class Line:
             found += piece
         return bytes(found)
 
-    def ended(self, error: OSError) -> LineError:
+    def ended(self, error: OSError) -> ConnectionBroken:
         """The error of a line that is of no use any more."""
         self.close()
-        return LineError(f"the line is down ({error.strerror or error})")
+        return ConnectionBroken(f"the line is down ({error.strerror or error})")
 
     def close(self) -> None:
         """Hang up."""
@@ -147,7 +147,7 @@ class Line:
         self.socket.close()
 
 
-class Gate:
+class TlsServer:
     """The server's port, and the newest line of each site.
 
     Args:
@@ -161,11 +161,11 @@ class Gate:
     """
 
     def __init__(
-        self, keys: Keys, sites: Collection[str], host: str = "0.0.0.0", port: int = 0
+        self, keys: Credentials, sites: Collection[str], host: str = "0.0.0.0", port: int = 0
     ) -> None:
         self.context = keys.context(server=True)
         self.sites = frozenset(sites)
-        self.lines: dict[str, Line] = {}
+        self.lines: dict[str, Connection] = {}
         self.changed = threading.Condition()
         self.listener = socket.create_server((host, port))
         self.port: int = self.listener.getsockname()[1]
@@ -205,10 +205,10 @@ class Gate:
         with self.changed:
             if name in self.lines:
                 self.lines[name].close()
-            self.lines[name] = Line(wrapped)
+            self.lines[name] = Connection(wrapped)
             self.changed.notify_all()
 
-    def line(self, site: str, patience: float, old: Line | None = None) -> Line:
+    def line(self, site: str, patience: float, old: Connection | None = None) -> Connection:
         """The site's line.
 
         Args:
@@ -216,13 +216,13 @@ class Gate:
             old: a line that is of no use any more.
 
         Raises:
-            LineError: it has not dialled.
+            ConnectionBroken: it has not dialled.
         """
         with self.changed:
             self.changed.wait_for(lambda: self.lines.get(site) not in (None, old), patience)
             found = self.lines.get(site)
         if found is None or found is old:
-            raise LineError("it has no line to the server")
+            raise ConnectionBroken("it has no line to the server")
         return found
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ def common_name(wrapped: ssl.SSLSocket) -> str:
     return names[0] if len(names) == 1 else ""
 
 
-class Dialler:
+class TlsClient:
     """A site's end: keeps a line to the gate, and answers what comes, until it is closed.
 
     Args:
@@ -255,7 +255,7 @@ class Dialler:
 
     def __init__(
         self,
-        keys: Keys,
+        keys: Credentials,
         host: str,
         port: int,
         answer: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes] | None],
@@ -263,7 +263,7 @@ class Dialler:
         self.context = keys.context(server=False)
         self.host, self.port, self.answer = host, port, answer
         self.closed = threading.Event()
-        self.line: Line | None = None
+        self.line: Connection | None = None
         #: Why the newest attempt to dial failed; "" if it did not.
         self.fault = ""
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -274,20 +274,20 @@ class Dialler:
         while not self.closed.is_set():
             try:
                 raw = socket.create_connection((self.host, self.port), HANDSHAKE)
-                line = Line(self.context.wrap_socket(raw, server_hostname=self.host))
+                line = Connection(self.context.wrap_socket(raw, server_hostname=self.host))
             except OSError as error:
                 self.fault = str(error.strerror or error)
                 self.closed.wait(PAUSE)
                 continue
             self.fault, self.line = "", line
-            with contextlib.suppress(LineError):
+            with contextlib.suppress(ConnectionBroken):
                 self.serve(line)
             line.close()
             # One that is turned away after the handshake would else dial without a pause.
             self.closed.wait(PAUSE)
 
-    def serve(self, line: Line) -> None:
-        """Answer until the line ends. Raises LineError."""
+    def serve(self, line: Connection) -> None:
+        """Answer until the line ends. Raises ConnectionBroken."""
         while not self.closed.is_set():
             facts, body = line.receive()
             try:

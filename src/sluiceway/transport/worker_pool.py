@@ -28,7 +28,7 @@ TICK = 0.1
 
 
 @dataclass(frozen=True)
-class Lost:
+class TaskFailure:
     """A task without a result.
 
     Attributes:
@@ -89,7 +89,8 @@ class Pool(Generic[T]):
             timeout: seconds that a call may take; its process is then ended.
 
         Returns:
-            Results, or a `Lost` in the place of one. What still runs is ended with the iterator.
+            Results, or a `TaskFailure` in the place of one. What still runs is ended with the
+            iterator.
 
         Raises:
             Stopped: the run was asked to stop.
@@ -131,16 +132,16 @@ class Pool(Generic[T]):
             if seat.connection in ready or seat.process.sentinel in ready:
                 done[task] = self.result(seat)
             elif timeout and time.monotonic() - seat.since > timeout:
-                done[task] = Lost(f"no update within {timeout:g} s")
+                done[task] = TaskFailure(f"no update within {timeout:g} s")
                 self.end(seat)
 
     def result(self, seat: Seat) -> Any:
-        """What the process of this seat gave, which is then idle; a `Lost` if it has died."""
+        """What this seat's process gave, which is then idle; a `TaskFailure` if it has died."""
         try:
             if seat.connection.poll():
                 found = pickle.loads(seat.connection.recv_bytes())
                 seat.task = None
-                if isinstance(found, Lost) and found.error is not None:
+                if isinstance(found, TaskFailure) and found.error is not None:
                     found.error.__cause__ = RemoteError(found.trace)  # pickle leaves it out
                 return found
         except (EOFError, OSError):
@@ -148,7 +149,7 @@ class Pool(Generic[T]):
         self.end(seat)
         code = seat.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with code {code}"
-        return Lost(f"its process ended {how}")
+        return TaskFailure(f"its process ended {how}")
 
     def end(self, seat: Seat) -> None:
         """End a process, whatever it does; another takes its seat when there is a task."""
@@ -201,14 +202,14 @@ def work(
         connection.send_bytes(pickle.dumps(found))
 
 
-def lost(error: Exception) -> Lost:
+def lost(error: Exception) -> TaskFailure:
     """What a worker says of an error."""
     trace = traceback.format_exc()
-    said = Lost(described(error), error, trace)
+    said = TaskFailure(described(error), error, trace)
     try:
         pickle.loads(pickle.dumps(said))
     except Exception:
-        return Lost(said.why, RemoteError(trace), trace)
+        return TaskFailure(said.why, RemoteError(trace), trace)
     return said
 
 

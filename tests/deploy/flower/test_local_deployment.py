@@ -20,11 +20,12 @@ from sluiceway.cli import main
 from sluiceway.core.checkpoints import StorageError
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.signals import Stopped
-from sluiceway.deploy.flower import apps, trial
+from sluiceway.deploy.flower import apps
+from sluiceway.deploy.flower import local_deployment as trial
 from sluiceway.deploy.flower.apps import DEFAULTS
 from sluiceway.deploy.flower.certificates import new_node_key
 from sluiceway.deploy.flower.deployment import Deployment, write_app
-from sluiceway.deploy.flower.server import ENDS, Teller, chosen
+from sluiceway.deploy.flower.server import ENDS, ProgressLog, chosen
 from sluiceway.deploy.site import open_site
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import load_recipe
@@ -106,7 +107,7 @@ def test_what_the_serverapp_tells_arrives(tmp_path: Path) -> None:
     """Half a line is left for later, and every outcome becomes its error."""
     path = tmp_path / "told"
     assert trial.new_lines(path, 0) == ([], 0)
-    teller = Teller(path)
+    teller = ProgressLog(path)
     teller.tell("say", "hello")
     size = path.stat().st_size
     with path.open("a") as file:

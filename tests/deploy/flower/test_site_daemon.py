@@ -14,11 +14,11 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 
-from sluiceway.deploy.flower import keeper
-from sluiceway.deploy.flower.site_daemon import KeptSite, Told, keep, kept, lock_of
+from sluiceway.deploy.flower import site_daemon as keeper
+from sluiceway.deploy.flower.site_daemon import SiteDaemon, SiteFault, keep, kept, lock_of
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.remote_runs import facts_of
-from sluiceway.transport.protocol import Answer, Ask
+from sluiceway.transport.protocol import Request, Response
 
 
 class Counter:
@@ -27,15 +27,15 @@ class Counter:
     def __init__(self) -> None:
         self.asked = 0
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         self.asked += 1
         if ask.what == "fail":
             raise ValueError("not\nhere")
         if ask.message is None:
-            return Answer({"asked": self.asked, **ask.facts})
+            return Response({"asked": self.asked, **ask.facts})
         path = folder / "back"
         path.write_bytes(ask.message.read_bytes()[::-1])
-        return Answer({"asked": self.asked}, path)
+        return Response({"asked": self.asked}, path)
 
 
 @pytest.fixture
@@ -58,18 +58,18 @@ def room(tmp_path: Path) -> Any:
 
 
 def test_requests_reach_the_same_site(room: Path, tmp_path: Path) -> None:
-    site = KeptSite(tmp_path / "site.toml", room, 1.0)
+    site = SiteDaemon(tmp_path / "site.toml", room, 1.0)
     out = tmp_path / "out"
     out.mkdir()
     message = tmp_path / "in"
     message.write_bytes(b"abc")
-    assert site.answer(Ask("a", {"x": [1, "é"]}), out).facts == {"asked": 1, "x": [1, "é"]}
-    found = site.answer(Ask("b", {}, message), out)
+    assert site.answer(Request("a", {"x": [1, "é"]}), out).facts == {"asked": 1, "x": [1, "é"]}
+    found = site.answer(Request("b", {}, message), out)
     assert found.facts == {"asked": 2}
     assert found.message is not None
     assert found.message.read_bytes() == b"cba"
-    with pytest.raises(Told, match=r"^ValueError: not\\nhere$"):
-        site.answer(Ask("fail"), out)
+    with pytest.raises(SiteFault, match=r"^ValueError: not\\nhere$"):
+        site.answer(Request("fail"), out)
     assert not [path for path in room.iterdir() if path.suffix != ".lock"]
 
 
@@ -83,13 +83,13 @@ def test_a_real_keeper_joins_trains_and_ends_with_its_parent(
     out.mkdir()
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
     monkeypatch.setattr(os, "getppid", lambda: parent.pid)
-    site = KeptSite(file, tmp_path / "room", 60)
+    site = SiteDaemon(file, tmp_path / "room", 60)
     try:
         names = ("topic0", "topic1", "topic2")
-        joined = site.answer(Ask("join", {**facts_of(chosen, names), "client": 1}), out)
+        joined = site.answer(Request("join", {**facts_of(chosen, names), "client": 1}), out)
         assert len(joined.facts["label_counts"]) == 3
-        with pytest.raises(Told, match="SiteError: asked to train without a model"):
-            site.answer(Ask("train"), out)
+        with pytest.raises(SiteFault, match="SiteError: asked to train without a model"):
+            site.answer(Request("train"), out)
         assert kept(site.room)
     finally:
         parent.kill()
@@ -101,7 +101,7 @@ def test_a_real_keeper_joins_trains_and_ends_with_its_parent(
 
 
 def test_a_keeper_that_cannot_open_its_site_says_why(tmp_path: Path) -> None:
-    site = KeptSite(tmp_path / "none.toml", tmp_path / "room", 5)
-    with pytest.raises(Told, match=r"the site's process ended: InputError: .*cannot be read"):
-        site.answer(Ask("join"), tmp_path)
+    site = SiteDaemon(tmp_path / "none.toml", tmp_path / "room", 5)
+    with pytest.raises(SiteFault, match=r"the site's process ended: InputError: .*cannot be read"):
+        site.answer(Request("join"), tmp_path)
     assert keeper.last_line(site.room).startswith("InputError")

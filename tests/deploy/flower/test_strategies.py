@@ -19,9 +19,16 @@ from sluiceway import strategies as rules
 from sluiceway.core.guards import TooFewUpdates
 from sluiceway.core.messages import read_update, write_update
 from sluiceway.core.settings import Training
-from sluiceway.deploy.flower import STRATEGIES, Adapter, Home, client_app, load_arrays, unpacked
+from sluiceway.deploy.flower import (
+    STRATEGIES,
+    Adapter,
+    ClientSetup,
+    client_app,
+    load_arrays,
+    unpacked,
+)
 from sluiceway.deploy.flower.arrays import packed
-from sluiceway.deploy.flower.chunks import DATA, Parcel, array_record
+from sluiceway.deploy.flower.chunks import DATA, Chunk, array_record
 from sluiceway.transport.local import federate
 
 TRAINING = Training(lr=0.02, batch_size=8)
@@ -46,7 +53,7 @@ def model(dtype: torch.dtype = torch.float32) -> TinyClassifier:
 
 def world(tmp_path: Path, dtype: torch.dtype = torch.float32, **more: Any) -> DoubleGrid:
     app = client_app(
-        lambda context: Home(model(dtype), examples(int(context.node_config["part"])), TEST),
+        lambda context: ClientSetup(model(dtype), examples(int(context.node_config["part"])), TEST),
         device="cpu",
         folder=lambda context: tmp_path / f"node-{context.node_id}",
         **more,
@@ -135,9 +142,9 @@ def spoiled(grid: DoubleGrid, number: int, change: Any) -> None:
 
     def app(message: Message, context: Any) -> Message:
         reply = plain(message, context)
-        parcel = Parcel.read(reply.content)
-        if parcel.piece:
-            reply.content[DATA] = array_record(change(parcel.piece))
+        chunk = Chunk.read(reply.content)
+        if chunk.piece:
+            reply.content[DATA] = array_record(change(chunk.piece))
         return reply
 
     node.app = app  # type: ignore[assignment]
@@ -191,7 +198,7 @@ def test_what_is_no_update_is_left_out(
 def test_a_client_of_other_shapes_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grid = world(tmp_path)
     grid.nodes[40].app = client_app(
-        lambda context: Home(TinyClassifier(classes=4), examples(0)),
+        lambda context: ClientSetup(TinyClassifier(classes=4), examples(0)),
         device="cpu",
         folder=lambda context: tmp_path / "other",
     )

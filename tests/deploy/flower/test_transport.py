@@ -11,18 +11,18 @@ pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from tests.deploy.flower.double import DoubleGrid, Node
 
-from sluiceway.deploy.flower import carrier as carriers
-from sluiceway.deploy.flower.chunks import HEADER, Parcel, ParcelError, array_record
+from sluiceway.deploy.flower import transport as transports
+from sluiceway.deploy.flower.chunks import HEADER, Chunk, ChunkError, array_record
 from sluiceway.deploy.flower.client import site_app
-from sluiceway.deploy.flower.transport import GridCarrier, in_order
+from sluiceway.deploy.flower.transport import GridTransport, in_order
 from sluiceway.errors import InputError
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.worker_pool import Lost
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.worker_pool import TaskFailure
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(carriers, "TICK", 0.002)
+    monkeypatch.setattr(transports, "TICK", 0.002)
 
 
 class Doubler:
@@ -31,15 +31,15 @@ class Doubler:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         assert not list(folder.iterdir())
         if ask.what == "fail":
             raise ValueError("no data here\nand a second line")
         if ask.message is None:
-            return Answer({"name": self.name, "told": ask.facts["told"]})
+            return Response({"name": self.name, "told": ask.facts["told"]})
         path = folder / "twice"
         path.write_bytes(ask.message.read_bytes() * 2)
-        return Answer({"name": self.name, "told": ask.facts["told"]}, path)
+        return Response({"name": self.name, "told": ask.facts["told"]}, path)
 
 
 def world(tmp_path: Path, *names: str) -> DoubleGrid:
@@ -58,16 +58,16 @@ def world(tmp_path: Path, *names: str) -> DoubleGrid:
     )
 
 
-def asked(grid: DoubleGrid, tmp_path: Path, asks: dict[int, Ask], **more: object) -> dict:
-    carrier = GridCarrier(grid, len(grid.nodes), patience=0, **more)
+def asked(grid: DoubleGrid, tmp_path: Path, asks: dict[int, Request], **more: object) -> dict:
+    transport = GridTransport(grid, len(grid.nodes), patience=0, **more)
     folder = tmp_path / "answers"
     folder.mkdir(exist_ok=True)
-    return dict(carrier.ask(asks, folder, timeout=5))
+    return dict(transport.ask(asks, folder, timeout=5))
 
 
 def test_numbers_follow_names_and_not_ids(tmp_path):
     grid = world(tmp_path, "site-10", "site-2", "site-1")
-    found = asked(grid, tmp_path, {n: Ask("hi", {"told": n}) for n in range(3)})
+    found = asked(grid, tmp_path, {n: Request("hi", {"told": n}) for n in range(3)})
     assert {n: (a.facts["name"], a.facts["told"]) for n, a in found.items()} == {
         0: ("site-1", 0),
         1: ("site-2", 1),
@@ -82,7 +82,7 @@ def test_a_file_arrives_whole_whatever_the_pieces(tmp_path, piece, size):
     grid = world(tmp_path, "a", "b")
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))
-    asks = {n: Ask("hi", {"told": n}, path) for n in range(2)}
+    asks = {n: Request("hi", {"told": n}, path) for n in range(2)}
     found = asked(grid, tmp_path, asks, piece=piece)
     for number in range(2):
         assert found[number].message.read_bytes() == path.read_bytes() * 2
@@ -95,7 +95,7 @@ def test_pieces_are_no_longer_than_they_should_be(tmp_path):
     grid = world(tmp_path, "a")
     path = tmp_path / "file"
     path.write_bytes(os.urandom(30_000_000))
-    found = asked(grid, tmp_path, {0: Ask("hi", {"told": 0}, path)}, piece=10_000_000)
+    found = asked(grid, tmp_path, {0: Request("hi", {"told": 0}, path)}, piece=10_000_000)
     assert found[0].message.stat().st_size == 60_000_000
     assert grid.asked == 3 + 5
     assert 90_000_000 < grid.crossed < 90_100_000
@@ -106,9 +106,9 @@ def test_a_fault_is_told_in_one_line_and_leaves_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     found = asked(
-        grid, tmp_path, {0: Ask("fail", {}, path), 1: Ask("hi", {"told": 1}, path)}, piece=2
+        grid, tmp_path, {0: Request("fail", {}, path), 1: Request("hi", {"told": 1}, path)}, piece=2
     )
-    assert isinstance(found[0], Lost)
+    assert isinstance(found[0], TaskFailure)
     assert found[0].why.startswith("ValueError: no data here")
     assert "\n" not in found[0].why
     assert found[1].message.read_bytes() == b"1234512345"
@@ -118,9 +118,11 @@ def test_a_fault_is_told_in_one_line_and_leaves_nothing(tmp_path):
 def test_lost_sites_are_named_and_the_others_answer(tmp_path):
     grid = world(tmp_path, "a", "b", "c", "d")
     away, gone, deaf, _ = grid.nodes.values()
-    carrier = GridCarrier(grid, 4, patience=0)
+    transport = GridTransport(grid, 4, patience=0)
     away.online, gone.gone, deaf.deaf = False, True, True
-    found = dict(carrier.ask({n: Ask("hi", {"told": n}) for n in range(4)}, tmp_path, timeout=0.5))
+    found = dict(
+        transport.ask({n: Request("hi", {"told": n}) for n in range(4)}, tmp_path, timeout=0.5)
+    )
     assert found[0].why == "SuperNode a is not connected"
     assert found[1].why == "Flower: Destination Node is not available."
     assert found[2].why == "took longer than 0.5 s"
@@ -130,9 +132,9 @@ def test_lost_sites_are_named_and_the_others_answer(tmp_path):
 def test_another_number_of_supernodes_is_refused(tmp_path):
     grid = world(tmp_path, "a", "b")
     with pytest.raises(InputError, match=r"2 SuperNodes are connected \(a, b\); data.clients = 3"):
-        GridCarrier(grid, 3, patience=0)
+        GridTransport(grid, 3, patience=0)
     with pytest.raises(InputError, match="two SuperNodes have the same name"):
-        GridCarrier(world(tmp_path, "a", "a"), 2, patience=0)
+        GridTransport(world(tmp_path, "a", "a"), 2, patience=0)
 
 
 def test_a_site_of_another_release_is_refused_in_a_line(tmp_path):
@@ -146,15 +148,15 @@ def test_a_site_of_another_release_is_refused_in_a_line(tmp_path):
         return reply
 
     node.app = other
-    found = asked(grid, tmp_path, {0: Ask("hi", {"told": 0})})
+    found = asked(grid, tmp_path, {0: Request("hi", {"told": 0})})
     assert found[0].why == (
         "messages of layout 2, this side reads 1: install the same release of Sluiceway on both"
     )
 
 
 def test_a_message_that_is_none_of_ours_is_refused():
-    good = Parcel("0" * 32, "hi", {"a": 1}, 3, piece=b"abc")
-    assert Parcel.read(good.packed()) == good
+    good = Chunk("0" * 32, "hi", {"a": 1}, 3, piece=b"abc")
+    assert Chunk.read(good.packed()) == good
     for content, why in [
         (RecordDict(), "without a header"),
         (RecordDict({HEADER: ArrayRecord()}), "without a header"),
@@ -163,18 +165,18 @@ def test_a_message_that_is_none_of_ours_is_refused():
         (with_header(good, facts="{"), "no JSON"),
         (with_header(good, facts="[" * 100_000), "no JSON"),
     ]:
-        with pytest.raises(ParcelError, match=why):
-            Parcel.read(content)
+        with pytest.raises(ChunkError, match=why):
+            Chunk.read(content)
     content = good.packed()
     content["file"] = ArrayRecord()
-    with pytest.raises(ParcelError, match="not one of bytes"):
-        Parcel.read(content)
+    with pytest.raises(ChunkError, match="not one of bytes"):
+        Chunk.read(content)
     content["file"] = array_record(b"abc")
-    assert Parcel.read(content) == good
+    assert Chunk.read(content) == good
 
 
-def with_header(parcel: Parcel, **fields: object) -> RecordDict:
-    content = parcel.packed()
+def with_header(chunk: Chunk, **fields: object) -> RecordDict:
+    content = chunk.packed()
     content[HEADER] = ConfigRecord({**content[HEADER], **fields})
     return content
 
@@ -192,8 +194,8 @@ def with_header(parcel: Parcel, **fields: object) -> RecordDict:
 )
 def test_a_site_refuses_pieces_that_do_not_fit(tmp_path, change, why):
     grid = world(tmp_path, "a")
-    parcel = replace(Parcel("0" * 32, "hi", {"told": 1}, 3, piece=b"abc"), **change)
-    key = grid.push(Message(parcel.packed(), next(iter(grid.nodes)), "query.sluiceway"))
+    chunk = replace(Chunk("0" * 32, "hi", {"told": 1}, 3, piece=b"abc"), **change)
+    key = grid.push(Message(chunk.packed(), next(iter(grid.nodes)), "query.sluiceway"))
     [reply] = grid.pull_messages([key])
-    assert why in Parcel.read(reply.content).fault
+    assert why in Chunk.read(reply.content).fault
     assert not (tmp_path / "etc").exists()

@@ -20,9 +20,9 @@ from tests.worlds import tiny_bert
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
 from sluiceway.deploy.nvflare.admin import opened
-from sluiceway.deploy.nvflare.kits import Keys, provision
+from sluiceway.deploy.nvflare.kits import Credentials, provision
 from sluiceway.deploy.nvflare.local_deployment import STARTING, Deployment, running, site_files
-from sluiceway.deploy.nvflare.submit import Order, sent, submit
+from sluiceway.deploy.nvflare.submit import JobSpec, sent, submit
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe, recipe_from
 from sluiceway.experiment.run import run
@@ -74,14 +74,14 @@ def test_a_run_whose_server_was_killed_gives_the_embedded_numbers(
     _, embedded = run(recipe_of(tables, "local"))
     recipe = recipe_of(tables, "nvflare")
     with opened(deployment.admin, STARTING) as desk:
-        sent(desk, Order(recipe, "killed", SITES, wait=STARTING), tmp_path / "job", print)
+        sent(desk, JobSpec(recipe, "killed", SITES, wait=STARTING), tmp_path / "job", print)
     until(lambda: rounds_in(deployment.runs / "killed") >= 1)
     deployment.end("server", signal.SIGKILL)
     assert not (deployment.runs / "killed" / "summary.json").exists()
     deployment.start("server")
     lines: list[str] = []
     with opened(deployment.admin, STARTING) as desk:
-        order = Order(recipe, "killed", SITES, resume=True, wait=STARTING)
+        order = JobSpec(recipe, "killed", SITES, resume=True, wait=STARTING)
         submit(desk, order, tmp_path / "home", lines.append)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())
     for key in ("accuracy_by_round", "personal_accuracy", "bytes_up", "bytes_down", "label_counts"):
@@ -97,7 +97,7 @@ def test_a_site_that_was_killed_is_named_and_comes_back(
     recipe = recipe_of(tables, "nvflare")
     folder = deployment.runs / "left"
     with opened(deployment.admin, STARTING) as desk:
-        job = sent(desk, Order(recipe, "left", SITES, wait=STARTING), tmp_path / "job", print)
+        job = sent(desk, JobSpec(recipe, "left", SITES, wait=STARTING), tmp_path / "job", print)
         until(lambda: rounds_in(folder) >= 1)
         deployment.end("south", signal.SIGKILL)
         deployment.start("south", deployment.folder.parent / "homes" / "south" / "site.toml")
@@ -119,7 +119,7 @@ def test_a_split_run_gives_the_embedded_numbers(
     _, embedded = run(load_recipe(str(split_recipe), settings))
     recipe = load_recipe(str(split_recipe), [*settings, "run.engine=nvflare"])
     with opened(deployment.admin, STARTING) as desk:
-        submit(desk, Order(recipe, "split", SITES, wait=STARTING), tmp_path / "home", print)
+        submit(desk, JobSpec(recipe, "split", SITES, wait=STARTING), tmp_path / "home", print)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())
     for key in ("accuracy_by_round", "bytes_up", "bytes_down", "failed_updates"):
         assert summary[key] == embedded[key], key
@@ -134,7 +134,7 @@ def test_a_site_with_other_shapes_is_refused_in_one_line(
     own = deployment.folder.parent / "homes" / "south" / "site.toml"
     before = own.read_text()
     own.write_text(f'model = "{other}"\n{before}')
-    order = Order(recipe_of(tables, "nvflare"), "other", SITES, wait=STARTING)
+    order = JobSpec(recipe_of(tables, "nvflare"), "other", SITES, wait=STARTING)
     try:
         with opened(deployment.admin, STARTING) as desk, pytest.raises(InputError) as refused:
             submit(desk, order, None, print)
@@ -143,7 +143,7 @@ def test_a_site_with_other_shapes_is_refused_in_one_line(
     assert re.fullmatch(r"site south: .*(shape|\[).*", str(refused.value))
 
 
-def admitted(port: int, root: Path, keys: Keys | None) -> bool:
+def admitted(port: int, root: Path, keys: Credentials | None) -> bool:
     """Whether the server keeps a line that is dialled as a site does."""
     context = ssl.create_default_context(cafile=str(root))
     if keys is not None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sluiceway.deploy.nvflare.worker_process import Home
+from sluiceway.deploy.nvflare.worker_process import SiteProcess
 
 SITE = """
 import os, sys
 from pathlib import Path
-from sluiceway.transport.protocol import Answer
+from sluiceway.transport.protocol import Response
 from sluiceway.deploy.nvflare.worker import serve
 
 class Doubling:
@@ -23,22 +23,22 @@ class Doubling:
         if ask.what == "fail":
             raise ValueError("two\\nlines")
         (folder / "twice").write_bytes(ask.message.read_bytes() * 2)
-        return Answer({"n": ask.facts["n"] * 2}, folder / "twice")
+        return Response({"n": ask.facts["n"] * 2}, folder / "twice")
 
 serve(Doubling(), sys.stdin, sys.stdout)
 """
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
+def home(tmp_path: Path) -> Iterator[SiteProcess]:
     script = tmp_path / "site.py"
     script.write_text(SITE)
-    home = Home([sys.executable, str(script)])
+    home = SiteProcess([sys.executable, str(script)])
     yield home
     home.end()
 
 
-def test_a_site_that_died_is_started_again(home: Home, tmp_path: Path) -> None:
+def test_a_site_that_died_is_started_again(home: SiteProcess, tmp_path: Path) -> None:
     message = tmp_path / "message"
     message.write_bytes(b"ab")
     said = home.ask("double", {"n": 2}, message, tmp_path)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sluiceway.deploy.flower.adapter import Adapter
     from sluiceway.deploy.flower.arrays import load_arrays, unpacked
     from sluiceway.deploy.flower.client import site_app
-    from sluiceway.deploy.flower.own import Home, client_app
+    from sluiceway.deploy.flower.own import ClientSetup, client_app
     from sluiceway.deploy.flower.strategies import (
         STRATEGIES,
         FedAdam,
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
         Scaffold,
         Usage,
     )
-    from sluiceway.deploy.flower.transport import GridCarrier
+    from sluiceway.deploy.flower.transport import GridTransport
 
 __all__ = [
     "STRATEGIES",
     "Adapter",
+    "ClientSetup",
     "FedAdam",
     "FedAlignMoE",
     "FedAvg",
     "FedMoE",
     "FedProx",
     "FrozenGate",
-    "GridCarrier",
-    "Home",
+    "GridTransport",
     "NonExpert",
     "Scaffold",
     "Usage",
@@ -51,9 +51,9 @@ _PLACES = {
     "Adapter": "adapter",
     "load_arrays": "arrays",
     "unpacked": "arrays",
-    "GridCarrier": "carrier",
+    "GridTransport": "transport",
     "site_app": "client",
-    "Home": "own",
+    "ClientSetup": "own",
     "client_app": "own",
 }
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from sluiceway import strategies as rules
 from sluiceway.core.files import scratch_folder
-from sluiceway.core.guards import Failure, Tally
+from sluiceway.core.guards import Failure, UpdateFilter
 from sluiceway.core.messages import WireError, read_update, take_values
 from sluiceway.core.round_loop import Rounds
 from sluiceway.core.settings import Training
 from sluiceway.deploy.flower.arrays import packed, unpacked
-from sluiceway.deploy.flower.chunks import DATA, Parcel, ParcelError
+from sluiceway.deploy.flower.chunks import DATA, Chunk, ChunkError
 from sluiceway.deploy.flower.transport import MESSAGE_TYPE, Node, reason, waited_for
 from sluiceway.errors import line
 from sluiceway.experiment.methods import parameters_of
@@ -74,7 +74,7 @@ class Adapter(FlowerStrategy):
         self.run = uuid.uuid4().hex
         self.nodes: list[Node] = []
         self.based: dict[int, int] = {}
-        self.tally: Tally | None = None
+        self.tally: UpdateFilter | None = None
         self._held = self.arrays()
 
     def arrays(self) -> ArrayRecord:
@@ -114,7 +114,7 @@ class Adapter(FlowerStrategy):
         if not self.nodes:
             self.nodes = waited_for(grid, self.clients, self.patience)
         chosen = self.plan.chosen(server_round, range(self.clients))
-        self.tally = Tally(self.rule, server_round, chosen, self.plan.min_clients)
+        self.tally = UpdateFilter(self.rule, server_round, chosen, self.plan.min_clients)
         content = packed(self.rule.broadcast(server_round))
         return [self.message("train", number, content) for number in self.connected(chosen, grid)]
 
@@ -170,7 +170,7 @@ class Adapter(FlowerStrategy):
                 weight = float(facts["examples"])
                 sums = {name: sums[name] + weight * float(facts[name]) for name in sums}
                 examples += weight
-            except (ParcelError, KeyError, TypeError, ValueError) as error:
+            except (ChunkError, KeyError, TypeError, ValueError) as error:
                 log(WARNING, "node %s did not judge: %s", reply.metadata.src_node_id, error)
         if not examples:
             return None
@@ -218,8 +218,8 @@ class Adapter(FlowerStrategy):
             "keep": 2,
         }
         data = content["bytes"].data
-        parcel = Parcel(uuid.uuid4().hex, what, facts, len(data), most=1 << 30)
-        record = parcel.packed()
+        chunk = Chunk(uuid.uuid4().hex, what, facts, len(data), most=1 << 30)
+        record = chunk.packed()
         record[DATA] = content
         return Message(record, self.nodes[number].number, MESSAGE_TYPE)
 
@@ -237,27 +237,27 @@ class Adapter(FlowerStrategy):
                 continue
             path = folder / f"{number}"
             try:
-                parcel = parcel_of(reply)
-                path.write_bytes(parcel.piece)
+                chunk = parcel_of(reply)
+                path.write_bytes(chunk.piece)
                 update = read_update(path)
-            except (ParcelError, WireError) as error:
+            except (ChunkError, WireError) as error:
                 yield Failure(number, line(str(error)), error=error)
                 continue
             if update.client != number:
                 yield Failure(number, f"it calls itself client {update.client}")
                 continue
-            if parcel.facts.get("kept") is True:
+            if chunk.facts.get("kept") is True:
                 kept.add(number)
             yield update
 
 
-def parcel_of(reply: Message) -> Parcel:
+def parcel_of(reply: Message) -> Chunk:
     """A whole answer. Raises ParcelError for anything else."""
     if reply.has_error():
-        raise ParcelError(reason(reply))
-    parcel = Parcel.read(reply.content)
-    if parcel.fault:
-        raise ParcelError(line(parcel.fault))
-    if parcel.size > len(parcel.piece):
-        raise ParcelError(f"an update of {parcel.size} bytes; use GridCarrier for such a model")
-    return parcel
+        raise ChunkError(reason(reply))
+    chunk = Chunk.read(reply.content)
+    if chunk.fault:
+        raise ChunkError(line(chunk.fault))
+    if chunk.size > len(chunk.piece):
+        raise ChunkError(f"an update of {chunk.size} bytes; use GridCarrier for such a model")
+    return chunk

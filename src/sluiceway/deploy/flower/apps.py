@@ -18,8 +18,8 @@ from flwr.app.user_config import UserConfigValue
 from flwr.serverapp import Grid, ServerApp
 
 from sluiceway.deploy.flower.client import site_app
-from sluiceway.deploy.flower.site_daemon import KeptSite
-from sluiceway.transport.protocol import Site
+from sluiceway.deploy.flower.site_daemon import SiteDaemon
+from sluiceway.transport.protocol import ClientHandler
 
 #: Seconds without a request after which a site is closed, unless the node config has "keep".
 IDLE: Final = 600.0
@@ -64,11 +64,11 @@ def site_file(context: Context) -> Path:
     return Path(named)
 
 
-def opened(context: Context) -> Site:
+def opened(context: Context) -> ClientHandler:
     """The site of a SuperNode: open in a process of its own, or with keep=0 for this message."""
     file, idle = site_file(context), float(context.node_config.get("keep", IDLE))
     if idle > 0:
-        return KeptSite(file, file.parent / "keeper", idle)
+        return SiteDaemon(file, file.parent / "keeper", idle)
     from sluiceway.deploy.site import open_site
 
     return open_site(file)

@@ -35,12 +35,12 @@ STYPE: Final = "sluiceway.bytes"
 NAME: Final = re.compile(r"[0-9a-f]{32}")
 
 
-class ParcelError(Exception):
+class ChunkError(Exception):
     """A message that is none of ours; one line."""
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Chunk:
     """One Flower message's content.
 
     Attributes:
@@ -96,15 +96,15 @@ class Parcel:
         """The inverse of `packed`. Raises ParcelError."""
         header = content.get(HEADER)
         if not isinstance(header, ConfigRecord):
-            raise ParcelError("a message without a header of Sluiceway")
+            raise ChunkError("a message without a header of Sluiceway")
         if header.get("layout") != LAYOUT:
-            raise ParcelError(
+            raise ChunkError(
                 f"messages of layout {quoted(header.get('layout'))}, this side reads {LAYOUT}: "
                 "install the same release of Sluiceway on both"
             )
         kinds = {key: type(value) for key, value in header.items() if key != "layout"}
         if kinds != FIELDS:
-            raise ParcelError("a header with other fields")
+            raise ChunkError("a header with other fields")
         found: dict[str, Any] = {key: header[key] for key in FIELDS}
         found |= {"facts": facts_of(found["facts"]), "piece": piece_of(content)}
         return cls(**found)
@@ -126,13 +126,13 @@ FIELDS: Final = {
 def facts_of(text: str) -> dict[str, Any]:
     """Facts from JSON. Raises ParcelError."""
     if len(text) > FACTS_LIMIT:
-        raise ParcelError(f"facts of {len(text)} characters; at most {FACTS_LIMIT}")
+        raise ChunkError(f"facts of {len(text)} characters; at most {FACTS_LIMIT}")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ParcelError(f"facts that are no JSON ({line(str(error), 80)})") from None
+        raise ChunkError(f"facts that are no JSON ({line(str(error), 80)})") from None
     if not isinstance(found, dict):
-        raise ParcelError("facts that are no table")
+        raise ChunkError("facts that are no table")
     return found
 
 
@@ -145,7 +145,7 @@ def bytes_of(record: Any) -> bytes:
     """The inverse of `array_record`. Raises ParcelError."""
     array = record.get("bytes") if isinstance(record, ArrayRecord) else None
     if array is None or len(record) != 1 or array.stype != STYPE:
-        raise ParcelError("an array record that is not one of bytes")
+        raise ChunkError("an array record that is not one of bytes")
     return bytes(array.data)
 
 
@@ -168,7 +168,7 @@ def length(path: Path | None) -> int:
     return -1 if path is None else path.stat().st_size
 
 
-def put(path: Path, parcel: Parcel, whole: int, limit: int = FILE_LIMIT) -> None:
+def put(path: Path, chunk: Chunk, whole: int, limit: int = FILE_LIMIT) -> None:
     """Append a piece to the file that it belongs to.
 
     Args:
@@ -179,14 +179,14 @@ def put(path: Path, parcel: Parcel, whole: int, limit: int = FILE_LIMIT) -> None
         ParcelError: the piece does not follow on what is there, or is too long.
     """
     held = path.stat().st_size if path.exists() else 0
-    if not 0 <= whole <= limit or parcel.size != whole:
-        raise ParcelError(f"a file of {parcel.size} bytes, where {whole} were announced")
-    if parcel.offset != held or held + len(parcel.piece) > whole:
-        raise ParcelError(
-            f"bytes {parcel.offset} to {parcel.offset + len(parcel.piece)} of a file of {whole}, "
+    if not 0 <= whole <= limit or chunk.size != whole:
+        raise ChunkError(f"a file of {chunk.size} bytes, where {whole} were announced")
+    if chunk.offset != held or held + len(chunk.piece) > whole:
+        raise ChunkError(
+            f"bytes {chunk.offset} to {chunk.offset + len(chunk.piece)} of a file of {whole}, "
             f"of which {held} are here"
         )
-    if not parcel.piece and whole > held:
-        raise ParcelError(f"an empty piece of a file of {whole} bytes")
+    if not chunk.piece and whole > held:
+        raise ChunkError(f"an empty piece of a file of {whole} bytes")
     with path.open("ab") as file:
-        file.write(parcel.piece)
+        file.write(chunk.piece)

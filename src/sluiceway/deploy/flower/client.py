@@ -14,24 +14,26 @@ from flwr.clientapp import ClientApp
 from sluiceway.deploy.flower.chunks import (
     NAME,
     PIECE_LIMIT,
-    Parcel,
-    ParcelError,
+    Chunk,
+    ChunkError,
     cut,
     length,
     put,
 )
 from sluiceway.deploy.flower.site_daemon import in_a_line
-from sluiceway.transport.protocol import Ask, Site
+from sluiceway.transport.protocol import ClientHandler, Request
 
 #: Seconds after which what a broken-off run left behind is removed.
 STALE: Final = 86_400
 
 
-def site_app(opened: Callable[[Context], Site], room: Callable[[Context], Path]) -> ClientApp:
+def site_app(
+    opened: Callable[[Context], ClientHandler], room: Callable[[Context], Path]
+) -> ClientApp:
     """A ClientApp in front of a site.
 
     Flower starts a process for every message, so the site is opened anew each time, and only when
-    a request has wholly arrived. What must outlive a message is in files, or with a `KeptSite`.
+    a request has wholly arrived. What must outlive a message is in files, or with a `SiteDaemon`.
 
     Args:
         opened: opens the site of a node.
@@ -41,20 +43,20 @@ def site_app(opened: Callable[[Context], Site], room: Callable[[Context], Path])
 
     @app.query("sluiceway")
     def answer(message: Message, context: Context) -> Message:
-        parcel: Parcel | None = None
+        chunk: Chunk | None = None
         try:
-            parcel = Parcel.read(message.content)
-            reply = Desk(room(context), lambda: opened(context)).handle(parcel)
+            chunk = Chunk.read(message.content)
+            reply = ChunkHandler(room(context), lambda: opened(context)).handle(chunk)
         except Exception as error:
             # Not left to Flower, which would send the whole error to the server.
-            transfer = parcel.transfer if parcel else "0" * 32
-            reply = Parcel(transfer, fault=in_a_line(error))
+            transfer = chunk.transfer if chunk else "0" * 32
+            reply = Chunk(transfer, fault=in_a_line(error))
         return Message(reply.packed(), reply_to=message)
 
     return app
 
 
-class Desk:
+class ChunkHandler:
     """Takes pieces in and gives pieces out.
 
     Args:
@@ -62,70 +64,70 @@ class Desk:
         opened: opens the site.
     """
 
-    def __init__(self, room: Path, opened: Callable[[], Site]) -> None:
+    def __init__(self, room: Path, opened: Callable[[], ClientHandler]) -> None:
         self.room = room
         self.opened = opened
 
-    def handle(self, parcel: Parcel) -> Parcel:
+    def handle(self, chunk: Chunk) -> Chunk:
         """Answer one message.
 
         Raises:
             ParcelError: it makes no sense here.
             Exception: the site cannot do what it is asked.
         """
-        if not NAME.fullmatch(parcel.transfer):
-            raise ParcelError("a transfer of another name")
-        folder = self.room / parcel.transfer
-        if parcel.more:
-            return self.give(parcel, folder)
+        if not NAME.fullmatch(chunk.transfer):
+            raise ChunkError("a transfer of another name")
+        folder = self.room / chunk.transfer
+        if chunk.more:
+            return self.give(chunk, folder)
         coming = folder / "request"
-        if parcel.offset == 0:
+        if chunk.offset == 0:
             sweep(self.room)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        if parcel.size >= 0:
-            put(coming, parcel, parcel.size)
-            if not parcel.ends:
-                return Parcel(parcel.transfer, more=True)
+        if chunk.size >= 0:
+            put(coming, chunk, chunk.size)
+            if not chunk.ends:
+                return Chunk(chunk.transfer, more=True)
         done = False
         try:
-            reply = self.ask(parcel, coming if parcel.size >= 0 else None, folder)
+            reply = self.ask(chunk, coming if chunk.size >= 0 else None, folder)
             done = reply.size > len(reply.piece)
         finally:
             if not done:
                 shutil.rmtree(folder, ignore_errors=True)
         return reply
 
-    def ask(self, parcel: Parcel, message: Path | None, folder: Path) -> Parcel:
+    def ask(self, chunk: Chunk, message: Path | None, folder: Path) -> Chunk:
         """Let the site do it; its answer with the first piece of its file, the rest stays here."""
         home = folder / "answer"
         home.mkdir()
-        answer = self.opened().answer(Ask(parcel.what, parcel.facts, message), home)
+        answer = self.opened().answer(Request(chunk.what, chunk.facts, message), home)
         if message is not None:
             message.unlink()
         size = length(answer.message)
-        first = cut(answer.message, 0, room_of(parcel))
+        first = cut(answer.message, 0, room_of(chunk))
         if answer.message is not None and size > len(first):
             answer.message.rename(folder / "rest")
-        return Parcel(parcel.transfer, facts=answer.facts, size=size, piece=first)
+        return Chunk(chunk.transfer, facts=answer.facts, size=size, piece=first)
 
-    def give(self, parcel: Parcel, folder: Path) -> Parcel:
+    def give(self, chunk: Chunk, folder: Path) -> Chunk:
         """A further piece of an answer; after the last, nothing stays. Raises ParcelError."""
         path = folder / "rest"
-        if not path.is_file() or not 0 < parcel.offset < parcel.size == length(path):
-            raise ParcelError("a piece of a file that is not here")
-        piece = cut(path, parcel.offset, room_of(parcel))
-        reply = Parcel(parcel.transfer, size=parcel.size, offset=parcel.offset, piece=piece)
+        if not path.is_file() or not 0 < chunk.offset < chunk.size == length(path):
+            raise ChunkError("a piece of a file that is not here")
+        piece = cut(path, chunk.offset, room_of(chunk))
+        reply = Chunk(chunk.transfer, size=chunk.size, offset=chunk.offset, piece=piece)
         if reply.ends:
             shutil.rmtree(folder, ignore_errors=True)
         return reply
 
 
-def room_of(parcel: Parcel) -> int:
+def room_of(chunk: Chunk) -> int:
     """Bytes of a file that the answer may hold. Raises ParcelError."""
-    if not 0 < parcel.most <= PIECE_LIMIT:
-        raise ParcelError(f"pieces of {parcel.most} bytes; at most {PIECE_LIMIT}")
-    return parcel.most
+    if not 0 < chunk.most <= PIECE_LIMIT:
+        raise ChunkError(f"pieces of {chunk.most} bytes; at most {PIECE_LIMIT}")
+    return chunk.most
 
 
 def sweep(room: Path) -> None:

@@ -26,12 +26,12 @@ from sluiceway.experiment.validation import first_fault
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Strategy
 from sluiceway.transport.local import chosen_device, standing
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.site import Kept, SiteError, Trainer, whole
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.site import ClientStateStore, SiteError, Trainer, whole
 
 
 @dataclass(frozen=True)
-class Home:
+class ClientSetup:
     """What a client has: the model as it was before training, and its own examples.
 
     Attributes:
@@ -46,7 +46,7 @@ class Home:
 
 
 def client_app(
-    home: Callable[[Context], Home],
+    home: Callable[[Context], ClientSetup],
     *,
     training: Training | None = None,
     loss: Loss = F.cross_entropy,
@@ -78,11 +78,11 @@ def own_folder(context: Context) -> Path:
 
 
 class OwnSite:
-    """A `Site` around a model and data of one's own; see `client_app`."""
+    """A `ClientHandler` around a model and data of one's own; see `client_app`."""
 
     def __init__(
         self,
-        home: Callable[[], Home],
+        home: Callable[[], ClientSetup],
         folder: Path,
         *,
         training: Training | None,
@@ -95,7 +95,7 @@ class OwnSite:
         self.loss = loss
         self.device = torch.device(chosen_device(device))
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
+    def answer(self, ask: Request, folder: Path) -> Response:
         """Train, or judge the global model.
 
         Raises:
@@ -127,18 +127,20 @@ class OwnSite:
                 )
             )
             if ask.what == "train":
-                return Trainer(worker, number, Kept(self.folder / "states")).train(ask, folder)
+                return Trainer(worker, number, ClientStateStore(self.folder / "states")).train(
+                    ask, folder
+                )
             return judged(worker, ask.message)
 
 
-def judged(worker: Worker, message: Path) -> Answer:
+def judged(worker: Worker, message: Path) -> Response:
     """The global model on the client's own test examples."""
     indices = list(range(len(worker.test)))
     if not indices:
         raise SiteError("this client has no test examples")
     found = worker.evaluate(read_broadcast(message).tensors, indices)
     facts = {"examples": len(indices), "accuracy": found.accuracy, "loss": found.mean_loss}
-    return Answer(facts)
+    return Response(facts)
 
 
 def strategy_from(facts: Mapping[str, Any]) -> Strategy:

@@ -15,12 +15,12 @@ from flwr.serverapp import Grid
 
 from sluiceway.core.checkpoints import CheckpointError, StorageError
 from sluiceway.core.guards import RunFailed
-from sluiceway.core.handshake import JoinError
+from sluiceway.core.handshake import HandshakeError
 from sluiceway.core.round_loop import Record
 from sluiceway.core.signals import graceful_stop
 from sluiceway.data import DataError
 from sluiceway.deploy.flower.site_daemon import watch
-from sluiceway.deploy.flower.transport import GridCarrier
+from sluiceway.deploy.flower.transport import GridTransport
 from sluiceway.errors import InputError
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import Recipe, load_recipe
@@ -31,7 +31,7 @@ from sluiceway.moe import NoExpertsError
 
 #: What may end a run with a line that is meant for people, by the name that is told of it.
 ENDS: dict[str, tuple[type[BaseException], ...]] = {
-    "input": (InputError, DataError, NoExpertsError, CheckpointError, JoinError),
+    "input": (InputError, DataError, NoExpertsError, CheckpointError, HandshakeError),
     "storage": (StorageError,),
     "failed": (RunFailed,),
     "stopped": (KeyboardInterrupt,),
@@ -39,7 +39,7 @@ ENDS: dict[str, tuple[type[BaseException], ...]] = {
 
 
 @dataclass(frozen=True)
-class Teller:
+class ProgressLog:
     """Tells how a run goes on: JSON lines into a file, or plain lines into the log.
 
     Attributes:
@@ -89,7 +89,7 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
     Raises:
         InputError and others of `ENDS`: the run did not reach its end; told before.
     """
-    teller = Teller(Path(str(config["told"])) if config["told"] else None)
+    teller = ProgressLog(Path(str(config["told"])) if config["told"] else None)
     if teller.path is not None:
         # Flower would only interrupt it, and that waits for a SuperLink that is gone too.
         threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
@@ -104,7 +104,7 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
                 resume=bool(config["resume"]),
                 force=bool(config["force"]),
                 progress=teller.progress(),
-                carrier=carrier_of(grid, config, recipe.data.clients),
+                transport=carrier_of(grid, config, recipe.data.clients),
             )
         write_report([out])
         teller.tell("end", "")
@@ -116,9 +116,9 @@ def serve_recipe(grid: Grid, config: Mapping[str, UserConfigValue]) -> None:
         raise
 
 
-def carrier_of(grid: Grid, config: Mapping[str, UserConfigValue], clients: int) -> GridCarrier:
+def carrier_of(grid: Grid, config: Mapping[str, UserConfigValue], clients: int) -> GridTransport:
     """The way to the SuperNodes. Raises InputError."""
-    return GridCarrier(
+    return GridTransport(
         grid,
         clients,
         patience=float(config["patience"]),

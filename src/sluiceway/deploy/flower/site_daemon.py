@@ -24,19 +24,19 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from sluiceway.errors import line
-from sluiceway.transport.protocol import Answer, Ask, Site
+from sluiceway.transport.protocol import ClientHandler, Request, Response
 
 #: Seconds between two looks for a request or an answer, and at whether the other side is there.
 TICK: Final = 0.05
 LOOK: Final = 1.0
 
 
-class Told(Exception):
+class SiteFault(Exception):
     """What a site said in place of an answer, in one line."""
 
 
-class KeptSite:
-    """A `Site` that is open in a process of its own.
+class SiteDaemon:
+    """A `ClientHandler` that is open in a process of its own.
 
     Args:
         file: the site's.
@@ -49,8 +49,8 @@ class KeptSite:
         self.room = room
         self.idle = idle
 
-    def answer(self, ask: Ask, folder: Path) -> Answer:
-        """See `Site.answer`. Raises Told."""
+    def answer(self, ask: Request, folder: Path) -> Response:
+        """See `ClientHandler.answer`. Raises Told."""
         self.room.mkdir(parents=True, exist_ok=True)
         name = uuid.uuid4().hex
         asked, taken, done = (self.room / f"{name}.{end}" for end in ("ask", "taken", "done"))
@@ -63,7 +63,7 @@ class KeptSite:
             while not done.exists():
                 if time.monotonic() - looked > LOOK and not kept(self.room) and not done.exists():
                     if taken.exists() or (process is not None and process.poll() is not None):
-                        raise Told(f"the site's process ended: {last_line(self.room)}")
+                        raise SiteFault(f"the site's process ended: {last_line(self.room)}")
                     process = process or self.started()
                     looked = time.monotonic()
                 time.sleep(TICK)
@@ -72,8 +72,8 @@ class KeptSite:
             for path in (asked, taken, done):
                 path.unlink(missing_ok=True)
         if "fault" in found:
-            raise Told(found["fault"])
-        return Answer(found["facts"], Path(found["message"]) if found["message"] else None)
+            raise SiteFault(found["fault"])
+        return Response(found["facts"], Path(found["message"]) if found["message"] else None)
 
     def started(self) -> subprocess.Popen[bytes]:
         """Start a keeper that ends with the process that started this one."""
@@ -119,7 +119,7 @@ def last_line(room: Path) -> str:
     return line(said[-1]) if said else "it said nothing"
 
 
-def keep(site: Site, room: Path, idle: float) -> None:
+def keep(site: ClientHandler, room: Path, idle: float) -> None:
     """Answer requests until there have been none for `idle` seconds."""
     since = time.monotonic()
     while time.monotonic() - since < idle:
@@ -129,7 +129,7 @@ def keep(site: Site, room: Path, idle: float) -> None:
         time.sleep(TICK)
 
 
-def serve(site: Site, asked: Path) -> None:
+def serve(site: ClientHandler, asked: Path) -> None:
     """Answer one request."""
     taken = asked.with_suffix(".taken")
     try:
@@ -139,7 +139,7 @@ def serve(site: Site, asked: Path) -> None:
         return  # nobody waits any more
     message = Path(said["message"]) if said["message"] else None
     try:
-        answer = site.answer(Ask(said["what"], said["facts"], message), Path(said["folder"]))
+        answer = site.answer(Request(said["what"], said["facts"], message), Path(said["folder"]))
         path = None if answer.message is None else str(answer.message)
         found = {"facts": answer.facts, "message": path}
     except Exception as error:
@@ -149,7 +149,7 @@ def serve(site: Site, asked: Path) -> None:
 
 def in_a_line(error: Exception) -> str:
     """An error as the server is told it."""
-    if isinstance(error, Told):
+    if isinstance(error, SiteFault):
         return str(error)
     kind = type(error).__name__
     return line(f"{kind}: {error}" if str(error) else kind)

@@ -6,7 +6,7 @@
 
 Flower's loop holds the global model as one array of bytes, because its own arrays know no bfloat16.
 A round is one Flower message each way for a client; models of some GB are better carried by
-`GridCarrier`, which cuts them into pieces.
+`GridTransport`, which cuts them into pieces.
 """
 
 from __future__ import annotations

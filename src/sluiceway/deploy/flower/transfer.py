@@ -5,13 +5,13 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from sluiceway.deploy.flower.chunks import Parcel, ParcelError, cut, length, put
+from sluiceway.deploy.flower.chunks import Chunk, ChunkError, cut, length, put
 from sluiceway.errors import line
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.worker_pool import Lost
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.worker_pool import TaskFailure
 
 
-class Exchange:
+class Transfer:
     """What one site is asked, as far as it has come.
 
     First the request's file goes out in pieces; with the last of them the site does what it is
@@ -28,19 +28,19 @@ class Exchange:
         done: how it ended, None before.
     """
 
-    def __init__(self, ask: Ask, node: int, folder: Path, piece: int) -> None:
+    def __init__(self, ask: Request, node: int, folder: Path, piece: int) -> None:
         self.ask, self.node, self.piece = ask, node, piece
         self.size = length(ask.message)
         self.target = folder / uuid.uuid4().hex
         self.transfer = uuid.uuid4().hex
         self.going: list[str] = []
-        self.done: Answer | Lost | None = None
+        self.done: Response | TaskFailure | None = None
         self.sent: int | None = None
-        self.first: Parcel | None = None
+        self.first: Chunk | None = None
         self.wanted = 0
-        self.early: dict[int, Parcel] = {}
+        self.early: dict[int, Chunk] = {}
 
-    def next(self) -> Parcel | None:
+    def next(self) -> Chunk | None:
         """What is to be sent now; None while there is nothing."""
         if self.first is not None:
             return self._next_wanted(self.first)
@@ -49,24 +49,24 @@ class Exchange:
         offset = self.sent or 0
         data = cut(self.ask.message, offset, self.piece)
         self.sent = offset + len(data)
-        parcel = Parcel(
+        chunk = Chunk(
             self.transfer, self.ask.what, self.ask.facts, self.size, offset, data, self.piece
         )
-        if not data and not parcel.ends:
+        if not data and not chunk.ends:
             self.fail(f"{self.ask.message} became shorter while it was sent")
             return None
-        return parcel
+        return chunk
 
-    def _next_wanted(self, first: Parcel) -> Parcel | None:
+    def _next_wanted(self, first: Chunk) -> Chunk | None:
         if self.wanted >= first.size:
             return None
         offset, self.wanted = self.wanted, self.wanted + len(first.piece)
-        return Parcel(self.transfer, size=first.size, offset=offset, most=self.piece, more=True)
+        return Chunk(self.transfer, size=first.size, offset=offset, most=self.piece, more=True)
 
-    def take(self, reply: Parcel) -> None:
+    def take(self, reply: Chunk) -> None:
         """Take one answer of the site. Raises ParcelError."""
         if reply.transfer != self.transfer:
-            raise ParcelError("an answer to another request")
+            raise ChunkError("an answer to another request")
         if reply.fault:
             self.fail(line(reply.fault))
         elif reply.more and self.first is None:
@@ -80,14 +80,14 @@ class Exchange:
             while (following := self.early.pop(self.held(), None)) is not None:
                 self._keep(self.first, following)
 
-    def _keep(self, first: Parcel, reply: Parcel) -> None:
+    def _keep(self, first: Chunk, reply: Chunk) -> None:
         """Put a piece behind the others, and end with the last."""
         if first.size < 0:
-            self.done = Answer(first.facts)
+            self.done = Response(first.facts)
             return
         put(self.target, reply, first.size)
         if reply.ends:
-            self.done = Answer(first.facts, self.target)
+            self.done = Response(first.facts, self.target)
 
     def held(self) -> int:
         """Bytes of the answer's file that are here."""
@@ -96,7 +96,7 @@ class Exchange:
     def fail(self, why: str) -> None:
         """End it without an answer."""
         self.drop()
-        self.done = Lost(why)
+        self.done = TaskFailure(why)
 
     def drop(self) -> None:
         """Forget what came of the answer's file."""

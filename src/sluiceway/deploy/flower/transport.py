@@ -16,11 +16,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from sluiceway.core.signals import check_stop
-from sluiceway.deploy.flower.chunks import DATA, PIECE, Parcel, ParcelError, array_record
-from sluiceway.deploy.flower.transfer import Exchange
+from sluiceway.deploy.flower.chunks import DATA, PIECE, Chunk, ChunkError, array_record
+from sluiceway.deploy.flower.transfer import Transfer
 from sluiceway.errors import InputError, line
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.worker_pool import Lost
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.worker_pool import TaskFailure
 
 #: The type of our messages, which a ClientApp has a function for.
 MESSAGE_TYPE: Final = "query.sluiceway"
@@ -42,8 +42,8 @@ class Node:
         return cls(info.name or str(info.node_id), info.node_id)
 
 
-class GridCarrier:
-    """A `Carrier` over Flower.
+class GridTransport:
+    """A `Transport` over Flower.
 
     Sites are the SuperNodes that are there at the start, in the order of their names, digits in
     them as numbers: "site-2" before "site-10". A name is given where a node's key is registered, so
@@ -77,17 +77,17 @@ class GridCarrier:
         self._data: tuple[Path | None, int, ArrayRecord] | None = None
 
     def ask(
-        self, asks: Mapping[int, Ask], folder: Path, timeout: float = 0
-    ) -> Iterator[tuple[int, Answer | Lost]]:
+        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    ) -> Iterator[tuple[int, Response | TaskFailure]]:
         deadline = time.monotonic() + timeout if timeout else float("inf")
         here = self._here()
-        open_ones: dict[int, Exchange] = {}
+        open_ones: dict[int, Transfer] = {}
         for number, ask in asks.items():
             node = here.get(self.nodes[number].number)
             if node is None:
-                yield number, Lost(f"SuperNode {self.sites[number]} is not connected")
+                yield number, TaskFailure(f"SuperNode {self.sites[number]} is not connected")
             else:
-                open_ones[number] = Exchange(ask, node.number, folder, self.piece)
+                open_ones[number] = Transfer(ask, node.number, folder, self.piece)
         while open_ones:
             check_stop()
             now = dict(islice(open_ones.items(), self.at_once))
@@ -102,15 +102,15 @@ class GridCarrier:
             time.sleep(TICK)
         for number, exchange in open_ones.items():
             exchange.drop()
-            yield number, Lost(f"took longer than {timeout:g} s")
+            yield number, TaskFailure(f"took longer than {timeout:g} s")
 
-    def _send(self, exchanges: Mapping[int, Exchange], timeout: float) -> None:
+    def _send(self, exchanges: Mapping[int, Transfer], timeout: float) -> None:
         """Whatever there is room for on the way; one message at a time, for the memory."""
         for exchange in exchanges.values():
-            while len(exchange.going) < WINDOW and (parcel := exchange.next()) is not None:
-                content = parcel.packed()
-                if parcel.piece:
-                    content[DATA] = self._shared(exchange.ask.message, parcel)
+            while len(exchange.going) < WINDOW and (chunk := exchange.next()) is not None:
+                content = chunk.packed()
+                if chunk.piece:
+                    content[DATA] = self._shared(exchange.ask.message, chunk)
                 ttl = timeout + 60 if timeout else DEFAULT_TTL
                 message = Message(content, exchange.node, MESSAGE_TYPE, ttl=ttl)
                 keys = [key for key in self.grid.push_messages([message]) if key]
@@ -120,13 +120,13 @@ class GridCarrier:
                 exchange.going += keys
         self._data = None
 
-    def _shared(self, path: Path | None, parcel: Parcel) -> ArrayRecord:
+    def _shared(self, path: Path | None, chunk: Chunk) -> ArrayRecord:
         """A piece as one record for all that are sent it, so that it is taken apart only once."""
-        if self._data is None or self._data[:2] != (path, parcel.offset):
-            self._data = (path, parcel.offset, array_record(parcel.piece))
+        if self._data is None or self._data[:2] != (path, chunk.offset):
+            self._data = (path, chunk.offset, array_record(chunk.piece))
         return self._data[2]
 
-    def _collect(self, exchange: Exchange) -> Answer | Lost | None:
+    def _collect(self, exchange: Transfer) -> Response | TaskFailure | None:
         """Take what came for one exchange; its end, once it is there."""
         for key in list(exchange.going):
             for reply in self.grid.pull_messages([key]):
@@ -135,8 +135,8 @@ class GridCarrier:
                     exchange.fail(reason(reply))
                     break
                 try:
-                    exchange.take(Parcel.read(reply.content))
-                except ParcelError as error:
+                    exchange.take(Chunk.read(reply.content))
+                except ChunkError as error:
                     exchange.fail(line(str(error)))
             if exchange.done is not None:
                 return exchange.done

@@ -24,7 +24,7 @@ LOOK = 1.0
 
 
 @dataclass
-class Desk:
+class AdminSession:
     """A session with a server.
 
     Attributes:
@@ -101,7 +101,7 @@ class Desk:
 
 
 @contextlib.contextmanager
-def opened(kit: Kit, seconds: float = 10) -> Iterator[Desk]:
+def opened(kit: Kit, seconds: float = 10) -> Iterator[AdminSession]:
     """A session with the server of an admin's kit.
 
     Raises:
@@ -125,7 +125,7 @@ def opened(kit: Kit, seconds: float = 10) -> Iterator[Desk]:
                 raise RunFailed(f"no session with the server: {line(described(error))}") from error
             time.sleep(LOOK)
     try:
-        yield Desk(session)
+        yield AdminSession(session)
     finally:
         with muted(), contextlib.suppress(Exception):
             session.close()

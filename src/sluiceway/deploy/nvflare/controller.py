@@ -20,13 +20,13 @@ from sluiceway.core.signals import ask_to_stop, graceful_stop
 from sluiceway.deploy.nvflare.kits import read_kit
 from sluiceway.deploy.nvflare.names import BROUGHT, GATE, KIT, OUTCOME, RUNS, STOP, TELL, typed
 from sluiceway.deploy.nvflare.plain import refuse_tensors
-from sluiceway.deploy.nvflare.transport import NvflareCarrier
+from sluiceway.deploy.nvflare.transport import NvflareTransport
 from sluiceway.errors import outcome_of
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import recipe_from
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
-from sluiceway.transport.tls import Doorway
+from sluiceway.transport.tls import Endpoint
 
 refuse_tensors()
 
@@ -35,7 +35,7 @@ LIGHT = ("recipe.toml", "metrics.jsonl", "summary.json")
 
 
 @dataclass
-class Diary:
+class ProgressLog:
     """Lines for people, kept so that the submitter can ask for them."""
 
     lines: list[str] = field(default_factory=list)
@@ -52,14 +52,14 @@ class Diary:
             return self.lines[seen:]
 
 
-def doorway() -> Doorway:
+def doorway() -> Endpoint:
     """Where sites dial for split learning."""
     kit = read_kit(Path(os.environ[KIT]))
     listen, port = os.environ[GATE].rsplit(":", 1)
-    return Doorway(kit.keys, kit.address[0], int(port), listen)
+    return Endpoint(kit.keys, kit.address[0], int(port), listen)
 
 
-class Conductor:
+class ServerController:
     """Runs a recipe in the server's job process.
 
     Args:
@@ -74,7 +74,7 @@ class Conductor:
     ) -> None:
         self.recipe, self.name, self.sites = recipe, name, sites
         self.resume, self.force = resume, force
-        self.diary = Diary()
+        self.diary = ProgressLog()
 
     @typed(collab.main)
     def conduct(self) -> None:
@@ -85,16 +85,16 @@ class Conductor:
         brought = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / BROUGHT
         brought.mkdir(exist_ok=True)
         stand_ins = {proxy.name: proxy for proxy in collab.clients}
-        carrier = NvflareCarrier([stand_ins.get(site) for site in self.sites], self.sites)
+        transport = NvflareTransport([stand_ins.get(site) for site in self.sites], self.sites)
         out = Path(os.environ[RUNS]) / self.name
-        code, line = outcome_of(lambda: self._run(carrier, out))
+        code, line = outcome_of(lambda: self._run(transport, out))
         for name in LIGHT:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy(out / name, brought / name)
         found = {"code": code, "line": line, "lines": self.diary.lines}
         (brought / OUTCOME).write_text(json.dumps(found), encoding="utf-8")
 
-    def _run(self, carrier: NvflareCarrier, out: Path) -> None:
+    def _run(self, transport: NvflareTransport, out: Path) -> None:
         def on_round(record: Record) -> None:
             self.diary.say(described(record))
 
@@ -107,7 +107,7 @@ class Conductor:
                 resume=self.resume,
                 force=self.force,
                 progress=progress,
-                carrier=carrier,
+                transport=transport,
                 doorway=doorway(),
             )
 

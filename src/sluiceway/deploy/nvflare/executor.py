@@ -18,17 +18,17 @@ from nvflare.collab import collab
 from sluiceway.core.files import scratch_folder
 from sluiceway.deploy.nvflare.chunks import Chunk, Inbox, chunks_of
 from sluiceway.deploy.nvflare.names import KIT, PATIENCE, SITE, typed
-from sluiceway.deploy.nvflare.worker_process import Home
+from sluiceway.deploy.nvflare.worker_process import SiteProcess
 
 
 @dataclass
-class Turn:
+class ClientTurn:
     """One ask at a site, from its first chunk to the last of the answer.
 
     Attributes:
         key: the server's name for it.
         folder: for its files.
-        what, facts: see `Ask`.
+        what, facts: see `Request`.
         inbox: where the message is put together; None if there is none.
         done: set once there is an answer.
         said: the answer, see `worker.answered`.
@@ -53,7 +53,7 @@ class Turn:
         return Path(self.said["message"]) if self.said.get("message") else None
 
 
-class Relay:
+class ClientExecutor:
     """Keeps one turn at a time; a new one ends what is left of the one before.
 
     Only str, int, float and bytes cross, in tables and lists; facts cross as JSON text.
@@ -62,12 +62,12 @@ class Relay:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._lock = threading.Lock()
-        self._turn: Turn | None = None
+        self._turn: ClientTurn | None = None
 
     @typed(collab.init)
     def open(self) -> None:
         """Called by NVFlare when the job starts."""
-        self._home = Home(self.command())
+        self._home = SiteProcess(self.command())
         self._folder = self._stack.enter_context(scratch_folder())
         self._stack.callback(self._home.end)
         self._home.ready()
@@ -88,7 +88,7 @@ class Relay:
         check_caller()
         with self._lock:
             self._drop()
-            self._turn = turn = Turn(key, self._folder / key, what, json.loads(facts))
+            self._turn = turn = ClientTurn(key, self._folder / key, what, json.loads(facts))
             if size >= 0:
                 turn.inbox = Inbox(turn.folder / "ask", size)
         self._more(turn, data, digest)
@@ -128,7 +128,7 @@ class Relay:
             if self._turn is not None and self._turn.key == key:
                 self._drop()
 
-    def _current(self, key: str) -> Turn:
+    def _current(self, key: str) -> ClientTurn:
         turn = self._turn
         if turn is None or turn.key != key:
             raise ValueError("this site knows nothing of that turn")
@@ -143,14 +143,14 @@ class Relay:
             self._home.end()
         shutil.rmtree(turn.folder, ignore_errors=True)
 
-    def _more(self, turn: Turn, data: bytes, digest: bytes) -> None:
+    def _more(self, turn: ClientTurn, data: bytes, digest: bytes) -> None:
         """Add a chunk; with the last one the site begins to work."""
         if turn.inbox is not None and data:
             turn.inbox.add(Chunk(data, digest))
         if turn.inbox is None or turn.inbox.complete:
             threading.Thread(target=self._work, args=(turn,), daemon=True).start()
 
-    def _work(self, turn: Turn) -> None:
+    def _work(self, turn: ClientTurn) -> None:
         message = turn.inbox.path if turn.inbox else None
         turn.said = self._home.ask(turn.what, turn.facts, message, turn.folder / "answer")
         turn.done.set()

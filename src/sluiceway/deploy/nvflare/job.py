@@ -19,8 +19,8 @@ def write_job(
     sites: Sequence[str],
     arguments: Mapping[str, Any],
     *,
-    conductor: str = "sluiceway.deploy.nvflare.controller.Conductor",
-    relay: str = "sluiceway.deploy.nvflare.executor.Relay",
+    conductor: str = "sluiceway.deploy.nvflare.controller.ServerController",
+    relay: str = "sluiceway.deploy.nvflare.executor.ClientExecutor",
 ) -> None:
     """Write a job.
 

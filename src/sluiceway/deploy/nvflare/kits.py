@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sluiceway.errors import InputError
-from sluiceway.transport.tls import Keys
+from sluiceway.transport.tls import Credentials
 
 #: The organisation that all certificates name; NVFlare's rights are by role, and we use one role.
 ORG: Final = "sluiceway"
@@ -22,8 +22,8 @@ SCHEME: Final = "tcp"
 #: The only classes that a job may name. No party can bring code of its own.
 CLASSES: Final = (
     "nvflare.collab.runtime.controller.CollabController",
-    "sluiceway.deploy.nvflare.controller.Conductor",
-    "sluiceway.deploy.nvflare.executor.Relay",
+    "sluiceway.deploy.nvflare.controller.ServerController",
+    "sluiceway.deploy.nvflare.executor.ClientExecutor",
     "sluiceway.deploy.nvflare.restart.SiteExecutor",
 )
 LAUNCHER: Final = "sluiceway.deploy.nvflare.restart.SiteLauncher"
@@ -47,11 +47,11 @@ class Kit:
     name: str
 
     @property
-    def keys(self) -> Keys:
+    def keys(self) -> Credentials:
         """Where the party's certificate, its key and the root certificate lie."""
         stem = "server" if self.role == "server" else "client"
         startup = self.folder / "startup"
-        return Keys(startup / f"{stem}.crt", startup / f"{stem}.key", startup / "rootCA.pem")
+        return Credentials(startup / f"{stem}.crt", startup / f"{stem}.key", startup / "rootCA.pem")
 
     @property
     def address(self) -> tuple[str, int]:

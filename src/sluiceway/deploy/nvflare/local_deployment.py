@@ -21,7 +21,7 @@ from sluiceway.core.files import scratch_folder
 from sluiceway.deploy.nvflare.admin import opened
 from sluiceway.deploy.nvflare.kits import CLASSES, Kit, provision, settle
 from sluiceway.deploy.nvflare.start import command_of, environment_of
-from sluiceway.deploy.nvflare.submit import Order, submit
+from sluiceway.deploy.nvflare.submit import JobSpec, submit
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress
 
@@ -155,7 +155,7 @@ def run_trial(
         stack.enter_context(running(deployment, files))
         progress.say(f"starting a server and {len(names)} sites on this machine")
         desk = stack.enter_context(opened(deployment.admin, STARTING))
-        order = Order(placed(recipe), out.name, names, resume, force, STARTING)
+        order = JobSpec(placed(recipe), out.name, names, resume, force, STARTING)
         submit(desk, order, None, progress.say)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary

@@ -79,7 +79,7 @@ class SiteLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
         """Called by NVFlare when a job begins."""
         workspace = context.get_prop(FLContextKey.WORKSPACE_OBJECT)
         part = Path(workspace.get_run_dir(job_meta["job_id"])) / PART
-        return Standing(lambda: super(SiteLauncher, self).launch_job(job_meta, context), part)
+        return RestartHandle(lambda: super(SiteLauncher, self).launch_job(job_meta, context), part)
 
     def handle_event(self, event: str, context: Any) -> None:
         """Called by NVFlare; once the site is connected, it takes its part in jobs again."""
@@ -93,7 +93,7 @@ class SiteLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
                     context.get_engine().start_app(job, meta)
 
 
-class Standing(JobHandleSpec):  # type: ignore[misc]
+class RestartHandle(JobHandleSpec):  # type: ignore[misc]
     """The process of a job: another takes its place if it dies while the site has its part.
 
     Args:

@@ -13,7 +13,7 @@ import tomli_w
 
 from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import RunFailed
-from sluiceway.deploy.nvflare.admin import Desk
+from sluiceway.deploy.nvflare.admin import AdminSession
 from sluiceway.deploy.nvflare.job import write_job
 from sluiceway.deploy.nvflare.names import OUTCOME
 from sluiceway.errors import BAD_INPUT, STOPPED, InputError
@@ -22,7 +22,7 @@ from sluiceway.experiment.session import Say
 
 
 @dataclass(frozen=True)
-class Order:
+class JobSpec:
     """A run that is to be made on a server.
 
     Attributes:
@@ -41,7 +41,7 @@ class Order:
     wait: float = 60.0
 
 
-def submit(desk: Desk, order: Order, out: Path | None, say: Say) -> None:
+def submit(desk: AdminSession, order: JobSpec, out: Path | None, say: Say) -> None:
     """Submit a run, tell how it goes on, and bring home what is light of its folder.
 
     Args:
@@ -67,7 +67,7 @@ def submit(desk: Desk, order: Order, out: Path | None, say: Say) -> None:
     end_as(found, status)
 
 
-def sent(desk: Desk, order: Order, folder: Path, say: Say) -> str:
+def sent(desk: AdminSession, order: JobSpec, folder: Path, say: Say) -> str:
     """Submit a run, once its sites are there; returns the job's id.
 
     Args:
@@ -94,7 +94,7 @@ def sent(desk: Desk, order: Order, folder: Path, say: Say) -> str:
     return job
 
 
-def attend(desk: Desk, job: str, say: Say) -> None:
+def attend(desk: AdminSession, job: str, say: Say) -> None:
     """Watch a job to its end; Ctrl-C asks it to stop, a second one aborts it."""
     try:
         desk.watch(job, say)

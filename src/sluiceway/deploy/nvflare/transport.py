@@ -18,8 +18,8 @@ from sluiceway.core.signals import Stopped, check_stop
 from sluiceway.deploy.nvflare.chunks import ChunkError, Inbox, chunk_from, chunks_of
 from sluiceway.deploy.nvflare.names import CARRYING, GRACE, PATIENCE
 from sluiceway.errors import line
-from sluiceway.transport.protocol import Answer, Ask
-from sluiceway.transport.worker_pool import Lost
+from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.worker_pool import TaskFailure
 
 #: Seconds between looks at whether the run is to stop.
 TICK = 0.2
@@ -29,12 +29,12 @@ AT_ONCE = 64 << 10
 CROSSING = 4
 
 
-class Gone(Exception):
+class SiteLost(Exception):
     """A site that cannot be asked further; one line says why."""
 
 
 @dataclass
-class NvflareCarrier:
+class NvflareTransport:
     """Asks sites over NVFlare's Collab API, each in a thread of its own.
 
     Attributes:
@@ -50,19 +50,19 @@ class NvflareCarrier:
     )
 
     def ask(
-        self, asks: Mapping[int, Ask], folder: Path, timeout: float = 0
-    ) -> Iterator[tuple[int, Answer | Lost]]:
-        """See `Carrier.ask`."""
+        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    ) -> Iterator[tuple[int, Response | TaskFailure]]:
+        """See `Transport.ask`."""
         until = time.monotonic() + timeout if timeout else None
         over = threading.Event()
-        answers: queue.Queue[tuple[int, Answer | Lost | BaseException]] = queue.Queue()
+        answers: queue.Queue[tuple[int, Response | TaskFailure | BaseException]] = queue.Queue()
 
-        def one(client: int, ask: Ask) -> None:
+        def one(client: int, ask: Request) -> None:
             call = Call(self.proxies[client], folder / uuid.uuid4().hex, until, over, timeout)
             try:
                 answers.put((client, call.carry(ask, self._crossing)))
-            except Gone as gone:
-                answers.put((client, Lost(str(gone))))
+            except SiteLost as gone:
+                answers.put((client, TaskFailure(str(gone))))
             except BaseException as error:
                 answers.put((client, error))
 
@@ -108,31 +108,31 @@ class Call:
     timeout: float
     key: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
 
-    def carry(self, ask: Ask, crossing: threading.Semaphore) -> Answer | Lost:
+    def carry(self, ask: Request, crossing: threading.Semaphore) -> Response | TaskFailure:
         """The site's answer, with its message in `path`. Raises Gone."""
         if self.proxy is None:
-            raise Gone("it is not connected")
+            raise SiteLost("it is not connected")
         with crossing:
             self.send(ask)
         while (said := self.said()).get("state") == "busy":
             pass
         if said.get("state") == "lost":
-            return Lost(line(str(said.get("why"))))
+            return TaskFailure(line(str(said.get("why"))))
         with crossing:
             try:
                 facts, size = json.loads(said["facts"]), int(said["size"])
                 if not isinstance(facts, dict):
                     raise ChunkError("its facts are no table")
-                return Answer(facts, self.received(size))
+                return Response(facts, self.received(size))
             except (KeyError, TypeError, ValueError) as error:
-                raise Gone(line(f"its answer cannot be read: {error}")) from error
+                raise SiteLost(line(f"its answer cannot be read: {error}")) from error
 
     def said(self) -> dict[str, Any]:
         """What the site says when asked whether it is done."""
         found = self.call("wait")
         return found if isinstance(found, dict) else {}
 
-    def send(self, ask: Ask) -> None:
+    def send(self, ask: Request) -> None:
         """Bring the ask and its message to the site, which begins to work."""
         size = ask.message.stat().st_size if ask.message else -1
         parts = chunks_of(ask.message) if ask.message else iter(())
@@ -175,12 +175,12 @@ class Call:
         except Exception as error:
             if self.until is not None and time.monotonic() >= self.until:
                 self.give_up(f"no answer within {self.timeout:g} s")
-            raise Gone(line(reason(error))) from error
+            raise SiteLost(line(reason(error))) from error
 
     def give_up(self, why: str) -> None:
         """Tell the site that nobody waits, without waiting for it. Raises Gone."""
         self.proxy(expect_result=False).drop(key=self.key)
-        raise Gone(why)
+        raise SiteLost(why)
 
 
 def reason(error: BaseException) -> str:

@@ -9,20 +9,20 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
-from sluiceway.transport.protocol import Ask, Site
+from sluiceway.transport.protocol import ClientHandler, Request
 from sluiceway.transport.worker_pool import described, leave_with
 
 
-def serve(site: Site, asks: TextIO, answers: TextIO) -> None:
+def serve(site: ClientHandler, asks: TextIO, answers: TextIO) -> None:
     """Answer each line of `asks` by one of `answers`, until there are no more."""
     for text in asks:
         print(json.dumps(answered(site, json.loads(text))), file=answers, flush=True)
 
 
-def answered(site: Site, asked: dict[str, Any]) -> dict[str, Any]:
+def answered(site: ClientHandler, asked: dict[str, Any]) -> dict[str, Any]:
     """A site's answer: its facts and the path of its message, or "lost" and why."""
     message = Path(asked["message"]) if asked["message"] else None
-    ask = Ask(asked["what"], asked["facts"], message)
+    ask = Request(asked["what"], asked["facts"], message)
     try:
         answer = site.answer(ask, Path(asked["folder"]))
         facts = json.loads(json.dumps(dict(answer.facts)))
@@ -39,7 +39,7 @@ def main() -> None:
     from sluiceway.deploy.nvflare.kits import read_kit
     from sluiceway.deploy.site import open_site
 
-    site: Site
+    site: ClientHandler
     try:
         site = open_site(Path(sys.argv[1]), read_kit(Path(sys.argv[2])).keys)
     except Exception as error:
@@ -47,13 +47,13 @@ def main() -> None:
     serve(site, sys.stdin, answers)
 
 
-class Closed(Site):
+class Closed(ClientHandler):
     """A site that could not be opened, and says why whatever it is asked."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
-    def answer(self, ask: Ask, folder: Path) -> Any:
+    def answer(self, ask: Request, folder: Path) -> Any:
         raise RuntimeError(self.why)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass
-class Home:
+class SiteProcess:
     """Starts the site's process when there is something to do, and ends it when asked.
 
     Attributes:
