@@ -158,8 +158,8 @@ def test_a_wrong_robust_rule_is_one_line(name: str, override: str, line: str) ->
         ),
         ("data.name=agnews", r"data\.name = 'agnews': a split run takes cifar10, fashion-mnist"),
         ("model.name=minilm", r"model\.name = 'minilm': a split run takes conv4, resnet18, vgg11"),
-        ("run.form=u", r"run\.form = 'u' and model\.tail go together"),
-        ("run.form=ring", r"run\.form = 'ring': must be 'sequential', 'parallel', 'copies' or 'u'"),
+        ("run.schedule=u", r"run\.schedule = 'u' and model\.tail go together"),
+        ("run.form=ring", r"run\.schedule = 'ring': must be 'sequential', 'parallel', 'copies' or"),
         ("method.name=fedavg", r"method\.name = 'fedavg'; allowed: sl, acp-sl, random, l1"),
         ("method.share=0", r"method\.share = 0: must be greater than 0"),
         ("method.quantize=int2", r"method\.quantize = 'int2': must be 'none', 'fp16', 'int8'"),
@@ -169,6 +169,18 @@ def test_a_wrong_robust_rule_is_one_line(name: str, override: str, line: str) ->
 def test_a_wrong_override_of_a_split_recipe_is_one_line(override: str, line: str) -> None:
     with pytest.raises(InputError, match=line):
         load_recipe("fashion-split", [override])
+
+
+def test_old_keys_and_the_names_of_splitfed_are_taken(tmp_path: Path) -> None:
+    run = load_recipe("fashion-split", ["run.form=copies", "run.fronts=scaffold"]).run
+    assert (run.schedule, run.client_aggregation) == ("copies", "scaffold")
+    own = tmp_path / "own.toml"
+    own.write_text(
+        '[run]\nkind = "split"\nform = "splitfed-v2"\n[data]\nname = "fashion-mnist"\n'
+        'alpha = 1.0\n[model]\nname = "conv4"\ncut = "conv1"\n[method]\nname = "sl"\n'
+    )
+    assert load_recipe(own).run.schedule == "parallel"
+    assert load_recipe(own, ["run.schedule=splitfed-v1"]).run.schedule == "copies"
 
 
 def test_a_recipe_that_is_not_there_or_not_toml(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from sluiceway.channels import ClassStatistics, fisher, merge_scores, pooled, to
 from sluiceway.core.round_loop import Record
 from sluiceway.split import (
     ACPSL,
-    FORMS,
     METHODS,
+    SCHEDULES,
     Compressor,
     L1Channels,
     cut,
@@ -32,7 +32,7 @@ from sluiceway.split import (
 )
 from sluiceway.strategies import FedAvg, Scaffold, Strategy
 
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", SCHEDULES)
 
 
 def between_rounds(model: dict[str, Tensor], part: dict[str, Tensor], facts: object) -> int:
@@ -145,7 +145,7 @@ def test_methods_of_equal_settings_send_equal_bytes() -> None:
 @pytest.mark.parametrize(
     ("form", "masks", "fronts", "participation"),
     [
-        *((form, "merged", FedAvg, 1.0) for form in FORMS),
+        *((form, "merged", FedAvg, 1.0) for form in SCHEDULES),
         ("parallel", "client", FedAvg, 1.0),
         ("u", "client", Scaffold, 1.0),
         ("copies", "merged", Scaffold, 0.5),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sluiceway.core.guards import TooFewUpdates
 from sluiceway.core.round_loop import Result
 from sluiceway.split import split_train
-from sluiceway.split.schedules import FORMS
+from sluiceway.split.schedules import SCHEDULES
 
 
 class Broken(Pictures):
@@ -30,7 +30,7 @@ def run(sets: list[Pictures], **changed: Any) -> Result:
     return split_train(normed(), "conv1", sets, Pictures(40, 99), tail_at=tail_of(form), **settings)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEDULES)
 @pytest.mark.parametrize("method", ["acp-sl", "quantize"])
 def test_a_client_with_nan_pictures_is_left_out(form: str, method: str) -> None:
     result = run([Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], form=form, method=method)
@@ -42,7 +42,7 @@ def test_a_client_with_nan_pictures_is_left_out(form: str, method: str) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEDULES)
 def test_the_others_train_as_if_it_were_not_there(form: str) -> None:
     if form == "sequential":
         pytest.skip("its front is handed on with what was learned before it was refused")

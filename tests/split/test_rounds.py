@@ -22,15 +22,15 @@ from torch import Tensor
 
 from sluiceway.core.settings import Optimisation
 from sluiceway.split import (
-    FORMS,
     METHODS,
+    SCHEDULES,
     Compressor,
     Quantized,
     split_train,
 )
 from sluiceway.strategies import FedAdam, FedAvg, FedProx, Scaffold, Strategy
 
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", SCHEDULES)
 
 
 @forms
@@ -107,7 +107,7 @@ def test_fedprox_holds_fronts_back() -> None:
     assert moved[1] < moved[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEDULES)
 @pytest.mark.parametrize("name", ["sl", "acp-sl", "random"])
 def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_left_out(name: str, form: str) -> None:
     # 9 and 17 leave one example over at batch size 8; client 2 has no more than one.

@@ -19,8 +19,8 @@ from sluiceway.core.batches import Batch
 from sluiceway.core.settings import Optimisation
 from sluiceway.split import (
     ACPSL,
-    FORMS,
     METHODS,
+    SCHEDULES,
     BatchId,
     Compressor,
     TaylorChannels,
@@ -185,7 +185,7 @@ class Post:
         monkeypatch.setattr(Compressor, "down", noted(self.downs, down))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEDULES)
 @pytest.mark.parametrize("name", ["sl", "acp-sl", "random", "topk", "quantize"])
 def test_labels_stay_in_a_u_shape_and_all_that_crosses_is_counted(
     form: str, name: str, monkeypatch: pytest.MonkeyPatch

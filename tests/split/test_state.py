@@ -17,7 +17,7 @@ from sluiceway.core.round_loop import Record, Result
 from sluiceway.core.settings import Training
 from sluiceway.split import split_train
 from sluiceway.split.methods import ACPSL, METHODS
-from sluiceway.split.schedules import FORMS
+from sluiceway.split.schedules import SCHEDULES
 from sluiceway.strategies import Scaffold
 
 
@@ -66,7 +66,7 @@ def require_resumed(folder: Path, every: int = 1, **changed: Any) -> None:
     require_equal(history(None, **changed), again)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEDULES)
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_every_form_and_optimiser(form: str, training: Training, tmp_path: Path) -> None:
     require_resumed(tmp_path, form=form, training=training)

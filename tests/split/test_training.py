@@ -31,8 +31,8 @@ from torch.nn import functional
 
 from sluiceway.core.settings import Optimisation
 from sluiceway.split import (
-    FORMS,
     METHODS,
+    SCHEDULES,
     Bottleneck,
     RandomChannels,
     cut,
@@ -41,7 +41,7 @@ from sluiceway.split import (
 from sluiceway.strategies import Scaffold
 
 ROOT = Path(__file__).parents[2]
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", SCHEDULES)
 
 
 # -- equal to unsplit training -----------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_sequential_clients_hand_on_front_and_back() -> None:
 
 
 @pytest.mark.parametrize("method", ["acp-sl", "random", "taylor"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SCHEDULES)
 def test_a_pruned_run_trains_the_network_with_the_mask_in_it(method: str, form: str) -> None:
     # BatchNorm behind the cut sees the masked tensor, and gradients are those behind the mask.
     data, test, model = Pictures(37, 5), Pictures(40, 6), normed()
@@ -194,7 +194,7 @@ def test_layers_of_the_bottleneck_are_in_the_result() -> None:
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"form": "ring"}, "form 'ring' is not known; allowed: sequential, parallel, copies, u"),
+        ({"form": "ring"}, "schedule 'ring' is not known; allowed: sequential, parallel, copies"),
         ({"form": "u"}, "needs a second cut"),
         ({"tail_at": "conv4"}, "needs a second cut"),
         ({"method": "zip"}, "method 'zip' is not known; allowed: sl, acp-sl, random"),

@@ -105,7 +105,7 @@ def ground_of(
         classes,
         recipe.data.clients,
         replace(chosen_compressor(recipe)),
-        strategy=STRATEGIES[recipe.run.fronts](),
+        strategy=STRATEGIES[recipe.run.client_aggregation](),
         seed=recipe.run.seed,
         training=recipe.training(),
         loss=F.cross_entropy,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -26,6 +27,7 @@ from sluiceway.errors import InputError, line, quoted
 from sluiceway.experiment.methods import method_of, method_table
 from sluiceway.experiment.validation import checked, first_fault
 from sluiceway.split.compress import Compressor
+from sluiceway.split.schedules import SCHEDULE_ALIASES
 from sluiceway.strategies import Strategy
 from sluiceway.strategies.base import LARGEST_SEED
 
@@ -43,6 +45,9 @@ DOTS_LIMIT: Final = 100
 TURNS_LIMIT: Final = 20_000_000
 #: Runs of one comparison, at most: all their recipes are checked before the first.
 RUNS_LIMIT: Final = 10_000
+
+#: Old names of keys, which are taken too.
+OLD_KEYS: Final = {"run.form": "run.schedule", "run.fronts": "run.client_aggregation"}
 
 TABLE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -66,8 +71,9 @@ class Run(BaseModel):
     usable updates is played again, at most 1,000. timeout: seconds that a client may train before
     the round goes on without it, 0 for any; needs the CPU.
 
-    Split runs: form: "sequential", "parallel" (one server model), "copies" (a server model per
-    client) or "u" (labels stay). fronts: the strategy that averages clients' layers.
+    Split runs: schedule: "sequential", "parallel" (one server model; also "splitfed-v2"), "copies"
+    (a server model per client; also "splitfed-v1") or "u" (labels stay). client_aggregation: the
+    strategy that averages clients' layers. Their old names are form and fronts.
     """
 
     model_config = TABLE
@@ -80,8 +86,11 @@ class Run(BaseModel):
     workers: int = Field(default=0, ge=0, le=1024)
     threads: int = Field(default=1, ge=1, le=1024)
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
-    form: Literal["sequential", "parallel", "copies", "u"] = "parallel"
-    fronts: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
+    schedule: Annotated[
+        Literal["sequential", "parallel", "copies", "u"],
+        BeforeValidator(lambda v: SCHEDULE_ALIASES.get(v, v) if isinstance(v, str) else v),
+    ] = "parallel"
+    client_aggregation: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
     min_clients: int = Field(default=1, ge=1, le=100_000)
     repeats: int = Field(default=1, ge=0, le=1000)
     timeout: float = Field(default=0.0, ge=0)
@@ -259,8 +268,8 @@ class Recipe(BaseModel):
             )
         if split and self.model.cut is None:
             raise ValueError("a split run needs model.cut, the last layer that clients hold")
-        if (self.run.form == "u") != (self.model.tail is not None):
-            raise ValueError("run.form = 'u' and model.tail go together, one needs the other")
+        if (self.run.schedule == "u") != (self.model.tail is not None):
+            raise ValueError("run.schedule = 'u' and model.tail go together, one needs the other")
         if self.run.rounds * self.data.clients > TURNS_LIMIT:
             raise ValueError(
                 f"run.rounds = {self.run.rounds} of data.clients = {self.data.clients}: their "
@@ -298,7 +307,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The raw tables of a recipe with `key=value` overrides, not checked yet. Raises InputError."""
-    tables = read_tables(recipe)
+    tables = with_current_keys(read_tables(recipe))
     for override in overrides:
         if len(override) > OVERRIDE_LIMIT:
             raise InputError(
@@ -316,12 +325,23 @@ def recipe_from(tables: Mapping[str, Any]) -> Recipe:
         raise InputError(f"a recipe is made of tables, not of {quoted(tables)}")
     require_shallow(tables)
     try:
-        recipe = Recipe.model_validate(tables)
+        recipe = Recipe.model_validate(with_current_keys(tables))
     except ValidationError as error:
         raise InputError(first_fault(error, "", known_keys())) from None
     recipe.built()
     recipe.training()
     return recipe
+
+
+def with_current_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with the keys that `OLD_KEYS` lists under their current names."""
+    found = dict(tables)
+    for old, new in OLD_KEYS.items():
+        (name, before), after = old.split("."), new.partition(".")[2]
+        table = found.get(name)
+        if isinstance(table, Mapping) and before in table and after not in table:
+            found[name] = {after if key == before else key: v for key, v in table.items()}
+    return found
 
 
 def require_shallow(tables: Mapping[str, Any]) -> None:
@@ -393,7 +413,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def set_key(tables: dict[str, Any], key: str, value: Any, said: str) -> None:
     """Set `table.key` (or deeper) in place."""
-    *path, last = key.split(".")
+    *path, last = OLD_KEYS.get(key, key).split(".")
     if not last or not path or "=" not in said:
         raise InputError(
             f"cannot set {quoted(said)}; write table.key=value, such as data.alpha=0.1"

@@ -32,15 +32,15 @@ from sluiceway.split.packing import (
     unpack_gradient,
     unpack_smashed,
 )
-from sluiceway.split.schedules import FORMS
+from sluiceway.split.schedules import SCHEDULES
 from sluiceway.split.selection import KeptChannels, KeptElements
 from sluiceway.split.training import SplitRecord, split_train
 
 __all__ = [
     "ACPSL",
-    "FORMS",
     "LIMIT",
     "METHODS",
+    "SCHEDULES",
     "BatchContext",
     "BatchId",
     "Bottleneck",

@@ -54,7 +54,7 @@ class SplitLoop:
         servers: the server's side by client number, or of `ALL`.
         masks: of the channels.
         strategy: averages what clients hold.
-        form: one of `FORMS`.
+        form: one of `SCHEDULES`.
         judge: evaluates.
         label_counts: [clients, classes].
         channels: C at the cut.

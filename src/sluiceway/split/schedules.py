@@ -16,7 +16,10 @@ from sluiceway.split.server import SplitServer
 #: front, all share one back, which steps on their batches together (SFL-V2). "copies": every
 #: client has a front and a back of its own on the server, averaged like the fronts (SFL-V1).
 #: "u": parallel, with the last layers and the loss on the client, so that labels never leave.
-FORMS = ("sequential", "parallel", "copies", "u")
+SCHEDULES = ("sequential", "parallel", "copies", "u")
+
+#: The names that SplitFed gave them (arXiv 2004.12088).
+SCHEDULE_ALIASES = {"splitfed-v1": "copies", "splitfed-v2": "parallel"}
 
 
 @dataclass

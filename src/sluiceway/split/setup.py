@@ -128,7 +128,7 @@ def build(
     Args:
         made: what both sides make alike.
         plan: how many rounds there are, and who takes part.
-        form: one of `FORMS`.
+        form: one of `SCHEDULES`.
         test: the global test set.
         counts: who holds what, [clients, classes].
         parties: the clients.

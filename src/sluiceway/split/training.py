@@ -21,7 +21,7 @@ from sluiceway.core.signals import check_stop
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import SplitLoop, SplitRecord
-from sluiceway.split.schedules import FORMS
+from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
 from sluiceway.split.setup import eligible, here
 from sluiceway.split.state import restore, state_of
 from sluiceway.strategies import FedAvg, Strategy
@@ -36,9 +36,9 @@ def split_train(
     test: Examples,
     method: Compressor | str = "sl",
     *,
-    form: str = "parallel",
+    schedule: str = "parallel",
     tail_at: str | None = None,
-    fronts: Strategy | None = None,
+    client_aggregation: Strategy | None = None,
     rounds: int = 10,
     participation: float = 1.0,
     seed: int = 0,
@@ -49,6 +49,8 @@ def split_train(
     on_round: Callable[[SplitRecord], None] = lambda record: None,
     checkpoint: Checkpoint | None = None,
     min_clients: int = 1,
+    form: str | None = None,
+    fronts: Strategy | None = None,
 ) -> Result:
     """Train a network that is cut between clients and a server, on this machine.
 
@@ -64,11 +66,12 @@ def split_train(
         clients: each client's data set of (input tensor, label); may be empty for some.
         test: the global test set.
         method: what crosses the cut: an object from `sluiceway.split.METHODS`, or its name.
-        form: "sequential", "parallel", "copies" or "u"; see `forms`.
+        schedule: "sequential", "parallel" (or "splitfed-v2"), "copies" (or "splitfed-v1") or "u";
+            see `schedules`.
         tail_at: in a U-shape, name of the last layer that the server holds. What crosses there is
             rounded as `method` says, and never pruned.
-        fronts: how the clients' layers are averaged after a round; FedAvg if None. Sequential
-            training hands one front on and averages nothing.
+        client_aggregation: how the clients' layers are averaged after a round; FedAvg if None.
+            Sequential training hands one front on and averages nothing.
         rounds, participation, seed: as of `sluiceway.federate`.
         training: of all layers; AdamW at 0.001 with batches of 64 if None. The optimisers live as
             long as the run, each where its layers are.
@@ -78,21 +81,25 @@ def split_train(
         checkpoint: where the run is saved, and continued from.
         min_clients: clients of a round whose layers must be usable, >= 1. With fewer the run ends:
             the server has learned from the others' batches, so that the round cannot be repeated.
+        form, fronts: old names of `schedule` and `client_aggregation`.
 
     Returns:
         Records (of type `SplitRecord`), and the trained tensors of the whole network by name.
 
     Raises:
-        ValueError: a cut that is not there, a form or a method that is not known, a strategy that
-            the form cannot use, a budget below one channel, too few clients with examples.
+        ValueError: a cut that is not there, a schedule or a method that is not known, a strategy
+            that the schedule cannot use, a budget below one channel, too few clients with examples.
         TooFewUpdates: see `min_clients`. Diverged: the server's layers are not finite any more.
         CheckpointError, StorageError: see `Checkpoint`.
     """
+    schedule = form or schedule
+    schedule = SCHEDULE_ALIASES.get(schedule, schedule)
+    client_aggregation = fronts or client_aggregation
     chosen_device = torch.device(device)
     plan = Rounds(
         rounds=rounds, participation=participation, seed=seed, min_clients=min_clients, repeats=0
     )
-    check(form, tail_at, fronts)
+    check(schedule, tail_at, client_aggregation)
     # The run's own: error feedback remembers what a method did before.
     own = replace(made(method))
     with torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []):
@@ -103,8 +110,8 @@ def split_train(
             clients,
             test,
             own,
-            form=form,
-            strategy=fronts or FedAvg(),
+            form=schedule,
+            strategy=client_aggregation or FedAvg(),
             plan=plan,
             training=training or Optimisation(batch_size=64),
             loss=loss,
@@ -169,15 +176,15 @@ def require(record: SplitRecord, tensors: Mapping[str, torch.Tensor], least: int
             )
 
 
-def check(form: str, tail_at: str | None, fronts: Strategy | None) -> None:
+def check(schedule: str, tail_at: str | None, client_aggregation: Strategy | None) -> None:
     """Raise ValueError for what does not go together."""
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is not known; allowed: {', '.join(FORMS)}")
-    if (form == "u") != (tail_at is not None):
-        raise ValueError("a U-shape, and it alone, needs a second cut: form = 'u' with tail_at")
-    if form == "sequential" and type(fronts or FedAvg()) is not FedAvg:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is not known; allowed: {', '.join(SCHEDULES)}")
+    if (schedule == "u") != (tail_at is not None):
+        raise ValueError("a U-shape, and it alone, needs a second cut: schedule = 'u' with tail_at")
+    if schedule == "sequential" and type(client_aggregation or FedAvg()) is not FedAvg:
         raise ValueError(
-            "sequential training hands one front on and averages none: fronts = fedavg"
+            "sequential training hands one front on and averages none: client_aggregation = fedavg"
         )
 
 

@@ -191,9 +191,9 @@ def split_remote(
     plan: Rounds,
     training: Optimisation,
     *,
-    form: str = "parallel",
+    schedule: str = "parallel",
     tail_at: str | None = None,
-    fronts: Strategy | None = None,
+    client_aggregation: Strategy | None = None,
     loss: Loss = F.cross_entropy,
     device: str = "cpu",
     timeout: float = 0,
@@ -212,14 +212,14 @@ def split_remote(
     Raises:
         RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
-    check(form, tail_at, fronts)
+    check(schedule, tail_at, client_aggregation)
     place = torch.device(device)
     with TlsServer(doorway.keys, transport.sites, doorway.listen, doorway.port) as gate:
         door = {"host": doorway.host, "port": gate.port}
         counts = joined(transport, {**facts, "gate": door}, None)
         if not counts.shape[1]:
             raise ValueError("no client holds any example")
-        strategy = fronts or FedAvg()
+        strategy = client_aggregation or FedAvg()
         both = ground(
             model,
             cut_at,
@@ -255,7 +255,7 @@ def split_remote(
         except WireError as error:
             raise RunFailed(str(error)) from None
         meters = [both.meter(number) for number in range(len(parties))]
-        built = build(both, plan, form, test, counts, parties, meters)
+        built = build(both, plan, schedule, test, counts, parties, meters)
         try:
             with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
                 return run(built, plan, on_start, on_round, checkpoint)
