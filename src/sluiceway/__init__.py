@@ -7,7 +7,7 @@ The call that does what `sluiceway run` does, with your own model, data and stra
     result = sluiceway.split_train(network, "conv2", clients, test, "acp-sl", rounds=10)
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
