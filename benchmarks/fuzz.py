@@ -50,7 +50,8 @@ from sluiceway.core.messages import (
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.settings import Training
 from sluiceway.errors import InputError
-from sluiceway.experiment.recipe import load_recipe, read_tables, recipe_from, shipped_recipes
+from sluiceway.experiment.recipe import load_recipe, recipe_from
+from sluiceway.experiment.tables import read_tables, shipped_recipes
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.split import BatchId, Compressor, Conv4, Quantized, TopK, split_train

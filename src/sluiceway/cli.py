@@ -207,12 +207,12 @@ def inspect_command(args: argparse.Namespace) -> None:
 def recipes_command(args: argparse.Namespace) -> None:
     """List the recipes that ship."""
     from sluiceway.experiment.inspect import wide_console
-    from sluiceway.experiment.recipe import load_recipe, shipped_recipes
+    from sluiceway.experiment.tables import read_tables, shipped_recipes
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     for name in shipped_recipes():
-        table.add_row(name, escape(load_recipe(name).description))
+        table.add_row(name, escape(read_tables(name)["description"]))
     wide_console().print(table)
 
 

@@ -70,11 +70,10 @@ def open_site(path: Path, keys: Credentials | None = None) -> HomeSite:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
-    known = {"": list(SiteFile.model_fields), "data": list(Own.model_fields)}
     try:
         return HomeSite(SiteFile.model_validate(tables), path.parent.resolve(), keys)
     except ValidationError as error:
-        raise InputError(f"{path}: {first_fault(error, '', known)}") from None
+        raise InputError(f"{path}: {first_fault(error, SiteFile)}") from None
 
 
 class HomeSite:

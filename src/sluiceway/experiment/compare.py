@@ -16,15 +16,18 @@ from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.recipe import (
     Recipe,
     load_recipe,
-    overridden_tables,
-    parsed,
     recipe_from,
     require_few,
-    set_key,
 )
 from sluiceway.experiment.run import run
 from sluiceway.experiment.run_directory import write_json, write_text
 from sluiceway.experiment.session import Progress, Session
+from sluiceway.experiment.tables import (
+    overridden_tables,
+    parsed,
+    set_key,
+    with_current_keys,
+)
 
 #: What is compared, by its key in summary.json.
 MEASURES = (
@@ -133,7 +136,8 @@ def finished(folder: Path | None, recipe: Recipe) -> dict[str, Any] | None:
     if folder is None or not (folder / "summary.json").is_file():
         return None
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return summary if summary["recipe"] == json.loads(json.dumps(recipe.resolved())) else None
+    found = with_current_keys(summary["recipe"], tell=False)
+    return summary if found == json.loads(json.dumps(recipe.resolved())) else None
 
 
 def varied_tables(
@@ -142,8 +146,8 @@ def varied_tables(
     """The recipe's tables with overrides, one combination and one seed."""
     tables = overridden_tables(recipe, overrides)
     for key, value in values.items():
-        set_key(tables, key, value, f"{key}={value}")
-    set_key(tables, "run.seed", seed, f"run.seed={seed}")
+        set_key(tables, key, value)
+    set_key(tables, "run.seed", seed)
     tables.pop("compare", None)
     return tables
 

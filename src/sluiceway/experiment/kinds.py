@@ -81,7 +81,7 @@ def run_federated(
         participation=recipe.run.participation,
         seed=recipe.run.seed,
         min_clients=recipe.run.min_clients,
-        repeats=recipe.run.repeats,
+        repeats=recipe.run.max_retries,
         timeout=recipe.run.timeout,
         training=training,
         device=device,
@@ -127,7 +127,7 @@ def plan_of(recipe: Recipe) -> Rounds:
         participation=recipe.run.participation,
         seed=recipe.run.seed,
         min_clients=recipe.run.min_clients,
-        repeats=recipe.run.repeats,
+        repeats=recipe.run.max_retries,
     )
 
 

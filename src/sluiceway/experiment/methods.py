@@ -1,13 +1,16 @@
-"""What [method] in a recipe names: the object, and the table with every value that it uses."""
+"""The one list of methods: strategies, compressors and robust rules; and what [method] makes."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from sluiceway.errors import InputError, quoted
+from sluiceway.experiment.keys import sentence
 from sluiceway.experiment.validation import checked
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
@@ -16,6 +19,44 @@ from sluiceway.strategies.robust import Robust
 
 #: What `method.robust.name` may be; "none" so that a comparison can leave it out.
 RULES: dict[str, type[Robust]] = {"none": Robust, **ROBUST}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as a recipe names it.
+
+    Attributes:
+        name: value of `method.name`, or of `method.robust.name`.
+        kind: "federated", "split" or "robust".
+        cls: its class.
+        text: one line about it.
+    """
+
+    name: str
+    kind: str
+    cls: type[Any]
+    text: str
+
+
+def methods() -> list[Method]:
+    """Every method: what `sluiceway methods` and the tables of the documentation show."""
+    tables: dict[str, Mapping[str, type[Any]]] = {
+        "federated": STRATEGIES,
+        "split": METHODS,
+        "robust": ROBUST,
+    }
+    return [
+        Method(name, kind, cls, one_line(cls, kind))
+        for kind, table in tables.items()
+        for name, cls in table.items()
+    ]
+
+
+def one_line(cls: type[Any], kind: str) -> str:
+    """What a method does: the first line of its class, or of a strategy's file after its name."""
+    doc = sys.modules[cls.__module__].__doc__ if kind == "federated" else cls.__doc__
+    first = (doc or "").strip().partition("\n")[0]
+    return sentence(first.partition(": ")[2] or first if kind == "federated" else first)
 
 
 def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor:

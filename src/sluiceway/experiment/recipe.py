@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from math import prod
 from pathlib import Path
 from string import Formatter
@@ -25,6 +23,7 @@ from sluiceway.core.settings import Optimisation, Training
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
 from sluiceway.errors import InputError, line, quoted
 from sluiceway.experiment.methods import method_of, method_table
+from sluiceway.experiment.tables import overridden_tables, require_shallow, with_current_keys
 from sluiceway.experiment.validation import checked, first_fault
 from sluiceway.split.compress import Compressor
 from sluiceway.split.schedules import SCHEDULE_ALIASES
@@ -34,22 +33,14 @@ from sluiceway.strategies.base import LARGEST_SEED
 #: Networks for images, by the name that `model.name` uses.
 NETWORKS = ("conv4", "resnet18", "vgg11")
 
-#: Largest recipe file and largest `key=value`, in bytes and characters.
-RECIPE_LIMIT: Final = 256 << 10
-OVERRIDE_LIMIT: Final = 16 << 10
-#: Tables and lists in each other, at most; and dots in a line, for reading a key of n parts takes
-#: time by n^2.
-DEPTH_LIMIT: Final = 16
-DOTS_LIMIT: Final = 100
 #: Rounds times clients, at most: who takes part in later rounds is looked up in every round.
 TURNS_LIMIT: Final = 20_000_000
 #: Runs of one comparison, at most: all their recipes are checked before the first.
 RUNS_LIMIT: Final = 10_000
 
-#: Old names of keys, which are taken too.
-OLD_KEYS: Final = {"run.form": "run.schedule", "run.fronts": "run.client_aggregation"}
-
-TABLE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+#: How tables are checked. The text below a key is its description: in the reference, in
+#: `sluiceway keys`, and in error messages.
+TABLE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 #: A name, a path, a word: at most 4,096 characters.
 Text = Annotated[str, StringConstraints(max_length=4096)]
@@ -57,45 +48,50 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 class Run(BaseModel):
-    """What is run, for how long, and where.
-
-    kind: "federated" or "split". rounds: 1 to 99,999; times data.clients at most 20 million. seed:
-    in [0, 2^63). participation: share of clients a round, (0, 1]. device: "auto", "cpu", "cuda",
-    ... engine: "local", or "nvflare" or "flower" for a deployment of it on this machine, a process
-    for the server and each site. min_clients: usable updates that a round needs, >= 1.
-    checkpoint_every: rounds between checkpoints, >= 1; checkpoint_keep: how many stay, >= 1.
-
-    Federated runs: workers: processes, at most 1,024, 0 for one a core (one on a GPU). threads:
-    torch threads a worker, 1 to 1,024. feature_memory_mb: of frozen layers' outputs that may be
-    held in memory, at most 10^9, the rest goes to a file. repeats: how often a round with too few
-    usable updates is played again, at most 1,000. timeout: seconds that a client may train before
-    the round goes on without it, 0 for any; needs the CPU.
-
-    Split runs: schedule: "sequential", "parallel" (one server model; also "splitfed-v2"), "copies"
-    (a server model per client; also "splitfed-v1") or "u" (labels stay). client_aggregation: the
-    strategy that averages clients' layers. Their old names are form and fronts.
-    """
+    """What is run, for how long, and where."""
 
     model_config = TABLE
     kind: Literal["federated", "split"] = "federated"
+    """Federated fine-tuning of a model of texts, or split learning of an image classifier."""
     rounds: int = Field(default=10, ge=1, le=99_999)
+    """Rounds to train. Times data.clients it is at most 20 million."""
     seed: Seed = 0
+    """Everything random comes from it: partition, initial values, who takes part, batches."""
     participation: float = Field(default=1.0, gt=0, le=1)
+    """Share of the clients that take part in a round."""
     device: Text = "auto"
+    """Where to train: auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     engine: Literal["local", "nvflare", "flower"] = "local"
+    """What carries messages: this process and its workers, or a deployment on this machine with
+    a process for the server and for each site. Flower carries federated runs only."""
     workers: int = Field(default=0, ge=0, le=1024)
+    """Federated: worker processes, 0 for one a core; on a GPU there is one."""
     threads: int = Field(default=1, ge=1, le=1024)
+    """Federated: torch threads of each worker process."""
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
+    """Federated: memory for the outputs of frozen layers (MB); what exceeds it is kept in a
+    file."""
     schedule: Annotated[
         Literal["sequential", "parallel", "copies", "u"],
         BeforeValidator(lambda v: SCHEDULE_ALIASES.get(v, v) if isinstance(v, str) else v),
     ] = "parallel"
+    """Split: clients take turns (sequential), train at once with one server model (parallel, also
+    splitfed-v2) or with a server model for each client (copies, also splitfed-v1), or keep labels
+    and last layers (u)."""
     client_aggregation: Literal["fedavg", "fedprox", "scaffold", "fedadam"] = "fedavg"
+    """Split: the strategy that averages the clients' layers after a round."""
     min_clients: int = Field(default=1, ge=1, le=100_000)
-    repeats: int = Field(default=1, ge=0, le=1000)
+    """Usable updates that a round needs."""
+    max_retries: int = Field(default=1, ge=0, le=1000)
+    """Federated: how often a round with too few usable updates is repeated, with clients drawn
+    anew; then the run ends."""
     timeout: float = Field(default=0.0, ge=0)
+    """Federated: training time of a client (s) after which the round goes on without it, 0 for no
+    limit. Needs the CPU."""
     checkpoint_every: int = Field(default=1, ge=1, le=99_999)
+    """Rounds between checkpoints; the last round has one too."""
     checkpoint_keep: int = Field(default=2, ge=1, le=99_999)
+    """How many checkpoints are kept, the newest."""
 
     @model_validator(mode="after")
     def carried(self) -> Run:
@@ -108,36 +104,49 @@ class Run(BaseModel):
 
 
 class Data(BaseModel):
-    """Which data, and who holds what.
-
-    name: a known data set, or path: a file of one's own (parquet, csv, jsonl) with text_column
-    and label_column, and test_path or a held-out test_fraction. limit, test_limit: caps on the
-    examples, stratified, at most 10^12, 0 for none. clients: 1 to 100,000. partition: "iid",
-    "dirichlet" (alpha > 0), "pathological" (classes_per_client, 1 to 100,000) or "natural" (group:
-    a column; with alpha also a Dirichlet over its values). validation: share of the training
-    examples that is held out and tested on in place of the test set, [0, 1); 0 for none. seed: of
-    the caps and the hold-outs, in [0, 2^63). max_tokens: of a text, 3 to 2^20. augment: random
-    crops and mirror images of training images. Names and paths have at most 4,096 characters.
-    """
+    """Which data, and who holds what."""
 
     model_config = TABLE
-    name: Text | None = None
+    name: Text | None = Field(
+        default=None,
+        description=f"A known data set. Federated: {', '.join(TEXT_NAMES + CHOICE_NAMES)}. Split: "
+        f"{', '.join(IMAGE_NAMES)}.",
+    )
     path: Text | None = None
+    """A file of your own texts instead (parquet, csv or jsonl)."""
     test_path: Text | None = None
+    """Test examples of `path`, in a file of the same form; else a part is held out."""
     text_column: Text = "text"
+    """Column of `path` with the texts."""
     label_column: Text = "label"
+    """Column of `path` with the labels."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of `path` that is held out as the test set where there is no `test_path`."""
     limit: int = Field(default=0, ge=0, le=10**12)
+    """Training examples at most, a stratified sample; 0 for all."""
     test_limit: int = Field(default=0, ge=0, le=10**12)
+    """Test examples at most, a stratified sample; 0 for all."""
     clients: int = Field(default=10, ge=1, le=100_000)
+    """Number of clients."""
     partition: Literal["iid", "dirichlet", "pathological", "natural"] = "dirichlet"
+    """How examples are divided: evenly, by Dirichlet(alpha) over labels, a few classes for each
+    client, or by the values of a column (group)."""
     alpha: float | None = Field(default=None, gt=0)
+    """Concentration of the Dirichlet partition: the smaller, the less alike are the clients. With
+    "natural" it is optional, over the column's values."""
     classes_per_client: int = Field(default=2, ge=1, le=100_000)
+    """Classes of each client in the pathological partition."""
     group: Text | None = None
+    """Column of the natural partition, such as domain or subject."""
     max_tokens: int = Field(default=64, ge=3, le=1 << 20)
+    """Tokens of a text; longer ones are cut."""
     augment: bool = True
+    """Random crops and mirror images of training images, where the data set allows."""
     validation: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training examples that is held out and tested on in place of the test set, for
+    tuning; 0 for none."""
     seed: Seed = 0
+    """Decides samples and held-out parts, independently of run.seed."""
 
     @model_validator(mode="after")
     def one_source(self) -> Data:
@@ -150,46 +159,51 @@ class Data(BaseModel):
 
 
 class Model(BaseModel):
-    """Which model, and what of it is trained.
-
-    Texts: name: "minilm", "smollm2", a folder, or a name on the Hugging Face hub; gguf: the file's
-    name, of a model in a GGUF file. dtype: of the parameters, "auto" as saved. answer: "head", a
-    linear layer on the mean hidden state, or "likelihood": a language model says which ending, or
-    which label word (words, at most 10,000; default the labels' names) after the prompt (at most
-    10,000 characters, with {text} once), is likeliest. lora: rank of adapters that are trained
-    instead of whole matrices, at most 4,096, 0 for none, with scale lora_alpha / lora; lora_gate:
-    on routers too, which are else trained whole. experts: number of experts that each chosen dense
-    feed-forward layer is copied into, at most 512, 0 to take the model as it is. top_k: experts a
-    token. layers: how many of the last layers become mixtures, at most 1,024. noise: of the copies,
-    relative to their weights' deviation. scale: a token's output is scaled by its gate's
-    probabilities, needed for top_k = 1. sliced: experts are equal parts of the layer, not copies of
-    it. train: "moe" the mixture blocks and the head, "experts",
-    "layers" everything from the first mixture upward, "all".
-
-    Images: name: "conv4", "resnet18" or "vgg11"; width: channels of the first layers, at most 512.
-    cut: the last layer that clients hold. tail: in a U-shape, the last layer that the server holds.
-    """
+    """Which model, and which of its parameters are trained."""
 
     model_config = TABLE
     name: Text = "minilm"
+    """Texts: minilm, smollm2, a folder, or a name on the Hugging Face hub. Images: conv4, resnet18
+    or vgg11."""
     gguf: Text | None = None
+    """The file, where the model is in a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type of the parameters; auto as they were saved."""
     answer: Literal["head", "likelihood"] = "head"
+    """How classes are scored: by a linear head on the mean hidden state, or by the likelihood that
+    a language model gives to each ending, or to each label's word after the prompt."""
     prompt: str = Field(default="{text}\nTopic:", max_length=10_000)
+    """With likelihood: what stands around a text, with {text} once."""
     words: list[Text] | None = Field(default=None, max_length=10_000)
+    """With likelihood: a word for each label; by default the labels' names."""
     lora: int = Field(default=0, ge=0, le=4096)
+    """Rank of LoRA adapters that are trained instead of whole matrices; 0 for none."""
     lora_alpha: float = Field(default=16.0, gt=0)
+    """Adapters are scaled by lora_alpha / lora."""
     lora_gate: bool = False
+    """Adapters on routers too, which are otherwise trained whole."""
     width: int = Field(default=32, ge=1, le=512)
+    """Images: channels of the first layers."""
     cut: Text | None = None
+    """Split: the last layer that clients hold; `sluiceway inspect conv4` lists them."""
     tail: Text | None = None
+    """Split, schedule u: the last layer that the server holds."""
     experts: int = Field(default=8, ge=0, le=512)
+    """Experts that each chosen dense feed-forward layer is upcycled into; 0 for none. A
+    mixture-of-experts model is used as it is."""
     top_k: int = Field(default=2, ge=1, le=512)
+    """Experts a token is sent to, of an upcycled layer."""
     layers: int = Field(default=1, ge=1, le=1024)
+    """How many of the last layers are upcycled, or trained where there are no experts."""
     noise: float = Field(default=0.01, ge=0)
+    """Noise of the experts' copies, relative to the standard deviation of their weights."""
     scale: bool = False
+    """A token's output is scaled by its gate's probabilities; needed for top_k = 1."""
     sliced: bool = False
+    """Experts are equal parts of the dense layer instead of copies."""
     train: Literal["moe", "experts", "layers", "all"] = "moe"
+    """What is trained besides the head: experts and routers (moe), experts alone, everything from
+    the first mixture upward (layers), or all."""
 
     @model_validator(mode="after")
     def one_text(self) -> Model:
@@ -204,14 +218,14 @@ class Model(BaseModel):
 
 
 class Compare(BaseModel):
-    """What `sluiceway compare` varies when it is not told: key = list of values; and the seeds.
-
-    Values are numbers, texts, true or false, or lists of them; at most 10,000 runs in all.
-    """
+    """What `sluiceway compare` varies unless the command line says otherwise."""
 
     model_config = TABLE
     vary: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Lists of values by key (`"method.name" = ["fedavg", "fedmoe"]`): numbers, texts, true or
+    false, or lists of them. Every combination is run; at most 10,000 runs in all."""
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
+    """Values of run.seed that each combination is run with."""
 
     @model_validator(mode="after")
     def plain_values(self) -> Compare:
@@ -305,20 +319,6 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from(overridden_tables(recipe, overrides))
 
 
-def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The raw tables of a recipe with `key=value` overrides, not checked yet. Raises InputError."""
-    tables = with_current_keys(read_tables(recipe))
-    for override in overrides:
-        if len(override) > OVERRIDE_LIMIT:
-            raise InputError(
-                f"cannot set {quoted(override)}: it has {len(override)} characters, "
-                f"the limit is {OVERRIDE_LIMIT}"
-            )
-        key, _, value = override.partition("=")
-        set_key(tables, key.strip(), parsed(value.strip()), override)
-    return tables
-
-
 def recipe_from(tables: Mapping[str, Any]) -> Recipe:
     """Check the tables of a recipe. Raises InputError."""
     if not isinstance(tables, Mapping):
@@ -327,108 +327,7 @@ def recipe_from(tables: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(with_current_keys(tables))
     except ValidationError as error:
-        raise InputError(first_fault(error, "", known_keys())) from None
+        raise InputError(first_fault(error, Recipe)) from None
     recipe.built()
     recipe.training()
     return recipe
-
-
-def with_current_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables with the keys that `OLD_KEYS` lists under their current names."""
-    found = dict(tables)
-    for old, new in OLD_KEYS.items():
-        (name, before), after = old.split("."), new.partition(".")[2]
-        table = found.get(name)
-        if isinstance(table, Mapping) and before in table and after not in table:
-            found[name] = {after if key == before else key: v for key, v in table.items()}
-    return found
-
-
-def require_shallow(tables: Mapping[str, Any]) -> None:
-    """Raise InputError for what is nested deeper than any recipe: to print it could fail."""
-    level: list[Any] = [tables]
-    for _ in range(DEPTH_LIMIT):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-            if isinstance(inner, Mapping | list | tuple)
-        ]
-        if not level:
-            return
-    raise InputError(f"tables and lists are more than {DEPTH_LIMIT} deep in each other")
-
-
-def known_keys() -> dict[str, list[str]]:
-    """Keys by table; "" has the tables themselves."""
-    nested: dict[str, type[BaseModel]] = {
-        "run": Run,
-        "data": Data,
-        "model": Model,
-        "compare": Compare,
-    }
-    return {"": list(Recipe.model_fields)} | {
-        table: list(cls.model_fields) for table, cls in nested.items()
-    }
-
-
-def read_tables(recipe: str | Path) -> dict[str, Any]:
-    """The raw tables of a recipe by name or path. Raises InputError."""
-    shipped = shipped_recipes()
-    path = shipped.get(str(recipe)) or Path(recipe)
-    name = line(str(path))
-    try:
-        if not path.is_file():
-            raise InputError(
-                f"no recipe {quoted(str(recipe))}: not a file, and the shipped ones are "
-                f"{', '.join(shipped)}"
-            )
-        with path.open("rb") as file:
-            content = file.read(RECIPE_LIMIT + 1)
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from None
-    if len(content) > RECIPE_LIMIT:
-        raise InputError(f"{name} is larger than {RECIPE_LIMIT} bytes, the limit of a recipe")
-    if any(part.count(b".") > DOTS_LIMIT for part in content.splitlines()):
-        raise InputError(f"{name} has a line with more than {DOTS_LIMIT} dots")
-    try:
-        return tables_of(content.decode())
-    except ValueError as error:
-        raise InputError(f"{name} is not TOML: {line(str(error))}") from None
-
-
-def tables_of(text: str) -> dict[str, Any]:
-    """TOML as tables. Raises ValueError."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("tables and lists are too deep in each other") from None
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with Sluiceway, by name."""
-    folder = Path(str(resources.files("sluiceway") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def set_key(tables: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Set `table.key` (or deeper) in place."""
-    *path, last = OLD_KEYS.get(key, key).split(".")
-    if not last or not path or "=" not in said:
-        raise InputError(
-            f"cannot set {quoted(said)}; write table.key=value, such as data.alpha=0.1"
-        )
-    for part in path:
-        tables = tables.setdefault(part, {})
-        if not isinstance(tables, dict):
-            raise InputError(f"cannot set {line(key, 80)}: {line(part, 80)} is not a table")
-    tables[last] = value
-
-
-def parsed(value: str) -> Any:
-    """A value as TOML reads it; what TOML does not read is a string."""
-    try:
-        found = tables_of(f"value = {value}") if value.count(".") <= DOTS_LIMIT else {}
-    except ValueError:
-        return value
-    return found["value"] if list(found) == ["value"] else value

@@ -34,8 +34,8 @@ from sluiceway.experiment.plots import (
     loss_figure,
     personal_figure,
 )
-from sluiceway.experiment.recipe import with_current_keys
 from sluiceway.experiment.split_plots import at_the_cut, split_figures, split_so_far
+from sluiceway.experiment.tables import with_current_keys
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
 ASIDE = ("description", "compare", "run.seed", "run.workers", "run.feature_memory_mb")
@@ -89,8 +89,7 @@ def read_run(folder: Path) -> Run:
     else:
         looked_for = "summary.json, metrics.jsonl or compare.json"
         raise InputError(f"{folder} is no run or comparison: it holds no {looked_for}")
-    if isinstance(summary.get("recipe"), dict):
-        summary["recipe"] = with_current_keys(summary["recipe"])
+    summary["recipe"] = with_current_keys(summary.get("recipe", {}), tell=False)
     return Run(folder, summary, records, (folder / "summary.json").is_file())
 
 

@@ -158,4 +158,4 @@ def training_from(facts: Mapping[str, Any]) -> Training:
     try:
         return TypeAdapter(Training).validate_python(facts.get("train"))
     except ValidationError as error:
-        raise SiteError(first_fault(error, "train", {})) from None
+        raise SiteError(first_fault(error, Training, "train")) from None
