@@ -1,219 +1,233 @@
-"""The command: run, compare, report, inspect, recipes, deploy."""
+"""The command `sluiceway`."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Annotated, Any
 
-from rich.markup import escape
-from rich.table import Table
+import click
+import typer
+from typer.core import TyperGroup
 
 from sluiceway import __version__
-from sluiceway.deploy.commands import add_deploy, trial_of
-from sluiceway.errors import BAD_INPUT, outcome_of
+from sluiceway.deploy.commands import deploy, trial_of
+from sluiceway.errors import BAD_INPUT, line, outcome_of
+from sluiceway.experiment.command_line import (
+    MORE,
+    PLAIN,
+    Device,
+    Engine,
+    Force,
+    Out,
+    RecipeName,
+    Resume,
+    Settings,
+    new_folder,
+    overrides,
+    stoppable,
+)
 
-if TYPE_CHECKING:
-    from sluiceway.experiment.recipe import Recipe
-    from sluiceway.experiment.session import Progress
+
+class Group(TyperGroup):
+    """Says in one line why a command failed, and ends with the exit code of that error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        code, why = outcome_of(lambda: super(Group, self).invoke(ctx))
+        if why:
+            print(f"sluiceway: {why}", file=sys.stderr)
+        ctx.exit(code)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage block."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+# Help is plain; with rich installed typer would nevertheless escape brackets in it.
+typer.core.HAS_RICH = False
+app = typer.Typer(**PLAIN, cls=Group)
+app.add_typer(deploy, name="deploy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = parser().parse_args(arguments)
-    code, line = outcome_of(lambda: args.action(args))
-    if line:
-        print(f"sluiceway: {line}", file=sys.stderr)
+    try:
+        command = typer.main.get_command(app)
+        code: int = command.main(arguments, prog_name="sluiceway", standalone_mode=False)
+    except click.ClickException as error:
+        at = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        print(f"{at or 'sluiceway'}: {line(error.format_message())}", file=sys.stderr)
+        return BAD_INPUT
     return code
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    top = OneLineParser(
-        prog="sluiceway", description="Train on data that must not leave its owners."
-    )
-    top.add_argument("--version", action="version", version=f"sluiceway {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
-
-    def add(name: str, action: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
-        command.set_defaults(action=action)
-        return command
-
-    run = add("run", run_command)
-    run.add_argument("recipe", help="a shipped recipe's name, or a TOML file")
-    add_settings(run)
-    run.add_argument("--resume", action="store_true", help="continue the run that is in --out")
-    run.add_argument("--force", action="store_true", help="replace the run that is in --out")
-
-    compare = add("compare", compare_command)
-    compare.add_argument("recipe", help="a shipped recipe's name, or a TOML file")
-    compare.add_argument("--vary", action="append", default=[], metavar="KEY=A,B,C")
-    compare.add_argument("--seeds", metavar="0,1,2", help="seeds to run each variant with")
-    add_settings(compare)
-
-    report = add("report", report_command)
-    report.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-
-    inspect = add("inspect", inspect_command)
-    inspect.add_argument(
-        "model",
-        help="minilm, smollm2, a folder or a hub name; for images conv4, resnet18 or vgg11",
-    )
-    inspect.add_argument("--width", type=int, default=32, help="of a network for images")
-    inspect.add_argument("--image", default="3x32x32", metavar="CxHxW", help="what it is shown")
-    inspect.add_argument("--experts", type=int, default=0, help="upcycle first, into this many")
-    inspect.add_argument("--top-k", type=int, default=2)
-    inspect.add_argument("--layers", type=int, default=1, help="last layers to upcycle")
-    inspect.add_argument("--lora", type=int, default=0, metavar="RANK", help="show adapters too")
-    inspect.add_argument("--gguf", default="", metavar="FILE", help="of a model in a GGUF file")
-
-    add("recipes", recipes_command)
-    add_deploy(commands, add_settings, OneLineParser)
-    return top
+def say_version(asked: bool) -> None:
+    """Print the version and end, if it was asked for."""
+    if asked:
+        print(f"sluiceway {__version__}")
+        raise typer.Exit
 
 
-def add_settings(command: argparse.ArgumentParser) -> None:
-    """What run and compare share."""
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
-    command.add_argument("--device", metavar="auto|cpu|cuda")
-    command.add_argument("--engine", metavar="local|nvflare|flower")
+@app.callback()
+def top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=say_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train on data that must not leave its owners."""
 
 
-def overrides(args: argparse.Namespace) -> list[str]:
-    """--set, --device and --engine as `key=value`."""
-    settings: list[str] = list(args.settings)
-    settings += [f"run.device={args.device}"] if args.device else []
-    settings += [f"run.engine={args.engine}"] if args.engine else []
-    return settings
+@app.command(epilog=MORE)
+def run(
+    recipe: RecipeName,
+    settings: Settings = None,
+    out: Out = None,
+    device: Device = None,
+    engine: Engine = None,
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """Train one recipe and leave a run folder.
 
-
-def run_command(args: argparse.Namespace) -> None:
-    """Train one recipe and leave a run folder."""
-    from sluiceway.experiment.progress import shown
+    RECIPE is the name of a shipped recipe, or a TOML file.
+    """
     from sluiceway.experiment.recipe import load_recipe
     from sluiceway.experiment.report import write_report
-    from sluiceway.experiment.run import run
+    from sluiceway.experiment.run import run as run_here
 
-    recipe = load_recipe(args.recipe, overrides(args))
-    out = args.out or new_folder(args.recipe, recipe)
-    with shown() as progress, stoppable(progress, f"; continue with --out {out} --resume"):
-        how = {"resume": args.resume, "force": args.force, "progress": progress}
-        if recipe.run.engine == "local":
-            _, summary = run(recipe, out, **how)
+    chosen = load_recipe(recipe, overrides(settings, device, engine))
+    out = out or new_folder(recipe, chosen)
+    with stoppable(f"--out {out} --resume") as progress:
+        how: dict[str, Any] = {"resume": resume, "force": force, "progress": progress}
+        if chosen.run.engine == "local":
+            _, summary = run_here(chosen, out, **how)
         else:
-            summary = trial_of(recipe.run.engine)(recipe, out, **how)
+            summary = trial_of(chosen.run.engine)(chosen, out, **how)
     write_report([out])
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
-    beside = f", personal {personal:.4f}" if personal is not None else ""
-    beside += f", with nothing dropped {full:.4f}" if full is not None else ""
+    also = f", personal {personal:.4f}" if personal is not None else ""
+    also += f", with nothing dropped {full:.4f}" if full is not None else ""
     print(
         f"{summary['method']}: accuracy {summary['accuracy']:.4f} "
-        f"(best {summary['best_accuracy']:.4f}{beside}) "
+        f"(best {summary['best_accuracy']:.4f}{also}) "
         f"after {summary['rounds']} rounds, {summary['bytes_up'] / 1e6:.1f} MB up, "
         f"{summary['bytes_down'] / 1e6:.1f} MB down, {summary['seconds']:.0f} s"
     )
     print(f"run folder: {out} (summary.json, report.html)")
 
 
-def compare_command(args: argparse.Namespace) -> None:
-    """Run variants of a recipe over seeds and put them in one table."""
-    from sluiceway.experiment.compare import compare, markdown, parse_vary
-    from sluiceway.experiment.progress import shown
+@app.command(epilog=MORE)
+def compare(
+    recipe: RecipeName,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,C",
+            help="Values to compare; with several keys every combination. Repeatable.",
+            show_default="[compare] of the recipe",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,2",
+            help="Seeds that each variant is run with.",
+            show_default="[compare] of the recipe",
+        ),
+    ] = None,
+    settings: Settings = None,
+    out: Out = None,
+    device: Device = None,
+    engine: Engine = None,
+) -> None:
+    """Run variants of a recipe over seeds and put them in one table.
+
+    RECIPE is the name of a shipped recipe, or a TOML file.
+    """
+    from sluiceway.experiment import compare as comparison
     from sluiceway.experiment.recipe import load_recipe
     from sluiceway.experiment.report import write_report
 
-    out = args.out or new_folder(args.recipe, load_recipe(args.recipe, overrides(args)))
-    with shown() as progress, stoppable(progress, f"; continue with --out {out}"):
-        table = compare(
-            args.recipe,
-            overrides(args),
-            parse_vary(args.vary) or None,
-            parse_seeds(args.seeds),
+    given = overrides(settings, device, engine)
+    out = out or new_folder(recipe, load_recipe(recipe, given))
+    with stoppable(f"--out {out}") as progress:
+        table = comparison.compare(
+            recipe,
+            given,
+            comparison.parse_vary(vary or []) or None,
+            comparison.parse_seeds(seeds),
             out,
             progress=progress,
         )
     write_report([out])
-    print(markdown(table))
+    print(comparison.markdown(table))
     print(f"comparison folder: {out} (compare.json, compare.md, report.html)")
 
 
-@contextlib.contextmanager
-def stoppable(progress: Progress, hint: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what is inside between two steps, with a hint how to go on."""
-    from sluiceway.core.signals import graceful_stop
-
-    try:
-        with graceful_stop(progress.say):
-            yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(hint) from None
-
-
-def parse_seeds(text: str | None) -> list[int] | None:
-    """`0,1,2` as numbers. Raises InputError."""
-    from sluiceway.errors import InputError
-
-    if text is None:
-        return None
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        seeds = [-1]
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {text}: give different whole numbers from 0, such as 0,1,2")
-    return seeds
-
-
-def new_folder(name: str, recipe: Recipe) -> Path:
-    """A folder below runs/ that does not exist yet."""
-    stem = f"{Path(name).stem}-{recipe.method['name']}-seed{recipe.run.seed}"
-    number = 1
-    while (path := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return path
-
-
-def report_command(args: argparse.Namespace) -> None:
-    """Write report.html for runs or comparisons."""
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...")],
+) -> None:
+    """Write report.html for folders of runs or comparisons."""
     from sluiceway.experiment.report import write_report
 
-    for path in write_report(args.folders):
+    for path in write_report(folders):
         print(path)
 
 
-def inspect_command(args: argparse.Namespace) -> None:
-    """Show a model's routers and experts, or a network's cut points, and what would cross."""
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    width: Annotated[int, typer.Option(help="Channels of a network for images.")] = 32,
+    image: Annotated[str, typer.Option(metavar="CxHxW", help="Its input.")] = "3x32x32",
+    experts: Annotated[int, typer.Option(help="Upcycle first, into this many; 0: no.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Experts a token, when upcycling.")] = 2,
+    layers: Annotated[int, typer.Option(help="Last layers to upcycle.")] = 1,
+    lora: Annotated[int, typer.Option(metavar="RANK", help="Show adapters too; 0: no.")] = 0,
+    gguf: Annotated[str, typer.Option(metavar="FILE", help="Of a model in a GGUF file.")] = "",
+) -> None:
+    """Show routers, experts or cut points of a model, and what would cross.
+
+    MODEL is minilm, smollm2, a folder or a name on the Hugging Face hub, whose weights are not
+    read; or a network for images: conv4, resnet18, vgg11.
+    """
     from sluiceway.experiment.inspect import show_cuts, show_layout
     from sluiceway.experiment.recipe import NETWORKS
 
-    if args.model in NETWORKS:
-        show_cuts(args.model, args.width, args.image)
-        return
-    show_layout(args.model, args.experts, args.top_k, args.layers, args.lora, args.gguf)
+    if model in NETWORKS:
+        show_cuts(model, width, image)
+    else:
+        show_layout(model, experts, top_k, layers, lora, gguf)
 
 
-def recipes_command(args: argparse.Namespace) -> None:
+@app.command()
+def recipes() -> None:
     """List the recipes that ship."""
-    from sluiceway.experiment.inspect import wide_console
+    from sluiceway.experiment.listings import show
     from sluiceway.experiment.tables import read_tables, shipped_recipes
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for name in shipped_recipes():
-        table.add_row(name, escape(read_tables(name)["description"]))
-    wide_console().print(table)
+    show([(name, str(read_tables(name)["description"])) for name in shipped_recipes()])
+
+
+@app.command()
+def methods(
+    kind: Annotated[str | None, typer.Argument(metavar="[federated|split|robust]")] = None,
+) -> None:
+    """List the methods: strategies, compressors, and robust rules."""
+    from sluiceway.experiment.listings import show_methods
+
+    show_methods(kind)
+
+
+@app.command()
+def keys(
+    table: Annotated[str | None, typer.Argument(metavar="[TABLE|METHOD]")] = None,
+) -> None:
+    """Explain the keys of a recipe: meaning, type, range, default.
+
+    TABLE is run, data, model, train or compare; METHOD one that `sluiceway methods` lists.
+    """
+    from sluiceway.experiment.listings import show_keys
+
+    show_keys(table)
 
 
 if __name__ == "__main__":

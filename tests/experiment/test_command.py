@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from sluiceway import __version__
 from sluiceway.cli import main
+from sluiceway.experiment.methods import methods
 from sluiceway.strategies import STRATEGIES
 
 KEYS = {
@@ -144,11 +149,89 @@ def test_a_refused_recipe_leaves_no_folder(recipe: Path, tmp_path: Path) -> None
         assert not out.exists()
 
 
-def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["run"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "sluiceway: Missing command."),
+        (["run"], "sluiceway run: Missing argument 'RECIPE'."),
+        (
+            ["run", "x", "--sett", "a"],
+            "sluiceway run: No such option '--sett'. Did you mean '--set'?",
+        ),
+        (
+            ["inspect", "x", "--width", "w"],
+            "sluiceway inspect: Invalid value for '--width': 'w' is",
+        ),
+        (
+            ["deploy", "nvflare", "submit", "x"],
+            "sluiceway deploy nvflare submit: Missing option '--k",
+        ),
+        (
+            ["keys", "nosuch"],
+            "sluiceway: 'nosuch' is no table or method; allowed: run, data, model",
+        ),
+        (
+            ["methods", "nosuch"],
+            "sluiceway: 'nosuch' is no kind of method; allowed: federated, split",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith(said)
+
+
+def test_help_lists_flags_with_defaults_and_needs_no_torch() -> None:
+    code = (
+        "import sys; from sluiceway.cli import main; "
+        "codes = [main(a.split()) for a in sys.argv[1:]]; "
+        "print(codes, [m for m in ('torch', 'rich') if m in sys.modules])"
+    )
+    given = ["--version", "recipes", "inspect -h", "run --help", "compare -h", "deploy nvflare -h"]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.stdout.startswith(f"sluiceway {__version__}\n")
+    assert done.stdout.endswith(f"{[0] * len(given)} []\n")
+    for flag in ("--set KEY=VALUE", "--out DIR", "--resume", "--force", "--seeds 0,1,2"):
+        assert flag in done.stdout
+    assert "[default: 3x32x32]" in done.stdout
+    assert "`sluiceway keys`" in done.stdout
+
+
+def test_methods_and_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == main(["methods", "robust"]) == 0
+    shown = capsys.readouterr().out
+    for method in methods():
+        assert f"  {method.name} " in shown
+        assert shown.count(method.text[:40]) == (2 if method.kind == "robust" else 1)
+    assert main(["keys"]) == main(["keys", "fedprox"]) == main(["keys", "median"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "run.rounds Rounds to train." in shown
+    assert "(integer, >= 1, <= 99,999; default 10)" in shown
+    assert "method.mu Strength of the proximal term" in shown
+    assert "median has no parameters" in shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("sluiceway ru", {"run"}), ("sluiceway run quick", {"quickstart"})]
+)
+def test_the_shell_completes_commands_and_recipes(typed: str, offered: set[str]) -> None:
+    asked = {
+        "_SLUICEWAY_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(typed.count(" ")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "sluiceway.cli"],
+        capture_output=True,
+        text=True,
+        env=os.environ | asked,
+    )
+    assert set(done.stdout.split()) == offered
 
 
 def test_inspect_shows_routers_experts_and_traffic(

@@ -68,6 +68,19 @@ def parse_vary(given: Sequence[str]) -> dict[str, list[Any]]:
     return vary
 
 
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`0,1,2` as numbers. Raises InputError."""
+    if text is None:
+        return None
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {text}: give different whole numbers from 0, such as 0,1,2")
+    return seeds
+
+
 def compare(
     recipe: str | Path,
     overrides: Sequence[str] = (),

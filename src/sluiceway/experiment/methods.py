@@ -21,6 +21,14 @@ from sluiceway.strategies.robust import Robust
 RULES: dict[str, type[Robust]] = {"none": Robust, **ROBUST}
 
 
+#: Kinds of methods, and where a recipe names one.
+KINDS = {
+    "federated": "[method] of a federated run",
+    "split": "[method] of a split run",
+    "robust": "[method.robust], with any federated method",
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A method as a recipe names it.

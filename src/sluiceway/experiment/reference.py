@@ -8,7 +8,7 @@ from typing import Any
 
 from sluiceway.core.settings import Optimisation, Training
 from sluiceway.experiment.keys import Key, keys_of
-from sluiceway.experiment.methods import Method, methods
+from sluiceway.experiment.methods import KINDS, Method, methods
 from sluiceway.experiment.recipe import Compare, Data, Model, Run
 from sluiceway.experiment.tables import OLD_KEYS
 
@@ -19,11 +19,6 @@ TABLES: dict[str, type[Any]] = {
     "model": Model,
     "train": Training,
     "compare": Compare,
-}
-KINDS = {
-    "federated": "[method] of a federated run",
-    "split": "[method] of a split run",
-    "robust": "[method.robust]",
 }
 INTRODUCTION = """\
 # Every key of a recipe
