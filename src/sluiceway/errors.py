@@ -48,3 +48,12 @@ def line(text: str, most: int = 300) -> str:
     """A text on one line and cut after `most` characters; control characters are escaped."""
     short = text if len(text) <= most else f"{text[:most]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none.
+
+    Messages of other libraries run over several lines; ours have one.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -42,3 +42,8 @@ def write_pictures(
         table = table.replace_schema_metadata({"huggingface": metadata})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
+
+
+def label_counts(parts: Sequence[np.ndarray], labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """Rows of each label that each client holds, int64 [clients, num_labels]."""
+    return np.array([np.bincount(labels[part], minlength=num_labels) for part in parts])

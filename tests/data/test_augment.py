@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sluiceway.data import Augmentation, DataError, crop, flip, normalise
+from sluiceway.data import DataError
+from sluiceway.data.augment import Augmentation, crop, flip, normalise
 
 
 def batch(count: int = 6, shape: tuple[int, int, int] = (3, 8, 10), seed: int = 0) -> Tensor:

@@ -2,8 +2,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tests.data.pictures import label_counts
 
-from sluiceway.data import ChoiceTable, DataError, holdout, label_counts, limit, partition
+from sluiceway.data import ChoiceTable, DataError, holdout, limit, partition
 
 
 def table(rows: int = 60, choices: int = 4) -> ChoiceTable:

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
+from tests.data.pictures import label_counts
 
 from sluiceway.data import (
     CHOICE_NAMES,
     ChoiceData,
     DataError,
-    label_counts,
     load_choices,
     partition,
 )

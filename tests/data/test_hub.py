@@ -25,10 +25,9 @@ import json, sys
 from sluiceway.data import DataError, load_text
 if len(sys.argv) > 2:
     from dataclasses import replace
-    from sluiceway.data import sources
-    known = sources._KNOWN[sys.argv[1]]
-    elsewhere = replace(known.groups, url=sys.argv[2])
-    sources._KNOWN[sys.argv[1]] = replace(known, groups=elsewhere)
+    from sluiceway.data.text import TEXT_SETS
+    known = TEXT_SETS[sys.argv[1]]
+    TEXT_SETS[sys.argv[1]] = replace(known, groups=(known.groups[0], sys.argv[2]))
 try:
     data = load_text(sys.argv[1])
 except DataError as error:

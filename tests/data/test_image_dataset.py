@@ -5,7 +5,6 @@ from tests.data.pictures import random_images
 from torch.utils.data import DataLoader
 
 from sluiceway.data import (
-    Augmentation,
     DataError,
     ImageData,
     ImageDataset,
@@ -13,8 +12,8 @@ from sluiceway.data import (
     holdout,
     image_datasets,
     limit,
-    normalise,
 )
+from sluiceway.data.augment import Augmentation, normalise
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SHAPE = (3, 6, 5)

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from tests.data.pictures import encoded, random_images, write_pictures
 
-from sluiceway.data import DataError, cache_folder, image_parquet
-from sluiceway.data.image_parquet import read_parquet_images
+from sluiceway.data import DataError, cache_folder
+from sluiceway.data.image_files import read_parquet_images
 
 SHAPE = (3, 4, 5)
 
@@ -38,7 +38,6 @@ def test_png_is_exact(
 
 
 def test_more_rows_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_parquet, "_BATCH", 3)
     images = random_images(8, SHAPE)
     write_pictures(tmp_path / "x.parquet", [encoded(image) for image in images], [0] * 8)
     found = read_parquet_images(tmp_path / "x.parquet", SHAPE)

@@ -2,17 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.data.pictures import label_counts
 
-from sluiceway.data import (
-    DataError,
-    dirichlet,
-    iid,
-    label_counts,
-    natural,
-    partition,
-    pathological,
-)
-from sluiceway.data.partition import Parts
+from sluiceway.data import DataError, partition
+from sluiceway.data.partition import Parts, dirichlet, iid, natural, pathological
 from sluiceway.data.tables import IntArray
 
 LABELS = np.repeat(np.arange(10), 100)
@@ -146,14 +139,6 @@ def test_natural_with_alpha_is_dirichlet_over_groups() -> None:
     groups = np.repeat(np.arange(5), 20)
     for one, other in zip(natural(groups, 3, 0.5, 1), dirichlet(groups, 3, 0.5, 1), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_label_counts_counts() -> None:
-    labels = np.array([0, 2, 2, 1])
-    counts = label_counts([np.array([0, 1, 2]), np.array([], dtype=np.int64)], labels, 4)
-    assert counts.tolist() == [[1, 0, 2, 0], [0, 0, 0, 0]]
-    with pytest.raises(DataError, match=r"labels run from 0 to 2: they must be 0\.\.1"):
-        label_counts([np.array([0])], labels, 2)
 
 
 @pytest.mark.parametrize(

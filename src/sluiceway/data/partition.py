@@ -204,28 +204,6 @@ def natural(groups: IntArray, clients: int, alpha: float | None = None, seed: in
     return _join(pieces)
 
 
-def label_counts(parts: Sequence[IntArray], labels: IntArray, num_labels: int) -> IntArray:
-    """Rows of each label that each client holds.
-
-    Args:
-        parts: row indices, one array a client.
-        labels: int64 [N], each in 0..num_labels-1.
-        num_labels: 1 or more.
-
-    Returns:
-        int64 [clients, num_labels].
-
-    Raises:
-        DataError: a label is out of range.
-    """
-    if len(labels) and not (labels.min() >= 0 and labels.max() < num_labels):
-        raise DataError(
-            f"labels run from {labels.min()} to {labels.max()}: they must be 0..{num_labels - 1}"
-        )
-    counts = [np.bincount(labels[part], minlength=num_labels) for part in parts]
-    return np.array(counts, dtype=np.int64).reshape(len(parts), num_labels)
-
-
 def _check_clients(rows: int, clients: int) -> None:
     if clients < 1:
         raise DataError(f"the number of clients is {clients}: it must be 1 or more")

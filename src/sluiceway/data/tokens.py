@@ -1,48 +1,23 @@
-"""Texts as tensors of tokens, and fast batches out of them."""
+"""Texts, contexts with their endings, and label words as tokens."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sluiceway.data.errors import DataError
-from sluiceway.data.rows import LabelledRows
-from sluiceway.data.tables import IntArray
+from sluiceway.data.tables import endings_per_row
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+#: Texts that a tokenizer is given at once.
 _BATCH = 1000
-
-
-class Tokenizer(Protocol):
-    """What `encode` needs of a Hugging Face tokenizer."""
-
-    pad_token_id: int | None
-
-    def __call__(
-        self,
-        text: list[str],
-        *,
-        truncation: bool,
-        max_length: int,
-        padding: bool,
-        return_attention_mask: bool,
-        return_token_type_ids: bool,
-    ) -> "Encoding": ...
-
-    def num_special_tokens_to_add(self) -> int: ...
-
-
-class Vocabulary(Protocol):
-    """What `check_tokenizer` needs of a Hugging Face tokenizer."""
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-
-class Encoding(Protocol):
-    """A tokenizer's answer: lists by name."""
-
-    def __getitem__(self, name: str, /) -> list[list[int]]: ...
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> dict[str, Tensor]:
@@ -50,7 +25,7 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> dict[
 
     Args:
         texts: N texts.
-        tokenizer: a Hugging Face tokenizer; the padding is its pad token, or 0 where it has none.
+        tokenizer: the padding is its pad token, or 0 where it has none.
         max_tokens: texts are cut to this many tokens, special tokens included; above the number
             of special tokens.
 
@@ -64,30 +39,16 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> dict[
     special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= special:
         raise DataError(f"max_tokens is {max_tokens}: it must be {special + 1} or more")
-    rows: list[list[int]] = []
-    for start in range(0, len(texts), _BATCH):
-        encoding = tokenizer(
-            list(texts[start : start + _BATCH]),
-            truncation=True,
-            max_length=max_tokens,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        rows.extend(encoding["input_ids"])
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    if not lengths.all():
-        first = int(np.argmin(lengths))
-        raise DataError(f"text {first} ({texts[first][:40]!r}) has no tokens: it must have one")
-    ids, mask = pad_rows(rows, tokenizer.pad_token_id)
+    rows = _ids(tokenizer, texts, truncation=True, max_length=max_tokens)
+    ids, mask = _pad(_with_tokens(rows, texts, "text"), tokenizer)
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def check_tokenizer(tokenizer: Vocabulary, vocabulary: int) -> None:
+def check_tokenizer(tokenizer: Tokenizer, vocabulary: int) -> None:
     """Refuse a tokenizer whose tokens a model has no embeddings for.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: of a model.
         vocabulary: the model's number of embedding rows; more than there are tokens is fine.
 
     Raises:
@@ -101,91 +62,210 @@ def check_tokenizer(tokenizer: Vocabulary, vocabulary: int) -> None:
         )
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad: int | None) -> tuple[Tensor, Tensor]:
-    """Rows of N token lists, padded on the right with `pad` (0 where it is None).
+def encode_choices(
+    contexts: Sequence[str],
+    endings: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+) -> dict[str, Tensor]:
+    """Tokenise each ending after its context, for decoder-only models and encoders.
 
-    Returns:
-        Ids and mask (1 for a token, 0 for padding), int64 [N, S] with S the longest row's length.
-    """
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    width = int(lengths.max(initial=0))
-    mask = np.arange(width) < lengths[:, None]
-    ids = np.full(mask.shape, pad or 0, dtype=np.int64)
-    ids[mask] = [token for row in rows for token in row]
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+    A tokenizer with a separator token (BERT's) makes its own pair of the two, [CLS] context [SEP]
+    ending [SEP]. Any other's special tokens lead, then come the context and the ending as it is
+    tokenised after a space; nothing follows.
 
-
-class TextDataset(LabelledRows[dict[str, Tensor]]):
-    """Tokenised texts, or contexts and their endings, with labels.
-
-    `dataset[i]` is (row i of every input, label int64 []): {"input_ids": int64 [S],
-    "attention_mask": int64 [S]} of a text.
+    A row above `max_tokens` loses the start of its context, of which one token always stays: a
+    decoder needs it to predict the ending's first. What is still too long loses the ending's tail.
 
     Args:
-        inputs: what `encode`, `encode_choices` or `encode_pairs` returns: int64 [N, S] or
-            [N, C, S] each. Inputs named decoder_... are padded as "decoder_attention_mask" tells,
-            all others as "attention_mask" tells.
-        labels: int64 [N].
+        contexts: N texts.
+        endings: N rows of C texts, the same C of 2 or more for every row.
+        tokenizer: the padding is its pad token, or 0 where it has none.
+        max_tokens: of a context with an ending, special tokens included.
+
+    Returns:
+        `input_ids`, `attention_mask` (1 for a token, 0 for padding, which is on the right) and
+        `ending_mask` (1 for the ending's tokens, special tokens apart), int64 [N, C, S] with
+        S <= max_tokens the longest row's length.
 
     Raises:
-        DataError: inputs and labels differ in length, a mask is missing, or an input and its mask
-            differ in width.
+        DataError: `max_tokens` leaves no room for a token of each, a context or an ending yields no
+            token, or there is not one row of endings, all of one C, for each context.
     """
-
-    def __init__(self, inputs: dict[str, Tensor], labels: IntArray | Tensor) -> None:
-        super().__init__(labels)
-        for name, tensor in inputs.items():
-            if tensor.shape[0] != len(self):
-                raise DataError(f"{name} has {tensor.shape[0]} rows for {len(self)} labels")
-            mask = inputs.get(_mask_of(name))
-            if mask is None:
-                raise DataError(f"{name} comes without its {_mask_of(name)}")
-            if tensor.shape[-1] != mask.shape[-1]:
-                raise DataError(
-                    f"{name} is {tensor.shape[-1]} wide and its {_mask_of(name)} "
-                    f"{mask.shape[-1]}: they must be alike"
-                )
-        self._inputs = inputs
-        self._lengths = {mask: _lengths(inputs[mask]) for mask in map(_mask_of, inputs)}
-
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
-        row = self._rows[index]
-        return {name: tensor[row] for name, tensor in self._inputs.items()}, self._labels[row]
-
-    def gather(
-        self, indices: Sequence[int] | IntArray | Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """A batch, without the padding that no row of it needs.
-
-        Args:
-            indices: B row numbers, each 0..N-1.
-
-        Returns:
-            The inputs, int64 [B, S'] or [B, C, S'] each with S' the longest row's number of tokens
-            by the input's mask, and the labels, int64 [B].
-        """
-        rows = self._rows[torch.as_tensor(indices, dtype=torch.int64)]
-        widths = {
-            mask: int(lengths[rows].max()) if len(rows) else 0
-            for mask, lengths in self._lengths.items()
-        }
-        batch = {
-            name: tensor[..., : widths[_mask_of(name)]].index_select(0, rows)
-            for name, tensor in self._inputs.items()
-        }
-        return batch, self._labels[rows]
+    choices = endings_per_row(contexts, endings)
+    paired = tokenizer.sep_token_id is not None
+    special = _special_tokens(tokenizer, pair=paired)
+    if not paired:
+        special = _SpecialTokens(special.before, [], [])
+    lead = "" if paired else _lead(tokenizer)
+    room = special.room(max_tokens, least=2)
+    heads = _bodies(tokenizer, contexts, "context")
+    tails = _bodies(tokenizer, [lead + text for row in endings for text in row], "ending")
+    rows, starts, lengths = [], [], []
+    for i, whole_tail in enumerate(tails):
+        tail = whole_tail[: room - 1]
+        head = heads[i // choices][len(tail) - room :]
+        leading = [*special.before, *head, *special.between]
+        rows.append([*leading, *tail, *special.after])
+        starts.append(len(leading))
+        lengths.append(len(tail))
+    ids, mask = _pad(rows, tokenizer)
+    behind = torch.arange(ids.shape[1]) - torch.tensor(starts, dtype=torch.int64)[:, None]
+    in_ending = (behind >= 0) & (behind < torch.tensor(lengths, dtype=torch.int64)[:, None])
+    shape = (len(contexts), choices, ids.shape[1])
+    return {
+        "input_ids": ids.view(shape),
+        "attention_mask": mask.view(shape),
+        "ending_mask": in_ending.long().view(shape),
+    }
 
 
-def _mask_of(name: str) -> str:
-    """The mask that tells which part of an input is padding."""
-    return "decoder_attention_mask" if name.startswith("decoder_") else "attention_mask"
+def encode_pairs(
+    contexts: Sequence[str],
+    endings: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+) -> dict[str, Tensor]:
+    """Tokenise contexts for an encoder and their endings for its decoder.
 
+    A context above `max_tokens` loses its start, an ending its tail; special tokens stay.
 
-def _lengths(mask: Tensor) -> Tensor:
-    """Where the last token of each row ends, int64 [N], of a mask [N, S] or [N, C, S].
+    Args:
+        contexts: N texts.
+        endings: N rows of C texts, the same C of 2 or more for every row.
+        tokenizer: the padding is its pad token, or 0 where it has none.
+        max_tokens: of a context, and likewise of an ending, special tokens included.
 
-    Right padding alone counts as padding: whatever lies before the last token stays.
+    Returns:
+        `input_ids` and `attention_mask`, int64 [N, S], of the contexts with their special tokens;
+        `decoder_labels` and `decoder_attention_mask`, int64 [N, C, T], of the endings with the
+        special tokens that the tokenizer puts after a text, such as T5's </s>, and none before.
+        Masks are 1 for a token and 0 for padding, which is on the right.
+
+    Raises:
+        DataError: as `encode_choices`.
     """
-    positions = torch.arange(1, mask.shape[-1] + 1)
-    # With a leading 0 there is always something to take the maximum of.
-    return torch.nn.functional.pad((mask * positions).flatten(1), (1, 0)).amax(dim=1)
+    choices = endings_per_row(contexts, endings)
+    special = _special_tokens(tokenizer)
+    room, tail_room = special.room(max_tokens, least=1), max_tokens - len(special.after)
+    heads = _bodies(tokenizer, contexts, "context")
+    tails = _bodies(tokenizer, [text for row in endings for text in row], "ending")
+    ids, mask = _pad([[*special.before, *h[-room:], *special.after] for h in heads], tokenizer)
+    labels, label_mask = _pad([[*t[:tail_room], *special.after] for t in tails], tokenizer)
+    shape = (len(contexts), choices, labels.shape[1])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_labels": labels.view(shape),
+        "decoder_attention_mask": label_mask.view(shape),
+    }
+
+
+def word_tokens(words: Sequence[str], tokenizer: Tokenizer, after: str) -> Tensor:
+    """The first token of each word as it follows a text and a space.
+
+    Args:
+        words: C label words.
+        tokenizer: of the model that predicts them.
+        after: the text that the words follow, such as "Topic:".
+
+    Returns:
+        int64 [C].
+
+    Raises:
+        DataError: a word yields no token, or two begin with the same one; the line names them.
+    """
+    before, *wholes = _bodies(tokenizer, [after, *(f"{after} {word}" for word in words)])
+    # Where the tokens of the text change with what follows, a word on its own has to do.
+    alone = _bodies(tokenizer, [_lead(tokenizer) + word for word in words], "word")
+    holders: dict[int, str] = {}
+    for word, whole, own in zip(words, wholes, alone, strict=True):
+        kept = whole[: len(before)] == before and len(whole) > len(before)
+        token = whole[len(before)] if kept else own[0]
+        if token in holders:
+            raise DataError(
+                f"the words {holders[token]!r} and {word!r} both begin with token {token} "
+                f"after {after!r}: every label needs a first token of its own"
+            )
+        holders[token] = word
+    return torch.tensor(list(holders), dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """The special tokens before, between and after the parts of a row."""
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+
+    def room(self, max_tokens: int, least: int) -> int:
+        """How many tokens fit between them. Raises DataError if fewer than `least`."""
+        special = len(self.before) + len(self.between) + len(self.after)
+        if max_tokens < special + least:
+            raise DataError(f"max_tokens is {max_tokens}: it must be {special + least} or more")
+        return max_tokens - special
+
+
+def _special_tokens(tokenizer: Tokenizer, pair: bool = False) -> _SpecialTokens:
+    """What the tokenizer puts around a text, or around and between a pair of texts."""
+    (body,) = _bodies(tokenizer, ["a"], "probe")
+    pairs = ["a"] if pair else None
+    (whole,) = _ids(tokenizer, ["a"], pairs, add_special_tokens=True, verbose=False)
+    start = _find(body, whole, 0)
+    end = start + len(body)
+    if not pair:
+        return _SpecialTokens(whole[:start], [], whole[end:])
+    second = _find(body, whole, end)
+    return _SpecialTokens(whole[:start], whole[end:second], whole[second + len(body) :])
+
+
+def _find(part: list[int], whole: list[int], start: int) -> int:
+    """Where the tokens of a text begin among the special tokens around them."""
+    for at in range(start, len(whole) - len(part) + 1):
+        if whole[at : at + len(part)] == part:
+            return at
+    raise DataError("the tokenizer changes a text's tokens where it adds special ones")
+
+
+def _lead(tokenizer: Tokenizer) -> str:
+    """What to put before a text so that its tokens are those it has after a text and a space.
+
+    A space, but nothing for tokenizers that put a space before every text themselves.
+    """
+    first, spaced, bare, whole = _bodies(tokenizer, ["a", " b", "b", "a b"])
+    return "" if first + spaced != whole and first + bare == whole else " "
+
+
+def _bodies(tokenizer: Tokenizer, texts: Sequence[str], what: str = "") -> list[list[int]]:
+    """The tokens of each text without special ones; at least one each if `what` says what it is."""
+    # Not verbose: what is too long is cut later.
+    rows = _ids(tokenizer, texts, add_special_tokens=False, verbose=False)
+    return _with_tokens(rows, texts, what) if what else rows
+
+
+def _ids(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: list[str] | None = None, **how: Any
+) -> list[list[int]]:
+    how = {"padding": False, "return_attention_mask": False, "return_token_type_ids": False, **how}
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), _BATCH):
+        rows.extend(tokenizer(list(texts[start : start + _BATCH]), pairs, **how)["input_ids"])
+    return rows
+
+
+def _with_tokens(rows: list[list[int]], texts: Sequence[str], what: str) -> list[list[int]]:
+    """The rows. Raises DataError if one is empty; the line shows its text."""
+    for i, row in enumerate(rows):
+        if not row:
+            raise DataError(f"{what} {i} ({texts[i][:40]!r}) has no tokens: it must have one")
+    return rows
+
+
+def _pad(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Ids and mask (1 for a token, 0 for padding), int64 [N, S] with S the longest row's length."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    mask = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+    ids = np.full(mask.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
+    ids[mask] = [token for row in rows for token in row]
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

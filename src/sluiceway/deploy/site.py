@@ -13,7 +13,6 @@ import os
 import threading
 import tomllib
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -229,7 +228,7 @@ def own_texts(own: Own, place: Path, invited: Invitation) -> TextData:
         label_names=invited.label_names,
     )
     train, test = capped(found.train, found.test, Data(path="-", alpha=1, limit=own.limit))
-    return replace(found, train=train, test=test if own.test_path else test.take([]))
+    return found.with_tables(train, test if own.test_path else test.take([]))
 
 
 def named_texts(own: Own, recipe: Recipe) -> TextData | ChoiceData:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from sluiceway.core.round_loop import Record
 from sluiceway.data import (
@@ -97,10 +97,10 @@ def load_texts(wanted: Data) -> TextData | ChoiceData:
     if wanted.name in CHOICE_NAMES:
         found = load_choices(wanted.name)
         asked, held = capped(found.train, found.test, wanted)
-        return replace(found, train=asked, test=held)
+        return found.with_tables(asked, held)
     texts = load_own_texts(wanted) if wanted.path is not None else load_text(str(wanted.name))
     train, test = capped(texts.train, texts.test, wanted)
-    return replace(texts, train=train, test=test)
+    return texts.with_tables(train, test)
 
 
 def load_own_texts(wanted: Data) -> TextData:
@@ -136,7 +136,7 @@ def load_pictures(wanted: Data) -> ImageData:
     assert wanted.name is not None
     found = load_images(wanted.name)
     train, test = capped(found.train, found.test, wanted)
-    return replace(found, train=train, test=test)
+    return found.with_tables(train, test)
 
 
 def without_partition(wanted: Data) -> Data:
