@@ -60,6 +60,12 @@ def methods_text() -> Iterator[str]:
                 yield f"Also, as for `{name}`: {', '.join(f'`{n}`' for n in names)}.\n"
 
 
+def methods_table(kind: str) -> str:
+    """The methods of a kind, one line each, as a Markdown table."""
+    rows = [f"| `{m.name}` | {m.text.rstrip('.')} |" for m in methods() if m.kind == kind]
+    return "\n".join(["| `method.name` | |", "|---|---|", *rows]) + "\n"
+
+
 def split_keys(method: Method, known: Iterable[Method]) -> tuple[list[Key], dict[str, list[str]]]:
     """The keys to describe with a method, and by an earlier method's name those described there."""
     own: list[Key] = []
