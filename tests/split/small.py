@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from sluiceway.core.batches import Batch
+from sluiceway.core.evaluation import label_counts
 from sluiceway.core.round_loop import Record, Rounds
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
 from sluiceway.split import Compressor, Conv4, SplitRecord
 from sluiceway.split.client import SplitClient
-from sluiceway.split.client_proxy import LocalClient
 from sluiceway.split.rounds import SplitLoop
-from sluiceway.split.setup import here
+from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.strategies import FedAvg
 
 CLASSES = 3
@@ -105,30 +106,27 @@ def set_up(
     method: Compressor,
     test: TensorDataset | None = None,
     *,
-    rounds: int = 10,
-    participation: float = 1.0,
-    seed: int = 0,
-    **changed: Any,
+    schedule: str = "parallel",
+    tail_at: str | None = None,
+    training: Optimisation = SGD,
 ) -> SplitLoop:
-    """A run whose rounds a test plays itself."""
-    settings: dict[str, Any] = {
-        "tail_at": None,
-        "form": "parallel",
-        "strategy": FedAvg(),
-        "training": SGD,
-        "loss": functional.cross_entropy,
-        "device": torch.device("cpu"),
-    }
-    settings |= changed
-    return here(
-        model,
+    """A run whose rounds a test runs itself."""
+    settings = SplitSettings(
         cut_at,
-        sets=sets,
-        test=test if test is not None else Pictures(40, 99),
-        method=method,
-        plan=Rounds(rounds=rounds, participation=participation, seed=seed),
-        **settings,
+        method,
+        schedule,
+        tail_at,
+        FedAvg(),
+        training,
+        functional.cross_entropy,
+        torch.device("cpu"),
+        seed=0,
     )
+    counts = label_counts(sets)
+    example = Batch.of(sets[0], torch.tensor([0]), settings.device)
+    setup = SharedSetup(model, settings, example, counts.shape[1], len(sets))
+    proxies = [setup.client(number, examples) for number, examples in enumerate(sets)]
+    return SplitLoop(setup, Rounds(), test or Pictures(40, 99), counts, proxies)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -136,8 +134,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def tail_of(form: str) -> str | None:
-    return "conv4" if form == "u" else None
+def tail_of(schedule: str) -> str | None:
+    return "conv4" if schedule == "u" else None
 
 
 def clients() -> list[Pictures]:
@@ -174,6 +172,6 @@ def masked(front: nn.Module, mask: Tensor, back: nn.Module) -> nn.Sequential:
     return nn.Sequential(front, layer, back).eval()
 
 
-def sides(split: SplitLoop) -> list[SplitClient]:
+def local(loop: SplitLoop) -> list[SplitClient]:
     """The clients of a run of this process."""
-    return [party.side for party in split.parties if isinstance(party, LocalClient)]
+    return [client for client in loop.clients if isinstance(client, SplitClient)]

@@ -32,7 +32,7 @@ from sluiceway.split import (
 )
 from sluiceway.strategies import FedAvg, Scaffold, Strategy
 
-forms = pytest.mark.parametrize("form", SCHEDULES)
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 def between_rounds(model: dict[str, Tensor], part: dict[str, Tensor], facts: object) -> int:
@@ -40,23 +40,30 @@ def between_rounds(model: dict[str, Tensor], part: dict[str, Tensor], facts: obj
     return len(save(tensors, {"sluiceway": json.dumps(facts, sort_keys=True)}))
 
 
-@forms
+@schedules
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])
-def test_bytes_are_the_lengths_of_all_messages(name: str, form: str) -> None:
+def test_bytes_are_the_lengths_of_all_messages(name: str, schedule: str) -> None:
     model = normed()
     front, back = cut(model, "conv1")
     held = {f"front.{n}": t for n, t in front.state_dict().items()}
-    if form == "u":
+    if schedule == "u":
         _, tail = cut(back, "conv4")
         held |= {f"tail.{n}": t for n, t in tail.state_dict().items()}
     exchanged = {n: t for n, t in held.items() if t.is_floating_point()}
     closing = {f"counts/{n}": t for n, t in held.items() if n not in exchanged}
-    if form == "u":
+    if schedule == "u":
         closing |= {"loss/examples": torch.tensor(1), "loss/sum": torch.tensor(1.0).double()}
     sets, method = [*clients()], METHODS[name]()
     sets[1] = Pictures(2, 5)  # one example alone would be left out in two of the forms
     result = split_train(
-        model, "conv1", sets, sets[0], method, form=form, tail_at=tail_of(form), rounds=3
+        model,
+        "conv1",
+        sets,
+        sets[0],
+        method,
+        schedule=schedule,
+        tail_at=tail_of(schedule),
+        rounds=3,
     )
     crossing = name in ("acp-sl", "l1", "std", "entropy", "taylor")
     for number, record in enumerate(records(result.records), 1):
@@ -69,9 +76,9 @@ def test_bytes_are_the_lengths_of_all_messages(name: str, form: str) -> None:
             size = len(sets[client])
             facts = {"version": 1, "round": number, "client": client, "examples": size}
             up += between_rounds(exchanged, closing | scores, facts)
-            up += method.bytes_up((size, 8, 3, 3), kept, label_bytes=form != "u")
+            up += method.bytes_up((size, 8, 3, 3), kept, label_bytes=schedule != "u")
             down += method.bytes_down((size, 8, 3, 3), kept)
-            if form == "u":
+            if schedule == "u":
                 tail_link = Compressor(quantize=method.quantize)
                 down += tail_link.bytes_up((size, 16, 1, 1))
                 up += tail_link.bytes_down((size, 16, 1, 1))
@@ -91,12 +98,21 @@ def test_warm_up_sends_everything_and_the_schedule_shrinks() -> None:
 
 
 @pytest.mark.parametrize("masks", ["merged", "client"])
-@forms
-def test_without_a_warm_up_nothing_crosses_unpruned(form: str, masks: Literal["merged"]) -> None:
+@schedules
+def test_without_a_warm_up_nothing_crosses_unpruned(
+    schedule: str, masks: Literal["merged"]
+) -> None:
     method = ACPSL(share=0.25, warmup=0, ramp_rounds=0, masks=masks)
     sets = [*clients(), Pictures(0, 1)]
     result = split_train(
-        normed(), "conv1", sets, Pictures(9, 1), method, form=form, tail_at=tail_of(form), rounds=3
+        normed(),
+        "conv1",
+        sets,
+        Pictures(9, 1),
+        method,
+        schedule=schedule,
+        tail_at=tail_of(schedule),
+        rounds=3,
     )
     found = records(result.records)
     assert [record.kept for record in found] == [2, 2, 2]
@@ -143,9 +159,9 @@ def test_methods_of_equal_settings_send_equal_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "masks", "fronts", "participation"),
+    ("schedule", "masks", "strategy", "participation"),
     [
-        *((form, "merged", FedAvg, 1.0) for form in SCHEDULES),
+        *((schedule, "merged", FedAvg, 1.0) for schedule in SCHEDULES),
         ("parallel", "client", FedAvg, 1.0),
         ("u", "client", Scaffold, 1.0),
         ("copies", "merged", Scaffold, 0.5),
@@ -153,7 +169,7 @@ def test_methods_of_equal_settings_send_equal_bytes() -> None:
     ],
 )
 def test_a_budget_holds_once_the_ramp_is_over(
-    form: str, masks: Any, fronts: type[Strategy], participation: float
+    schedule: str, masks: Any, strategy: type[Strategy], participation: float
 ) -> None:
     sets = [Pictures(30, 1), Pictures(1, 2), Pictures(0, 3), Pictures(17, 4), Pictures(33, 5)]
 
@@ -164,9 +180,9 @@ def test_a_budget_holds_once_the_ramp_is_over(
             sets,
             Pictures(9, 1),
             method,
-            form=form,
-            tail_at=tail_of(form),
-            fronts=fronts(),
+            schedule=schedule,
+            tail_at=tail_of(schedule),
+            client_aggregation=strategy(),
             rounds=rounds,
             participation=participation,
             training=SGD,

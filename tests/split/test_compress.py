@@ -56,7 +56,7 @@ def test_bytes_are_the_formula_both_ways(method: Compressor) -> None:
     opened = method.open(message, SHAPE, ID, labels=True, classes=6)
     kept = int(MASK.sum()) if isinstance(method, Channels) else None
     assert len(message) == method.bytes_up(SHAPE, kept, label_bytes=1)
-    gradient = method.down(torch.randn(SHAPE), opened.ticket)
+    gradient = method.down(torch.randn(SHAPE), opened.context)
     assert len(gradient) == method.bytes_down(SHAPE, kept)
     without, _ = method.up(smashed(), ID, mask=mask_of(method))
     assert len(message) - len(without) == 6
@@ -65,9 +65,9 @@ def test_bytes_are_the_formula_both_ways(method: Compressor) -> None:
 @methods
 def test_gradients_return_where_values_crossed(method: Compressor) -> None:
     A, grad = smashed() + 1, torch.randn(SHAPE) + 9
-    message, ticket = method.up(A, ID, mask=mask_of(method))
+    message, context = method.up(A, ID, mask=mask_of(method))
     opened = method.open(message)
-    back = method.open_gradient(method.down(grad, opened.ticket), ticket)
+    back = method.open_gradient(method.down(grad, opened.context), context)
     crossed = opened.values != 0
     assert torch.equal(back != 0, crossed)
     assert torch.allclose(back[crossed], grad[crossed], atol=1.1)
@@ -84,16 +84,16 @@ def test_a_gradient_of_another_batch_is_refused(method: Compressor) -> None:
             batch = BatchId(client, 1, number)
             sent[batch] = method.up(smashed(client + 2 * number), batch, mask=mask_of(method))
     gradients = {
-        batch: method.down(torch.full(SHAPE, 1.0), method.open(message).ticket)
+        batch: method.down(torch.full(SHAPE, 1.0), method.open(message).context)
         for batch, (message, _) in reversed(sent.items())
     }
-    for mine, (_, ticket) in sent.items():
+    for mine, (_, context) in sent.items():
         for theirs, gradient in gradients.items():
             if mine == theirs:
-                assert method.open_gradient(gradient, ticket).sum() > 0
+                assert method.open_gradient(gradient, context).sum() > 0
             else:
                 with pytest.raises(WireError, match=r"^batch: expected"):
-                    method.open_gradient(gradient, ticket)
+                    method.open_gradient(gradient, context)
 
 
 def test_uncompressed_step_is_the_whole_networks_bit_for_bit() -> None:
@@ -105,13 +105,13 @@ def test_uncompressed_step_is_the_whole_networks_bit_for_bit() -> None:
     front, back = cut(model, "conv2")
     for method in (Compressor(), Channels()):
         A = front(x)
-        message, ticket = method.up(A, ID, y)
+        message, context = method.up(A, ID, y)
         opened = method.open(message)
         values = opened.values.requires_grad_()
         assert opened.labels is not None
         functional.cross_entropy(back(values), opened.labels).backward()
         assert values.grad is not None
-        A.backward(method.open_gradient(method.down(values.grad, opened.ticket), ticket))
+        A.backward(method.open_gradient(method.down(values.grad, opened.context), context))
         grads = [p.grad for p in model.parameters()]
         assert len(whole) == len(grads)
         assert all(torch.equal(a, b) for a, b in zip(whole, grads, strict=True) if b is not None)
@@ -128,12 +128,12 @@ def test_straight_through_gradient_of_a_masked_network() -> None:
     expected = front[0].weight.grad.clone()
     front.zero_grad()
     method, A = Channels(), front(x)
-    message, ticket = method.up(A, ID, mask=MASK)
+    message, context = method.up(A, ID, mask=MASK)
     opened = method.open(message)
     values = opened.values.requires_grad_()
     back(values).square().sum().backward()
     assert values.grad is not None
-    A.backward(method.open_gradient(method.down(values.grad, opened.ticket), ticket))
+    A.backward(method.open_gradient(method.down(values.grad, opened.context), context))
     assert torch.allclose(front[0].weight.grad, expected, rtol=1e-5)
     assert bool((front[0].weight.grad[~MASK] == 0).all())
 
@@ -167,18 +167,18 @@ class TestElements:
     @pytest.mark.parametrize(("share", "kept"), [(1e-6, 1), (0.3, 3), (1.0, 10)])
     def test_share(self, share: float, kept: int) -> None:
         method = TopK(share=share)
-        message, ticket = method.up(torch.randn(2, 10), ID)
-        assert ticket.places.count == kept == method.kept((2, 10))
-        assert method.open(message).ticket.places.count == kept
+        message, context = method.up(torch.randn(2, 10), ID)
+        assert context.selection.count == kept == method.kept((2, 10))
+        assert method.open(message).context.selection.count == kept
 
     def test_randtopk_picks_outside_with_chance_alpha(self) -> None:
         A = torch.randn(400, 60, generator=torch.Generator().manual_seed(1))
         top = A.abs() >= A.abs().topk(10).values[:, -1:]
         picks = torch.zeros(400, 60)
         for number in range(20):
-            _, ticket = RandTopK(share=1 / 6, alpha=0.2).up(A, BatchId(0, 1, number))
-            assert isinstance(ticket.places, KeptElements)
-            picks.scatter_add_(1, ticket.places.indices, torch.ones(400, 10))
+            _, context = RandTopK(share=1 / 6, alpha=0.2).up(A, BatchId(0, 1, number))
+            assert isinstance(context.selection, KeptElements)
+            picks.scatter_add_(1, context.selection.indices, torch.ones(400, 10))
         share = picks / 20
         # 80,000 picks: three standard errors are below 0.005
         assert float(share[~top].sum()) / float(share.sum()) == pytest.approx(0.2, abs=0.005)
@@ -190,9 +190,9 @@ class TestElements:
     @pytest.mark.parametrize(("alpha", "size"), [(0.0, 30), (1.0, 30), (1.0, 12), (0.9, 12)])
     def test_randtopk_at_the_ends_of_alpha(self, alpha: float, size: int) -> None:
         A = torch.randn(50, size, generator=torch.Generator().manual_seed(2))
-        _, ticket = RandTopK(share=10 / size, alpha=alpha).up(A, ID)
-        assert isinstance(ticket.places, KeptElements)
-        picked, best = ticket.places.indices.tolist(), A.abs().topk(10).indices.tolist()
+        _, context = RandTopK(share=10 / size, alpha=alpha).up(A, ID)
+        assert isinstance(context.selection, KeptElements)
+        picked, best = context.selection.indices.tolist(), A.abs().topk(10).indices.tolist()
         for row, top in zip(picked, best, strict=True):
             assert len(set(row)) == 10
             outside = len(set(row) - set(top))
@@ -273,9 +273,9 @@ class TestErrorFeedback:
         for step, (mask, count) in enumerate(zip(masks, batches, strict=True)):
             A = smashed(step)[:count] + 0.1
             grad = torch.randn(A.shape, generator=torch.Generator().manual_seed(step))
-            message, ticket = method.up(A, BatchId(4, 1, step), mask=mask)
+            message, context = method.up(A, BatchId(4, 1, step), mask=mask)
             opened = method.open(message)
-            back = method.open_gradient(method.down(grad, opened.ticket), ticket)
+            back = method.open_gradient(method.down(grad, opened.context), context)
             lost += (grad * (opened.values != 0) - back).sum(0)
         return lost
 
@@ -303,9 +303,9 @@ class TestErrorFeedback:
         for feedback in (False, True):
             method, total = Quantized(quantize="int4", error_feedback=feedback), torch.zeros(1, 3)
             for number in range(100):
-                message, ticket = method.up(torch.ones(2, 1, 3), BatchId(0, 1, number))
-                gradient = method.down(grad, method.open(message).ticket)
-                total += method.open_gradient(gradient, ticket).sum(0)
+                message, context = method.up(torch.ones(2, 1, 3), BatchId(0, 1, number))
+                gradient = method.down(grad, method.open(message).context)
+                total += method.open_gradient(gradient, context).sum(0)
             sums.append(total[0, 1:])
         assert bool((sums[0] == 0).all())
         assert torch.allclose(sums[1], torch.full((2,), 4.0), atol=0.3)
@@ -317,7 +317,7 @@ class TestErrorFeedback:
 
         def send(method: Compressor, client: int, number: int) -> bytes:
             message, _ = method.up(smashed(), BatchId(client, 1, number))
-            return method.down(grads[number], method.open(message).ticket)
+            return method.down(grads[number], method.open(message).context)
 
         alone = Quantized(quantize="int4", error_feedback=True)
         for number in range(2):
@@ -352,11 +352,11 @@ class TestRefusals:
             Compressor(limit=1000).open(Compressor().up(A, ID)[0])
 
     def test_a_client_takes_no_other_codec(self) -> None:
-        message, ticket = Quantized().up(smashed(), ID)
+        message, context = Quantized().up(smashed(), ID)
         sender = Quantized(quantize_gradient="none")
-        gradient = sender.down(torch.ones(SHAPE), sender.open(message).ticket)
+        gradient = sender.down(torch.ones(SHAPE), sender.open(message).context)
         with pytest.raises(WireError, match="codec: expected int8, got none"):
-            Quantized().open_gradient(gradient, ticket)
+            Quantized().open_gradient(gradient, context)
 
     @pytest.mark.parametrize("method", [Compressor(), TopK(), RandTopK(), Bottleneck()])
     def test_a_mask_where_none_is_chosen(self, method: Compressor) -> None:

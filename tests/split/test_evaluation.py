@@ -8,11 +8,11 @@ from tests.split.small import (
     SGD,
     Pictures,
     accuracy_of,
+    local,
     masked,
     normed,
     records,
     set_up,
-    sides,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,14 +33,19 @@ def test_the_mask_of_training_is_the_mask_of_evaluation() -> None:
     built = set_up(normed(), "conv1", sets, L1Channels(share=0.25, ramp_rounds=0), test)
     for number in (1, 2, 3):
         record = built.run_round(number, [0, 1])
-        assert record.mask == sides(built)[0].mask.tolist()  # type: ignore[union-attr]
+        assert record.mask == local(built)[0].mask.tolist()  # type: ignore[union-attr]
     mask = built.masks.mask(ALL)
     assert mask is not None
     assert int(mask.sum()) == record.kept == 2
-    assert record.accuracy_full == accuracy_of(nn.Sequential(built.front, built.back), test)
-    assert record.accuracy == accuracy_of(masked(built.front, mask, built.back), test)
+    assert record.accuracy_full == accuracy_of(
+        nn.Sequential(built.model.front, built.model.back), test
+    )
+    assert record.accuracy == accuracy_of(masked(built.model.front, mask, built.model.back), test)
     # With other masks the accuracy is another: it was none of them that was reported.
-    others = [accuracy_of(masked(built.front, mask.roll(k), built.back), test) for k in (1, 2, 3)]
+    others = [
+        accuracy_of(masked(built.model.front, mask.roll(k), built.model.back), test)
+        for k in (1, 2, 3)
+    ]
     assert record.accuracy not in others
 
 
@@ -64,10 +69,17 @@ def test_rounding_is_judged_and_the_full_accuracy_is_without() -> None:
 def test_rounding_at_the_second_cut_of_a_u_shape_is_judged_too() -> None:
     test, method = Pictures(300, 6), Quantized(quantize="int4", quantize_gradient="int8")
     built = set_up(
-        normed(), "conv1", [Pictures(60, 1)], method, test, form="u", tail_at="conv4", training=SGD
+        normed(),
+        "conv1",
+        [Pictures(60, 1)],
+        method,
+        test,
+        schedule="u",
+        tail_at="conv4",
+        training=SGD,
     )
     record = built.run_round(1, [0])
-    front, middle, tail = built.front, built.back, built.tail
+    front, middle, tail = built.model.front, built.model.back, built.model.tail
     assert tail is not None
 
     def crossed(values: Tensor) -> Tensor:
@@ -91,7 +103,11 @@ def test_masks_of_their_own_are_judged_each_for_its_client() -> None:
     assert masks[0] is not None
     assert masks[1] is not None
     assert not torch.equal(masks[0], masks[1])
-    found = [accuracy_of(masked(built.front, m, built.back), test) for m in masks if m is not None]
+    found = [
+        accuracy_of(masked(built.model.front, m, built.model.back), test)
+        for m in masks
+        if m is not None
+    ]
     assert record.accuracy == pytest.approx(0.75 * found[0] + 0.25 * found[1])
     assert record.mask is None
     assert record.scores is None

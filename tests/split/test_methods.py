@@ -34,22 +34,22 @@ def activations(seed: int, size: int = 12) -> Tensor:
     return torch.randn(size, 8, 3, 3, generator=torch.Generator().manual_seed(seed)).relu()
 
 
-def shown(meter: ChannelScorer, batches: int) -> None:
+def shown(scorer: ChannelScorer, batches: int) -> None:
     for seed in range(batches):
         A = activations(seed)
-        meter.watch(A, torch.arange(12) % 3)
-        meter.watch_gradient(A, activations(seed + 50))
+        scorer.watch(A, torch.arange(12) % 3)
+        scorer.watch_gradient(A, activations(seed + 50))
 
 
-# -- meters ------------------------------------------------------------------------------------
+# -- scorers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", CHOICES, ids=lambda m: m.name)
 def test_meters_rate_every_channel_once_they_saw_a_batch(method: ChannelChoice) -> None:
-    meter = method.meter(8, 3, seed=4)
-    assert (meter.scores() is None) == (method.name != "random")
-    shown(meter, 2)
-    scores = meter.scores()
+    scorer = method.scorer(8, 3, seed=4)
+    assert (scorer.scores() is None) == (method.name != "random")
+    shown(scorer, 2)
+    scores = scorer.scores()
     assert scores is not None
     assert scores.shape == (8,)
     assert bool(scores.isfinite().all())
@@ -59,43 +59,43 @@ def test_meters_rate_every_channel_once_they_saw_a_batch(method: ChannelChoice) 
 def test_rivals_rate_by_the_mean_over_a_rounds_batches(name: str) -> None:
     method = METHODS[name]()
     assert isinstance(method, ChannelChoice)
-    meter, score = method.meter(8, 3, 0), getattr(channels, name)
-    shown(meter, 2)
+    scorer, score = method.scorer(8, 3, 0), getattr(channels, name)
+    shown(scorer, 2)
     mean = (score(activations(0)) + score(activations(1))) / 2
-    assert torch.allclose(meter.scores(), mean)  # type: ignore[arg-type]
-    assert meter.scores() is None  # a round is over, and nothing was seen since
-    shown(meter, 1)
-    assert torch.equal(meter.scores(), score(activations(0)))  # type: ignore[arg-type]
+    assert torch.allclose(scorer.scores(), mean)  # type: ignore[arg-type]
+    assert scorer.scores() is None  # a round is over, and nothing was seen since
+    shown(scorer, 1)
+    assert torch.equal(scorer.scores(), score(activations(0)))  # type: ignore[arg-type]
 
 
 def test_taylor_takes_each_batch_with_its_own_gradient() -> None:
-    meter = TaylorChannels().meter(8, 3, 0)
+    scorer = TaylorChannels().scorer(8, 3, 0)
     first, second = activations(1), activations(2, size=5)
-    meter.watch(first, torch.zeros(12).long())
-    meter.watch(second, torch.zeros(5).long())
-    meter.watch_gradient(first, activations(3))
-    meter.watch_gradient(second, activations(4, size=5))
+    scorer.watch(first, torch.zeros(12).long())
+    scorer.watch(second, torch.zeros(5).long())
+    scorer.watch_gradient(first, activations(3))
+    scorer.watch_gradient(second, activations(4, size=5))
     wanted = channels.taylor(first, activations(3)) + channels.taylor(second, activations(4, 5))
-    assert torch.allclose(meter.scores(), wanted / 2)  # type: ignore[arg-type]
+    assert torch.allclose(scorer.scores(), wanted / 2)  # type: ignore[arg-type]
 
 
 def test_label_aware_scores_outlive_a_round_and_batches_of_one_class() -> None:
-    meter, labels = ACPSL(memory=1.0).meter(8, 3, 0), torch.arange(12) % 3
+    scorer, labels = ACPSL(memory=1.0).scorer(8, 3, 0), torch.arange(12) % 3
     for label in range(3):
         one = labels == label
-        meter.watch(activations(1)[one], labels[one])
-        meter.scores()
+        scorer.watch(activations(1)[one], labels[one])
+        scorer.scores()
     whole = ClassStatistics.of(channels.pooled(activations(1)), labels, 3)
-    assert torch.allclose(meter.scores(), channels.fisher(whole))  # type: ignore[arg-type]
+    assert torch.allclose(scorer.scores(), channels.fisher(whole))  # type: ignore[arg-type]
 
 
 def test_similarity_is_from_the_mean_in_the_first_batch_too() -> None:
     A, labels = activations(1) + 100, torch.arange(12) % 3
-    meter = ACPSL(score="similarity", memory=0).meter(8, 3, 0)
-    meter.watch(A, labels)
-    first = meter.scores()
-    meter.watch(A, labels)
-    assert torch.allclose(first, meter.scores(), atol=1e-4)  # type: ignore[arg-type]
+    scorer = ACPSL(score="similarity", memory=0).scorer(8, 3, 0)
+    scorer.watch(A, labels)
+    first = scorer.scores()
+    scorer.watch(A, labels)
+    assert torch.allclose(first, scorer.scores(), atol=1e-4)  # type: ignore[arg-type]
     assert float(first.abs().max()) > 0.01  # type: ignore[union-attr]
 
 

@@ -26,14 +26,18 @@ class Broken(Pictures):
 
 def run(sets: list[Pictures], **changed: Any) -> Result:
     settings: dict[str, Any] = {"method": "acp-sl", "training": SGD, "rounds": 3} | changed
-    form = settings.get("form", "parallel")
-    return split_train(normed(), "conv1", sets, Pictures(40, 99), tail_at=tail_of(form), **settings)
+    schedule = settings.get("schedule", "parallel")
+    return split_train(
+        normed(), "conv1", sets, Pictures(40, 99), tail_at=tail_of(schedule), **settings
+    )
 
 
-@pytest.mark.parametrize("form", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("method", ["acp-sl", "quantize"])
-def test_a_client_with_nan_pictures_is_left_out(form: str, method: str) -> None:
-    result = run([Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], form=form, method=method)
+def test_a_client_with_nan_pictures_is_left_out(schedule: str, method: str) -> None:
+    result = run(
+        [Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], schedule=schedule, method=method
+    )
     for record in result.records:
         assert list(record.refused) == [1]
         assert "(batch 0)" in record.refused[1]
@@ -42,13 +46,15 @@ def test_a_client_with_nan_pictures_is_left_out(form: str, method: str) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
 
 
-@pytest.mark.parametrize("form", SCHEDULES)
-def test_the_others_train_as_if_it_were_not_there(form: str) -> None:
-    if form == "sequential":
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_others_train_as_if_it_were_not_there(schedule: str) -> None:
+    if schedule == "sequential":
         pytest.skip("its front is handed on with what was learned before it was refused")
     # The broken one is no longer than the others, so that their batches meet in the same steps.
-    with_it = run([Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], form=form, method="sl")
-    without = run([Pictures(30, 1), Pictures(0, 2), Pictures(17, 4)], form=form, method="sl")
+    with_it = run([Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], schedule=schedule, method="sl")
+    without = run(
+        [Pictures(30, 1), Pictures(0, 2), Pictures(17, 4)], schedule=schedule, method="sl"
+    )
     for name, tensor in without.tensors.items():
         assert torch.equal(with_it.tensors[name], tensor), name
 
@@ -65,7 +71,7 @@ def bursting(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_a_tail_that_answers_nan_is_not_believed() -> None:
-    result = run([Pictures(32, 1), Pictures(5, 4)], form="u", loss=bursting, rounds=2)
+    result = run([Pictures(32, 1), Pictures(5, 4)], schedule="u", loss=bursting, rounds=2)
     for record in result.records:
         assert record.refused == {1: "NaN or Inf in the gradient of the tail"}
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())

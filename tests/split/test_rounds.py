@@ -11,11 +11,11 @@ from tests.split.small import (
     Pictures,
     clients,
     flat_normed,
+    local,
     normed,
     numbers,
     same,
     set_up,
-    sides,
     tail_of,
 )
 from torch import Tensor
@@ -30,12 +30,12 @@ from sluiceway.split import (
 )
 from sluiceway.strategies import FedAdam, FedAvg, FedProx, Scaffold, Strategy
 
-forms = pytest.mark.parametrize("form", SCHEDULES)
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
-@forms
+@schedules
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_in_every_form_repeats_itself(name: str, form: str) -> None:
+def test_every_method_in_every_form_repeats_itself(name: str, schedule: str) -> None:
     def run() -> list[dict[str, Any]]:
         result = split_train(
             normed(),
@@ -43,8 +43,8 @@ def test_every_method_in_every_form_repeats_itself(name: str, form: str) -> None
             clients(),
             Pictures(40, 9),
             name,
-            form=form,
-            tail_at=tail_of(form),
+            schedule=schedule,
+            tail_at=tail_of(schedule),
             rounds=3,
             participation=0.7,
             seed=3,
@@ -72,9 +72,9 @@ def test_error_feedback_of_one_run_is_not_in_the_next() -> None:
     assert method.state_dict() == {}
 
 
-@pytest.mark.parametrize("form", ["parallel", "copies", "u"])
-@pytest.mark.parametrize("fronts", [FedAvg, FedProx, Scaffold, FedAdam])
-def test_fronts_are_averaged_by_a_strategy(form: str, fronts: type[Strategy]) -> None:
+@pytest.mark.parametrize("schedule", ["parallel", "copies", "u"])
+@pytest.mark.parametrize("other", [FedAvg, FedProx, Scaffold, FedAdam])
+def test_fronts_are_averaged_by_a_strategy(schedule: str, other: type[Strategy]) -> None:
     def run(strategy: Strategy) -> dict[str, Tensor]:
         return split_train(
             normed(),
@@ -82,16 +82,16 @@ def test_fronts_are_averaged_by_a_strategy(form: str, fronts: type[Strategy]) ->
             clients(),
             Pictures(9, 1),
             "acp-sl",
-            form=form,
-            tail_at=tail_of(form),
-            fronts=strategy,
+            schedule=schedule,
+            tail_at=tail_of(schedule),
+            client_aggregation=strategy,
             rounds=3,
             participation=0.7,
             training=SGD,
         ).tensors
 
-    plainly, found = run(FedAvg()), run(fronts())
-    assert same(plainly, found) == (fronts is FedAvg)
+    plainly, found = run(FedAvg()), run(other())
+    assert same(plainly, found) == (other is FedAvg)
     assert all(value.isfinite().all() for value in found.values())
 
 
@@ -100,22 +100,24 @@ def test_fedprox_holds_fronts_back() -> None:
     moved = []
     for mu in (0.0, 1.0):
         result = split_train(
-            normed(), "conv1", clients(), Pictures(9, 1), fronts=FedProx(mu=mu), rounds=1,
-            training=SGD,
+            normed(), "conv1", clients(), Pictures(9, 1), rounds=1, training=SGD,
+            client_aggregation=FedProx(mu=mu),
         )  # fmt: skip
         moved.append(float((result.tensors["conv1.conv.weight"] - start).norm()))
     assert moved[1] < moved[0]
 
 
-@pytest.mark.parametrize("form", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["sl", "acp-sl", "random"])
-def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_left_out(name: str, form: str) -> None:
+def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_left_out(
+    name: str, schedule: str
+) -> None:
     # 9 and 17 leave one example over at batch size 8; client 2 has no more than one.
     sets = [Pictures(9, 1), Pictures(17, 2), Pictures(1, 3)]
     model = flat_normed()
     result = split_train(
-        model, "lin1", sets, Pictures(20, 4), name, form=form, rounds=3, training=SGD,
-        tail_at="lin2" if form == "u" else None,
+        model, "lin1", sets, Pictures(20, 4), name, schedule=schedule, rounds=3, training=SGD,
+        tail_at="lin2" if schedule == "u" else None,
     )  # fmt: skip
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert [len(record.clients) for record in result.records] == [3, 3, 3]
@@ -126,14 +128,14 @@ def test_only_a_step_that_would_fail_is_left_out() -> None:
     sets = [Pictures(9, 1)]
     built = set_up(layers, "lin1", sets, Compressor(), training=Optimisation(batch_size=8, lr=0.01))
     built.run_round(1, [0])
-    assert sides(built)[0].role.steps == 1  # the last example would be alone
+    assert local(built)[0].role.steps == 1  # the last example would be alone
     assert layers.get_buffer("bn2.num_batches_tracked") == 1
     layers = flat_normed(front=False)
     sets = [Pictures(9, 1), Pictures(17, 3)]
     built = set_up(layers, "lin1", sets, Compressor(), training=Optimisation(batch_size=8, lr=0.01))
     built.run_round(1, [0, 1])
     # 8; then 8 and 8; then 1 and 1, which are enough together.
-    assert [client.role.steps for client in sides(built)] == [2, 3]
+    assert [client.role.steps for client in local(built)] == [2, 3]
     assert layers.get_buffer("bn2.num_batches_tracked") == 3
 
 
@@ -149,26 +151,26 @@ def test_frozen_layers_stay_as_they_are() -> None:
         assert not any(name.startswith(frozen) for name in result.tensors)
 
 
-@pytest.mark.parametrize("form", ["parallel", "copies", "sequential"])
-def test_optimisers_keep_their_state(form: str) -> None:
+@pytest.mark.parametrize("schedule", ["parallel", "copies", "sequential"])
+def test_optimisers_keep_their_state(schedule: str) -> None:
     built = set_up(
-        normed(), "conv1", [Pictures(16, 1), Pictures(8, 2)], Compressor(), form=form,
+        normed(), "conv1", [Pictures(16, 1), Pictures(8, 2)], Compressor(), schedule=schedule,
         training=ADAMW,
     )  # fmt: skip
     for number, chosen in ((1, [0, 1]), (2, [0]), (3, [0, 1])):
         built.run_round(number, chosen)
 
     def steps(side: Any) -> int:
-        return int(next(iter(side.optimiser.state.values()))["step"])
+        return int(next(iter(side.trained.optimiser.state.values()))["step"])
 
-    assert [steps(client) for client in sides(built)] == [6, 2]
+    assert [steps(client) for client in local(built)] == [6, 2]
     found = [steps(server) for server in built.servers.values()]
-    assert found == {"copies": [6, 2], "parallel": [6], "sequential": [8]}[form]
+    assert found == {"copies": [6, 2], "parallel": [6], "sequential": [8]}[schedule]
 
 
 def test_copies_begin_every_round_alike() -> None:
     built = set_up(
-        normed(), "conv1", [Pictures(16, 1), Pictures(8, 2)], Compressor(), form="copies"
+        normed(), "conv1", [Pictures(16, 1), Pictures(8, 2)], Compressor(), schedule="copies"
     )
     built.run_round(1, [0])
     states = [
@@ -176,7 +178,7 @@ def test_copies_begin_every_round_alike() -> None:
         for server in built.servers.values()
     ]
     assert same(states[0], states[1])
-    assert same(states[0], {n: p.detach() for n, p in built.back.named_parameters()})
+    assert same(states[0], {n: p.detach() for n, p in built.model.back.named_parameters()})
 
 
 def test_a_front_that_is_not_finite_is_left_out() -> None:
@@ -184,7 +186,7 @@ def test_a_front_that_is_not_finite_is_left_out() -> None:
     images = sets[1].tensors[0]
     images[3] = float("nan")
     result = split_train(
-        normed(), "conv1", sets, Pictures(9, 1), form="copies", rounds=1, training=SGD
+        normed(), "conv1", sets, Pictures(9, 1), schedule="copies", rounds=1, training=SGD
     )
     assert result.records[0].refused == {1: "NaN or Inf in the smashed data (batch 0)"}
     assert all(v.isfinite().all() for n, v in result.tensors.items() if n.startswith("conv1"))

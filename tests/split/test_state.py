@@ -38,13 +38,13 @@ def history(
 
     settings: dict[str, Any] = {"method": "acp-sl", "training": SGD, "participation": 0.7}
     settings |= changed
-    form = settings.get("form", "parallel")
+    schedule = settings.get("schedule", "parallel")
     return split_train(
         normed() if model is None else model,
         "conv1",
         clients(),
         Pictures(40, 99),
-        tail_at=tail_of(form),
+        tail_at=tail_of(schedule),
         rounds=rounds,
         checkpoint=checkpoint,
         on_round=maybe_stop,
@@ -66,10 +66,10 @@ def require_resumed(folder: Path, every: int = 1, **changed: Any) -> None:
     require_equal(history(None, **changed), again)
 
 
-@pytest.mark.parametrize("form", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_every_form_and_optimiser(form: str, training: Training, tmp_path: Path) -> None:
-    require_resumed(tmp_path, form=form, training=training)
+def test_every_form_and_optimiser(schedule: str, training: Training, tmp_path: Path) -> None:
+    require_resumed(tmp_path, schedule=schedule, training=training)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -84,7 +84,7 @@ def test_every_k_rounds(every: int, tmp_path: Path) -> None:
 
 def test_error_feedback_masks_of_clients_and_a_strategy_with_state(tmp_path: Path) -> None:
     method = ACPSL(quantize="int4", error_feedback=True, masks="client", score="similarity")
-    require_resumed(tmp_path, method=method, fronts=Scaffold(), training=ADAMW)
+    require_resumed(tmp_path, method=method, client_aggregation=Scaffold(), training=ADAMW)
 
 
 def test_dropout_and_layers_that_work_in_place(tmp_path: Path) -> None:

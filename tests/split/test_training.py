@@ -41,22 +41,29 @@ from sluiceway.split import (
 from sluiceway.strategies import Scaffold
 
 ROOT = Path(__file__).parents[2]
-forms = pytest.mark.parametrize("form", SCHEDULES)
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 # -- equal to unsplit training -----------------------------------------------------------------
 
 
-@forms
+@schedules
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("network", [normed, plain])
 def test_one_client_trains_the_unsplit_network(
-    form: str, training: Optimisation, network: Callable[[], nn.Sequential]
+    schedule: str, training: Optimisation, network: Callable[[], nn.Sequential]
 ) -> None:
     data, test = Pictures(37, 5), Pictures(40, 6)
     model = network()
     result = split_train(
-        model, "conv1", [data], test, form=form, tail_at=tail_of(form), rounds=3, training=training
+        model,
+        "conv1",
+        [data],
+        test,
+        schedule=schedule,
+        tail_at=tail_of(schedule),
+        rounds=3,
+        training=training,
     )
     wanted = unsplit(network(), data, 3, training)
     assert same(model.state_dict(), wanted.state_dict())
@@ -66,13 +73,20 @@ def test_one_client_trains_the_unsplit_network(
     assert all(torch.equal(t, wanted.state_dict()[n]) for n, t in result.tensors.items())
 
 
-@pytest.mark.parametrize("form", ["parallel", "u"])
-def test_a_parallel_step_is_one_on_the_batches_together(form: str) -> None:
+@pytest.mark.parametrize("schedule", ["parallel", "u"])
+def test_a_parallel_step_is_one_on_the_batches_together(schedule: str) -> None:
     sets = [Pictures(3, 1), Pictures(12, 2), Pictures(7, 3)]
     step = Optimisation(lr=0.1, batch_size=16, optimizer="sgd")
     model, wanted = plain(dropout=0), plain(dropout=0)
     split_train(
-        model, "conv1", sets, sets[0], form=form, tail_at=tail_of(form), rounds=1, training=step
+        model,
+        "conv1",
+        sets,
+        sets[0],
+        schedule=schedule,
+        tail_at=tail_of(schedule),
+        rounds=1,
+        training=step,
     )
     optimiser = step.optimiser(list(wanted.parameters()))
     images, labels = (torch.cat(parts) for parts in zip(*(s.tensors for s in sets), strict=True))
@@ -98,7 +112,7 @@ def test_batch_norm_of_the_server_sees_all_batches_of_a_step_together() -> None:
 def test_copies_of_clients_alone_are_averaged() -> None:
     sets = [Pictures(30, 1), Pictures(10, 2)]
     model = normed()
-    split_train(model, "conv1", sets, sets[0], form="copies", rounds=1, training=SGD)
+    split_train(model, "conv1", sets, sets[0], schedule="copies", rounds=1, training=SGD)
     alone = []
     for number, data in enumerate(sets):
         only = normed()
@@ -115,7 +129,7 @@ def test_sequential_clients_hand_on_front_and_back() -> None:
     sets = [Pictures(30, 1), Pictures(10, 2)]
     step = Optimisation(lr=0.05, batch_size=8, optimizer="sgd")
     model = normed()
-    split_train(model, "conv1", sets, sets[0], form="sequential", rounds=1, training=step)
+    split_train(model, "conv1", sets, sets[0], schedule="sequential", rounds=1, training=step)
     second = normed()
     split_train(second, "conv1", sets[:1], sets[0], rounds=1, training=step)
     split_train(second, "conv1", [Pictures(0, 1), sets[1]], sets[0], rounds=1, training=step)
@@ -126,8 +140,8 @@ def test_sequential_clients_hand_on_front_and_back() -> None:
 
 
 @pytest.mark.parametrize("method", ["acp-sl", "random", "taylor"])
-@pytest.mark.parametrize("form", SCHEDULES)
-def test_a_pruned_run_trains_the_network_with_the_mask_in_it(method: str, form: str) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pruned_run_trains_the_network_with_the_mask_in_it(method: str, schedule: str) -> None:
     # BatchNorm behind the cut sees the masked tensor, and gradients are those behind the mask.
     data, test, model = Pictures(37, 5), Pictures(40, 6), normed()
     result = split_train(
@@ -136,8 +150,8 @@ def test_a_pruned_run_trains_the_network_with_the_mask_in_it(method: str, form: 
         [data],
         test,
         METHODS[method](share=0.3, ramp_rounds=1),  # type: ignore[call-arg]
-        form=form,
-        tail_at=tail_of(form),
+        schedule=schedule,
+        tail_at=tail_of(schedule),
         rounds=4,
         training=SGD,
     )
@@ -168,11 +182,18 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@forms
-def test_the_model_holds_the_global_network(form: str) -> None:
+@schedules
+def test_the_model_holds_the_global_network(schedule: str) -> None:
     model, test = normed(), Pictures(100, 9)
     result = split_train(
-        model, "conv1", clients(), test, form=form, tail_at=tail_of(form), rounds=2, training=SGD
+        model,
+        "conv1",
+        clients(),
+        test,
+        schedule=schedule,
+        tail_at=tail_of(schedule),
+        rounds=2,
+        training=SGD,
     )
     assert result.accuracy == accuracy_of(model, test)
     names = {n for n, t in model.state_dict().items() if t.is_floating_point()}
@@ -195,13 +216,13 @@ def test_layers_of_the_bottleneck_are_in_the_result() -> None:
     ("changed", "why"),
     [
         ({"form": "ring"}, "schedule 'ring' is not known; allowed: sequential, parallel, copies"),
-        ({"form": "u"}, "needs a second cut"),
+        ({"schedule": "u"}, "needs a second cut"),
         ({"tail_at": "conv4"}, "needs a second cut"),
         ({"method": "zip"}, "method 'zip' is not known; allowed: sl, acp-sl, random"),
         ({"cut_at": "conv9"}, "it can be cut at: conv1, conv2, conv3, conv4"),
         ({"clients": [Pictures(0, 1)]}, "no client holds any example"),
         ({"clients": []}, "no client holds any example"),
-        ({"form": "sequential", "fronts": Scaffold()}, "averages none"),
+        ({"schedule": "sequential", "client_aggregation": Scaffold()}, "averages none"),
         ({"rounds": 0}, "rounds"),
         ({"participation": 0.0}, "participation"),
     ],

@@ -9,6 +9,7 @@ counted from 1. Masks lie on the device of the scores.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -123,28 +124,24 @@ def threshold(scores: Tensor, kappa: float) -> Tensor:
     return top(scores, max(1, int((scores >= least - _SLACK).sum())))
 
 
-def budget(bytes_available: int, bytes_per_channel: int, channels: int) -> int:
-    """ACP rule `budget` = bytes per round: how many channels they pay for  [ours].
+def budget(scores: Tensor, bytes_available: float, round_bytes: Callable[[int], int]) -> Tensor:
+    """ACP rule `budget` = the best channels, as many as a round's bytes pay for  [ours]::
+
+        count = largest k with  round_bytes(k) <= bytes_available,  at least 1
 
     Args:
-        bytes_available: for the channels' values in a round, headers taken off; at least 0.
-        bytes_per_channel: what one channel costs in a round, in both directions if both are
-            counted; at least 1.
-        channels: C, at least 1.
+        scores: [C], finite.
+        bytes_available: for a round.
+        round_bytes: from a number of kept channels to the bytes of a round.
 
     Returns:
-        The count, in [1, C]: one channel is kept even where the bytes do not pay for it.
+        Keep mask, [C] bool.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: the shape does not fit, or a score is not finite.
     """
-    if bytes_available < 0:
-        raise ValueError(f"bytes_available: expected at least 0, got {bytes_available}")
-    if bytes_per_channel < 1:
-        raise ValueError(f"bytes_per_channel: expected at least 1, got {bytes_per_channel}")
-    if channels < 1:
-        raise ValueError(f"channels: expected at least 1, got {channels}")
-    return max(1, min(channels, bytes_available // bytes_per_channel))
+    counts = range(1, len(scores) + 1)
+    return top(scores, max((k for k in counts if round_bytes(k) <= bytes_available), default=1))
 
 
 def schedule(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import chosen_compressor, chosen_network, parts_of
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session
-from sluiceway.split.setup import SharedSetup, ground
+from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.strategies import STRATEGIES
 from sluiceway.transport.protocol import Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError
@@ -97,20 +96,18 @@ def ground_of(
     model = chosen_network(recipe, examples.shape, outputs)
     place = torch.device(device)
     example = Batch.of(examples if len(examples) else test, torch.tensor([0]), place)
-    return ground(
-        model,
+    settings = SplitSettings(
         chosen.cut,
+        chosen_compressor(recipe),
+        recipe.run.schedule,
         chosen.tail,
-        example,
-        classes,
-        recipe.data.clients,
-        replace(chosen_compressor(recipe)),
-        strategy=STRATEGIES[recipe.run.client_aggregation](),
-        seed=recipe.run.seed,
-        training=recipe.training(),
-        loss=F.cross_entropy,
-        device=place,
+        STRATEGIES[recipe.run.client_aggregation](),
+        recipe.training(),
+        F.cross_entropy,
+        place,
+        recipe.run.seed,
     )
+    return SharedSetup(model, settings, example, classes, recipe.data.clients)
 
 
 def own_images(own: Own, recipe: Recipe, invited: Invitation) -> tuple[ImageDataset, ImageDataset]:

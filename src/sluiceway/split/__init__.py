@@ -2,17 +2,16 @@
 
 Read in the order of a step: `cut` a network from `networks` (or your own), compress what its front
 gives (`Compressor` and its kinds) into a message, open it on the server, and send the gradient back
-(`packing`, whose format `header` tells). `split_train` does so over rounds: `methods` has every way
-to compress by its name, `client` and `server` the two parts of a step, `forms` their order,
-`rounds` what happens around them. Marks, as in docs/methods.md: [paper], [ours].
+(`packing`). `split_train` does so over rounds: `methods` has every way to compress by its name,
+`client` and `server` the two parts of a step, `schedules` their order, `rounds` what happens around
+them. Marks, as in docs/methods.md: [paper], [ours].
 """
 
+from sluiceway.core.messages import WireError
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.cut import CutPoint, cut, cut_points
 from sluiceway.split.elements import RandTopK, TopK
-from sluiceway.split.errors import WireError
-from sluiceway.split.header import LIMIT, BatchId, Expected, message_bytes
 from sluiceway.split.methods import (
     ACPSL,
     METHODS,
@@ -25,8 +24,12 @@ from sluiceway.split.methods import (
 )
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.split.packing import (
+    LIMIT,
     BatchContext,
+    BatchId,
+    Expected,
     Smashed,
+    message_bytes,
     pack_gradient,
     pack_smashed,
     unpack_gradient,

@@ -19,7 +19,7 @@ _LAYERS: Final = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
 class Bottleneck(Compressor):
     """A learned 1x1 convolution narrows the channels on the client, another widens them  [ours].
 
-    Both train with their halves: `narrow` is the front's last layer, `widen` the back's first. The
+    `narrow` becomes the front's last layer, `widen` the back's first, and they train with them. The
     second begins as the transpose of the first, an orthogonal projection.
 
     Args:
@@ -53,9 +53,6 @@ def projection(channels: int, kept: int, dims: int, seed: int) -> tuple[nn.Modul
         dims: of the smashed data, the batch included: 2 for [B, C] (linear layers), 3 for
             [B, C, L], 4 for [B, C, H, W] (1x1 convolutions).
         seed: decides the rows; torch's global generator is left alone.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
     if dims not in _LAYERS:
         raise ValueError(f"dims: expected 2, 3 or 4, got {dims}")
@@ -69,13 +66,10 @@ def projection(channels: int, kept: int, dims: int, seed: int) -> tuple[nn.Modul
 
 def _layer(weight: Tensor, dims: int) -> nn.Module:
     """The 1x1 layer with this weight, [out, in]."""
-    state = {
-        "weight": weight.reshape(*weight.shape, *[1] * (dims - 2)),
-        "bias": torch.zeros(len(weight)),
-    }
-    wide, narrow = weight.shape[1], weight.shape[0]
+    out, wide = weight.shape
+    values = weight.reshape(out, wide, *[1] * (dims - 2)).clone()
     # On the meta device nothing is drawn from the global generator.
     with torch.device("meta"):
-        layer = nn.Linear(wide, narrow) if dims == 2 else _LAYERS[dims](wide, narrow, 1)
-    layer.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+        layer = nn.Linear(wide, out) if dims == 2 else _LAYERS[dims](wide, out, 1)
+    layer.load_state_dict({"weight": values, "bias": torch.zeros(out)}, assign=True)
     return layer

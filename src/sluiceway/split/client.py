@@ -10,82 +10,76 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples
-from sluiceway.core.messages import message_of, take_values
+from sluiceway.core.messages import WireError, message_of, take_values
 from sluiceway.core.parameters import exchanged, frozen_modules
+from sluiceway.core.seeds import derive_seed
 from sluiceway.split.config import (
     SplitConfig,
-    client_layers,
-    counts_in,
+    SplitModel,
+    TrainedLayers,
+    batch_counts,
     joined,
-    load_optimiser,
-    optimiser_of,
-    optimiser_state,
     training_mode,
 )
-from sluiceway.split.header import BatchId
 from sluiceway.split.messages import read_round_start
-from sluiceway.split.packing import BatchContext
+from sluiceway.split.packing import BatchContext, BatchId
 from sluiceway.split.scorers import ChannelScorer
 from sluiceway.strategies import LocalContext, Strategy
 from sluiceway.strategies.base import unprefixed
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What a client remembers of a batch until its gradient has returned."""
+class SentBatch:
+    """What a client keeps of a batch until its gradient has returned."""
 
     smashed: Tensor
-    ticket: BatchContext
+    context: BatchContext
     labels: Tensor
 
 
 class SplitClient:
-    """One client: its data, its front, and in a U-shape its tail with the loss.
+    """One client, as a `ClientProxy` of this process.
 
     Args:
         number: from 0.
         examples: its data; labels stay here in a U-shape.
-        front: first layers, copied.
-        tail: last layers, copied; None unless the split is U-shaped.
-        terms: what both sides know.
-        meter: rates channels, or None.
-        smallest: batches below this size are left out, 1 for none.
+        model: whose front and tail are copied.
+        config: what both sides know.
+        strategy: averages the client's layers.
+        scorer: rates channels, or None.
+        seed: of the whole run.
     """
 
     def __init__(
         self,
         number: int,
         examples: Examples,
-        front: nn.Module,
-        tail: nn.Module | None,
-        terms: SplitConfig,
-        meter: ChannelScorer | None,
-        smallest: int = 1,
+        model: SplitModel,
+        config: SplitConfig,
+        strategy: Strategy,
+        scorer: ChannelScorer | None,
+        seed: int,
     ) -> None:
-        self.number = number
-        self.examples = examples
-        self.front = copy.deepcopy(front)
-        self.tail = copy.deepcopy(tail)
-        self.terms = terms
-        self.meter = meter
-        self.smallest = smallest
+        self.number, self.size, self.examples = number, len(examples), examples
+        self.front, self.tail = copy.deepcopy(model.front), copy.deepcopy(model.tail)
+        self.config, self.strategy, self.scorer, self.seed = config, strategy, scorer, seed
+        self.smallest = model.smallest[0]
         self.mask: Tensor | None = None
-        self.layers = client_layers(self.front, self.tail)
-        self.still = frozen_modules(self.layers)
+        self.layers = model._replace(front=self.front, tail=self.tail).client_layers()
         self.owned = exchanged(self.layers)
         self.params = {n: p for n, p in self.owned.items() if isinstance(p, nn.Parameter)}
-        self.optimiser = optimiser_of(self.layers, terms.training)
-        self.waiting: dict[BatchId, Sent] = {}
+        self.trained = TrainedLayers(self.layers, config.training)
+        self.waiting: dict[BatchId, SentBatch] = {}
         self.losses: list[tuple[int, Tensor]] = []
         self.state: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What outlives a round on this side, but the layers that the server sends; not copied."""
+        """What is kept from round to round, but the layers that the server sends; not copied."""
         counts = {n: b for n, b in self.layers.named_buffers() if n not in self.owned}
-        meter = {} if self.meter is None else self.meter.state_dict()
-        optimiser = optimiser_state(self.optimiser)
+        scorer = {} if self.scorer is None else self.scorer.state_dict()
+        optimiser = self.trained.state_dict()
         return joined(
-            {"counts": counts, "optimiser": optimiser, "meter": meter, "state": self.state}
+            {"counts": counts, "optimiser": optimiser, "scorer": scorer, "state": self.state}
         )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -93,9 +87,9 @@ class SplitClient:
         counts = dict(self.layers.named_buffers())
         for name, value in unprefixed(state, "counts/").items():
             counts[name].copy_(value)
-        load_optimiser(self.optimiser, unprefixed(state, "optimiser/"))
-        if self.meter is not None:
-            self.meter.load_state_dict(unprefixed(state, "meter/"))
+        self.trained.load_state_dict(unprefixed(state, "optimiser/"))
+        if self.scorer is not None:
+            self.scorer.load_state_dict(unprefixed(state, "scorer/"))
         self.state = unprefixed(state, "state/")
 
     # -- a round -------------------------------------------------------------------------------
@@ -107,125 +101,135 @@ class SplitClient:
         Returns:
             The message with the scores, which crosses where masks are merged.
         """
-        assert self.meter is not None
+        assert self.scorer is not None
         front = copy.deepcopy(self.front)  # BatchNorm counts what it sees
         training_mode(front, frozen_modules(front))
-        for part in torch.arange(len(self.examples)).split(self.terms.training.batch_size):
+        for part in torch.arange(self.size).split(self.config.training.batch_size):
             if len(part) >= self.smallest:
-                batch = Batch.of(self.examples, part, self.terms.device)
-                self.meter.watch(batch.run(front), batch.labels)
-        scores = self.meter.scores()
+                batch = Batch.of(self.examples, part, self.config.device)
+                self.scorer.watch(batch.run(front), batch.labels)
+        scores = self.scorer.scores()
         parts = {} if scores is None else {"scores": {"channels": scores.float()}}
         return message_of(parts, {"client": self.number})
 
-    def begin(
-        self, number: int, message: bytes, strategy: Strategy, mask: Tensor | None = None
-    ) -> None:
-        """Take the layers of round `number`, and the strategy that they are averaged by.
+    def begin(self, round: int, message: bytes, mask: Tensor | None = None) -> None:
+        """Take the layers of a round, and let the strategy start.
 
         Args:
-            message: the server's: layers, what the strategy sends beside them, a merged mask.
+            message: the server's, see `read_round_start`.
             mask: where it does not cross, because the client knows it by itself.
 
         Raises:
             WireError: it is no such message, of another round, or its tensors or mask do not fit
                 the client's layers.
         """
-        broadcast, merged = read_round_start(message, number, self.terms.shape[0])
+        broadcast, merged = read_round_start(message, round, self.config.shape[0])
         take_values(self.owned, broadcast.tensors, needed=self.owned)
         self.mask = mask if merged is None else merged
-        self.strategy = strategy
         self.role = LocalContext(
             model=self.layers,
             params=self.params,
             received={n: p.detach().clone() for n, p in self.params.items()},
             broadcast=broadcast,
-            layout=strategy.layout,
+            layout=self.strategy.layout,
             observer=None,
             state=self.state,
         )
-        strategy.start(self.role)
+        self.strategy.start(self.role)
+        self._batches = self.batches(round)
 
-    def batches(self, number: int, generator: torch.Generator) -> Iterator[tuple[BatchId, Batch]]:
-        """The client's batches of round `number`, shuffled and augmented by the generator."""
+    def batches(self, round: int) -> Iterator[tuple[BatchId, Batch]]:
+        """The client's batches of a round, shuffled and augmented by a seed of their own."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, round, self.number))
         count = 0
-        for _ in range(self.terms.training.local_epochs):
-            order = torch.randperm(len(self.examples), generator=generator)
-            for part in order.split(self.terms.training.batch_size):
+        for _ in range(self.config.training.local_epochs):
+            order = torch.randperm(self.size, generator=generator)
+            for part in order.split(self.config.training.batch_size):
                 if len(part) >= self.smallest:
-                    batch = Batch.of(self.examples, part, self.terms.device, generator)
-                    yield BatchId(self.number, number, count), batch
+                    batch = Batch.of(self.examples, part, self.config.device, generator)
+                    yield BatchId(self.number, round, count), batch
                     count += 1
 
-    def end(self, number: int, scores: Tensor | None) -> bytes:
-        """The message that closes a round; see `RoundEnd`.
+    def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
+        """The message at the end of a round, see `RoundEnd`; and the scores, [C].
 
         Args:
-            scores: [C]; None sends none.
+            crossing: the scores are in the message too.
         """
+        scores = self.scorer.scores() if self.scorer is not None else None
         extra = dict(self.strategy.finish(self.role))
         model = {
             piece.key: piece.of(self.owned)
             for piece in self.strategy.shared_pieces
             if self.strategy.sends(piece, ())
         }
-        parts = {"model": model, "extra": extra, "counts": counts_in(self.layers)}
-        if scores is not None:
+        parts = {"model": model, "extra": extra, "counts": batch_counts(self.layers)}
+        if scores is not None and crossing:
             parts["scores"] = {"channels": scores.float()}
-        facts = {"client": self.number, "round": number, "examples": len(self.examples)}
         if self.tail is not None:
-            parts["loss"] = self.losses_seen()
-        return message_of(parts, facts)
-
-    def losses_seen(self) -> dict[str, Tensor]:
-        """Examples that the tail has seen in the round, and the sum of their losses."""
-        summed = sum(examples * float(loss) for examples, loss in self.losses)
-        seen = sum(examples for examples, _ in self.losses)
-        self.losses = []
-        return {
-            "examples": torch.tensor(seen),
-            "sum": torch.tensor(summed, dtype=torch.float64),
-        }
+            examples = sum(examples for examples, _ in self.losses)
+            total = sum(examples * float(loss) for examples, loss in self.losses)
+            parts["loss"] = {
+                "examples": torch.tensor(examples),
+                "sum": torch.tensor(total, dtype=torch.float64),
+            }
+            self.losses = []
+        facts = {"client": self.number, "round": round, "examples": self.size}
+        return message_of(parts, facts), scores
 
     # -- a step --------------------------------------------------------------------------------
 
-    def send(self, name: BatchId, batch: Batch) -> bytes:
-        """Run the front on a batch and pack its output; labels go along but for a U-shape."""
-        training_mode(self.layers, self.still)
+    def ask(self, batch_id: BatchId, crosses: bool) -> None:
+        """Leave the next batch out, unless it crosses; see `ClientProxy`."""
+        if not crosses:
+            self._next(batch_id)
+
+    def sent(self, batch_id: BatchId) -> bytes:
+        """The next batch, packed. Raises WireError if it is not the one that was asked for."""
+        return self.send(batch_id, self._next(batch_id))
+
+    def _next(self, batch_id: BatchId) -> Batch:
+        found, batch = next(self._batches, (None, None))
+        if found != batch_id or batch is None:
+            raise WireError(f"batch {batch_id.batch} is not the next one")
+        return batch
+
+    def send(self, batch_id: BatchId, batch: Batch) -> bytes:
+        """Run the front on a batch and pack its output; with labels, but in a U-shape."""
+        self.trained.train()
         smashed = batch.run(self.front)
-        if self.meter is not None:
-            self.meter.watch(smashed.detach(), batch.labels)
+        if self.scorer is not None:
+            self.scorer.watch(smashed.detach(), batch.labels)
         labels = None if self.tail else batch.labels
-        message, ticket = self.terms.link.up(smashed, name, labels, self.mask)
-        self.waiting[name] = Sent(smashed, ticket, batch.labels)
+        message, context = self.config.link.up(smashed, batch_id, labels, self.mask)
+        self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
         return message
 
-    def finish(self, name: BatchId, message: bytes) -> bytes:
+    def finish(self, batch_id: BatchId, message: bytes) -> bytes:
         """In a U-shape: run the tail on what the server made, and pack the gradient of the loss."""
         assert self.tail is not None
-        link, labels = self.terms.tail_link, self.waiting[name].labels
-        opened = link.open(message, batch=name, labels=False, device=self.terms.device)
+        link, labels = self.config.tail_link, self.waiting[batch_id].labels
+        opened = link.open(message, batch=batch_id, labels=False, device=self.config.device)
         hidden = opened.values.requires_grad_()
         # A copy, since the tail's first layer may work in place, which a leaf does not allow.
-        loss = self.terms.loss(self.tail(hidden.clone()), labels)
+        loss = self.config.loss(self.tail(hidden.clone()), labels)
         loss.backward()
         self.losses.append((len(labels), loss.detach()))
         assert hidden.grad is not None
-        return link.down(hidden.grad, opened.ticket)
+        return link.down(hidden.grad, opened.context)
 
-    def receive(self, name: BatchId, message: bytes) -> None:
+    def receive(self, batch_id: BatchId, message: bytes) -> None:
         """Unpack the gradient of that batch, go backward through the front, and step."""
-        sent = self.waiting.pop(name)
-        gradient = self.terms.link.open_gradient(message, sent.ticket, self.terms.device)
-        if self.meter is not None:
-            self.meter.watch_gradient(sent.smashed.detach(), gradient)
+        sent = self.waiting.pop(batch_id)
+        gradient = self.config.link.open_gradient(message, sent.context, self.config.device)
+        if self.scorer is not None:
+            self.scorer.watch_gradient(sent.smashed.detach(), gradient)
         if sent.smashed.requires_grad:
             sent.smashed.backward(gradient)
-        if self.optimiser is None:
+        if self.trained.optimiser is None:
             return
         if (penalty := self.strategy.penalty(self.role)) is not None:
             penalty.backward()
         self.strategy.correct(self.role)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.trained.step()
         self.role.steps += 1

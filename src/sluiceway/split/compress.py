@@ -1,9 +1,7 @@
-"""Compression as a pipeline: choose what crosses, quantise it, pack it; and the gradient back.
+"""Compression as a pipeline: select what crosses, quantise it, pack it; and the gradient back.
 
 A compressor is both ends of it: the client calls `up` and `open_gradient`, the server `open` and
-`down`. What crosses is decided by one method, `places`; all else is common. Both sides remember a
-`BatchContext` per batch, so that a gradient repeats no mask and cannot be taken for another
-batch's.
+`down`. What crosses is decided by one method, `select`; all else is common.
 
 Rounding is straight-through: the gradient of a rounded value is taken as that of the value itself.
 A value that did not cross is zero on the server, and its gradient zero on the client: that is the
@@ -19,10 +17,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from sluiceway.split.feedback import ErrorFeedback
-from sluiceway.split.header import LIMIT, BatchId, Expected, message_bytes
 from sluiceway.split.packing import (
+    LIMIT,
     BatchContext,
+    BatchId,
+    Expected,
     Smashed,
+    message_bytes,
     pack_gradient,
     pack_smashed,
     unpack_gradient,
@@ -44,8 +45,7 @@ class Compressor:
         quantize_gradient: of the gradient; None is as `quantize`.
         affine: integers of smashed data count from a channel's smallest value: half the step
             behind a ReLU, for four more bytes a channel. Gradients are always symmetric.
-        error_feedback: what rounding took from a client's gradient goes into its next one; see
-            `feedback`.
+        error_feedback: what rounding took from a client's gradient goes into its next one.
         limit: in bytes, of a message and of the dense float32 tensor it opens to, in [1, 2^40].
     """
 
@@ -76,7 +76,7 @@ class Compressor:
     def attach(
         self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int
     ) -> tuple[nn.Sequential, nn.Sequential]:
-        """The halves as this method trains them; most leave them as they are.
+        """Front and back as this method trains them; most leave them as they are.
 
         Args:
             front, back: from `cut`.
@@ -89,8 +89,8 @@ class Compressor:
         """Channels, or elements of an example, that cross of [B, C, ...] without a mask."""
         return shape[1]
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
-        """What of A crosses. The one thing that a new method must say."""
+    def select(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
+        """What of A crosses. The one thing that a new method must define."""
         if mask is not None:
             raise ValueError(f"mask: {self.name} chooses no channels")
         return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool))
@@ -110,16 +110,16 @@ class Compressor:
             batch: whose it is.
             labels: [B], in [0, 65535]; None where they stay with the client.
             mask: keep mask, [C] bool, for methods that choose channels.
-            training: False takes all chance out of the choice.
+            training: False makes the selection deterministic.
 
         Returns:
-            The message, and the ticket for its gradient.
+            The message, and the context of its gradient.
 
         Raises:
             ValueError: a shape does not fit, or a number is out of range.
         """
-        places = self.places(A, batch, mask, training)
-        return pack_smashed(A, places, batch, self.codec, labels)
+        selection = self.select(A, batch, mask, training)
+        return pack_smashed(A, selection, batch, self.codec, labels)
 
     def open(
         self,
@@ -130,44 +130,39 @@ class Compressor:
         classes: int | None = None,
         device: str | torch.device = "cpu",
     ) -> Smashed:
-        """The server's reading of it: dense values with zeros, labels, and the ticket.
+        """What the server reads from it: dense values with zeros, labels, and the context.
 
         `shape`, `batch`, `labels`, `classes` are what the server knows already, see `Expected`.
 
         Raises:
-            WireError: it is no such message, of another method's form, or not the one expected.
+            WireError: it is no such message, another method's, or not the one expected.
         """
         expected = Expected(shape, batch, self.codec, self.elements, labels, classes)
         return unpack_smashed(message, self.limit, expected, device)
 
-    def down(self, grad: Tensor, ticket: BatchContext) -> bytes:
+    def down(self, grad: Tensor, context: BatchContext) -> bytes:
         """The server's message: the gradient by what crossed, and by nothing else.
 
         Args:
             grad: of the loss by the values that `open` gave, their shape.
-            ticket: that `open` gave.
+            context: that `open` gave.
 
         Raises:
             ValueError: the shape does not fit, or a value to be quantised is not finite.
         """
         if not self.error_feedback:
-            return pack_gradient(grad, ticket, self.gradient_codec)
+            return pack_gradient(grad, context, self.gradient_codec)
         return self._feedback.send(
             grad,
-            ticket,
-            lambda owed: pack_gradient(owed, ticket, self.gradient_codec),
-            lambda message: self.open_gradient(message, ticket),
+            context,
+            lambda corrected: pack_gradient(corrected, context, self.gradient_codec),
+            lambda message: self.open_gradient(message, context),
         )
 
     def open_gradient(
-        self, message: bytes, ticket: BatchContext, device: str | torch.device = "cpu"
+        self, message: bytes, context: BatchContext, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """The client's reading of it, for `A.backward(gradient)`.
-
-        Args:
-            message: from `down`.
-            ticket: that `up` gave.
-            device: of the gradient.
+        """What the client reads from it, for `A.backward(gradient)`.
 
         Returns:
             The shape of A, float32, zero where nothing crossed.
@@ -175,29 +170,19 @@ class Compressor:
         Raises:
             WireError: it is no such message, or a gradient of another batch.
         """
-        return unpack_gradient(message, ticket, self.limit, self.gradient_codec, device)
+        return unpack_gradient(message, context, self.limit, self.gradient_codec, device)
 
     def bytes_up(
         self, shape: tuple[int, ...], kept: int | None = None, label_bytes: int = 0
     ) -> int:
         """Length of the client's message for [B, C, ...]; `kept` channels if there is a mask."""
-        return message_bytes(
-            shape,
-            kept or self.kept(shape),
-            self.codec,
-            elements=self.elements,
-            label_bytes=label_bytes,
-        )
+        kept, elements = kept or self.kept(shape), self.elements
+        return message_bytes(shape, kept, self.codec, elements=elements, label_bytes=label_bytes)
 
     def bytes_down(self, shape: tuple[int, ...], kept: int | None = None) -> int:
         """Length of the server's message for [B, C, ...]."""
-        return message_bytes(
-            shape,
-            kept or self.kept(shape),
-            self.gradient_codec,
-            elements=self.elements,
-            gradient=True,
-        )
+        kept, elements = kept or self.kept(shape), self.elements
+        return message_bytes(shape, kept, self.gradient_codec, elements=elements, gradient=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next message depends on but the settings: residuals of error feedback."""
@@ -218,12 +203,9 @@ class Quantized(Compressor):
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class Channels(Compressor):
-    """The channels of a mask cross; without a mask all of them, as in a warm-up.
-
-    The mask is chosen elsewhere (`sluiceway.channels`), by ACP or a rival score.
-    """
+    """The channels of a mask cross, chosen by `sluiceway.channels`; without a mask all of them."""
 
     name: ClassVar[str] = "channels"
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
+    def select(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool) if mask is None else mask)

@@ -1,16 +1,47 @@
-"""What both sides of a split run know, and how either holds its layers."""
+"""What both sides of a split run know and hold: the cut network, its settings, optimiser state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Loss
+from sluiceway.core.parameters import frozen_modules
 from sluiceway.core.settings import Optimisation
 from sluiceway.split.compress import Compressor
+
+
+class SplitModel(NamedTuple):
+    """A cut network, as the method trains it.
+
+    Attributes:
+        front, back, tail: its parts; tail None but in a U-shape.
+        channels: C at the cut, before the method changed the parts.
+        shape: of what crosses, without the batch.
+        tail_shape: of what the server hands to the tail, without the batch; () without one.
+        smallest: (client's, server's) smallest batch that its layers can train on.
+    """
+
+    front: nn.Sequential
+    back: nn.Sequential
+    tail: nn.Sequential | None
+    channels: int
+    shape: tuple[int, ...]
+    tail_shape: tuple[int, ...]
+    smallest: tuple[int, int]
+
+    def client_layers(self) -> nn.ModuleDict:
+        """What a client holds, as one module: "front" and, in a U-shape, "tail"."""
+        parts = {"front": self.front, "tail": self.tail}
+        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+    def parts(self) -> list[nn.Sequential]:
+        """Front, back and tail, in the order in which they run."""
+        return [part for part in (self.front, self.back, self.tail) if part is not None]
 
 
 @dataclass(frozen=True)
@@ -35,64 +66,64 @@ class SplitConfig:
     classes: int
     device: torch.device
 
-
-def client_layers(front: nn.Module, tail: nn.Module | None) -> nn.ModuleDict:
-    """What a client holds, as one module: "front" and, in a U-shape, "tail"."""
-    return nn.ModuleDict({"front": front} | ({"tail": tail} if tail is not None else {}))
-
-
-def counts_in(layers: nn.Module) -> dict[str, Tensor]:
-    """BatchNorm's counts of batches by name, which are not averaged; not copied."""
-    return {name: b for name, b in layers.named_buffers() if b.dtype == torch.int64}
+    def epoch_batches(self, examples: int, smallest: int = 1) -> list[int]:
+        """Sizes of the batches of an epoch; a last one below `smallest` is left out."""
+        whole, rest = divmod(examples, self.training.batch_size)
+        return [self.training.batch_size] * whole + ([rest] if rest >= max(smallest, 1) else [])
 
 
-def batch_sizes(examples: int, training: Optimisation, smallest: int) -> list[int]:
-    """Sizes of a client's batches of a round; a last one that is too small is left out.
+class TrainedLayers:
+    """Layers with an optimiser of their own, which lives as long as the run."""
 
-    Args:
-        examples: how many it holds.
-        smallest: see `SplitModel`.
-    """
-    whole, rest = divmod(examples, training.batch_size)
-    last = [rest] if rest >= max(smallest, 1) else []
-    return ([training.batch_size] * whole + last) * training.local_epochs
+    def __init__(self, layers: nn.Module, training: Optimisation) -> None:
+        self.layers = layers
+        self.frozen = frozen_modules(layers)
+        params = [p for p in layers.parameters() if p.requires_grad]
+        self.optimiser = training.optimiser(params) if params else None
+
+    def train(self) -> None:
+        """Put the layers in training mode; see `training_mode`."""
+        training_mode(self.layers, self.frozen)
+
+    def step(self) -> None:
+        """Step on the gradients, and clear them."""
+        if self.optimiser is not None:
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the optimiser holds of each parameter, as `index/name`; not copied."""
+        if self.optimiser is None:
+            return {}
+        return {
+            f"{index}/{name}": value
+            for index, held in self.optimiser.state_dict()["state"].items()
+            for name, value in held.items()
+            if value is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave; the settings stay as they are."""
+        if self.optimiser is None:
+            return
+        held: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            index, name = key.split("/")
+            held.setdefault(int(index), {})[name] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": held, "param_groups": groups})
 
 
-def optimiser_of(layers: nn.Module, training: Optimisation) -> torch.optim.Optimizer | None:
-    """An optimiser of what is trained in the layers; None if nothing is."""
-    trained = [p for p in layers.parameters() if p.requires_grad]
-    return training.optimiser(trained) if trained else None
-
-
-def training_mode(layers: nn.Module, still: Sequence[nn.Module]) -> None:
-    """Training mode, but for modules that are wholly frozen."""
+def training_mode(layers: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    """Training mode, but for the modules that are wholly frozen."""
     layers.train()
-    for module in still:
+    for module in frozen:
         module.eval()
 
 
-def optimiser_state(optimiser: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """What an optimiser remembers of each parameter, as `index/name`; not copied."""
-    if optimiser is None:
-        return {}
-    return {
-        f"{index}/{name}": value
-        for index, held in optimiser.state_dict()["state"].items()
-        for name, value in held.items()
-        if value is not None
-    }
-
-
-def load_optimiser(optimiser: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
-    """Continue from what `optimiser_state` gave; the settings stay as they are."""
-    if optimiser is None:
-        return
-    held: dict[int, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        index, name = key.split("/")
-        held.setdefault(int(index), {})[name] = value
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": held, "param_groups": groups})
+def batch_counts(layers: nn.Module) -> dict[str, Tensor]:
+    """BatchNorm's counts of batches by name, which are not averaged; not copied."""
+    return {name: b for name, b in layers.named_buffers() if b.dtype == torch.int64}
 
 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

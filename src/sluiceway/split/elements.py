@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sluiceway.channels import share_count
 from sluiceway.split.compress import Compressor
-from sluiceway.split.header import BatchId
+from sluiceway.split.packing import BatchId
 from sluiceway.split.selection import KeptElements, Selection
 from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
 
@@ -31,7 +31,7 @@ class TopK(Compressor):
     def kept(self, shape: tuple[int, ...]) -> int:
         return share_count(self.share, prod(shape[1:]))
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
+    def select(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         if mask is not None:
             raise ValueError(f"mask: {self.name} chooses no channels")
         return KeptElements(top_elements(A, self.kept(tuple(A.shape))))
@@ -50,9 +50,9 @@ class RandTopK(TopK):
     alpha: float = Field(default=0.1, ge=0, le=1)
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
-    def places(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
+    def select(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
         if not training or mask is not None:
-            return super().places(A, batch, mask, training)
+            return super().select(A, batch, mask, training)
         picked = with_outsiders(A, self.kept(tuple(A.shape)), self.alpha, (self.seed, *batch))
         return KeptElements(picked)
 
@@ -99,10 +99,10 @@ def with_outsiders(A: Tensor, count: int, alpha: float, seed: tuple[int, ...]) -
     most = int(outside.max())
     # The highest keys are a uniform choice; those of the top are below all others.
     keys = torch.rand(rows, size, generator=generator).scatter_(1, top, -1.0)
-    strangers = keys.topk(most, dim=1).indices
+    outsiders = keys.topk(most, dim=1).indices
     order = torch.rand(rows, count, generator=generator).argsort(dim=1)
     insiders = top.gather(1, order)
     stay = torch.arange(count) < (count - outside).unsqueeze(1)
     come = torch.arange(most) < outside.unsqueeze(1)
-    picked = torch.cat([insiders, strangers], 1)[torch.cat([stay, come], 1)]
+    picked = torch.cat([insiders, outsiders], 1)[torch.cat([stay, come], 1)]
     return picked.view(rows, count).sort(dim=1).values

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, labels_of
 from sluiceway.core.evaluation import BATCH, Evaluation
-from sluiceway.split.config import SplitConfig
-from sluiceway.split.header import BatchId
+from sluiceway.split.config import SplitConfig, SplitModel
 from sluiceway.split.mask_selector import ALL
+from sluiceway.split.packing import BatchId
 
 
 @dataclass(frozen=True)
 class SplitEvaluation:
-    """What the test set says.
+    """The global network's evaluation on the test set.
 
     Attributes:
         deployed: with the mask and the rounding of training, by client, or of `ALL` if all clients
@@ -48,75 +48,68 @@ class Evaluator:
 
     Args:
         test: the test set.
-        terms: what both sides know.
+        config: what both sides know.
     """
 
-    def __init__(self, test: Examples, terms: SplitConfig) -> None:
-        self.test, self.terms = test, terms
+    def __init__(self, test: Examples, config: SplitConfig) -> None:
+        self.test, self.config = test, config
         self.classes = int(labels_of(test).max()) + 1 if len(test) else 0
 
     @torch.no_grad()
-    def judge(
-        self,
-        front: nn.Module,
-        middle: nn.Module,
-        tail: nn.Module | None,
-        masks: Mapping[int, Tensor | None],
-    ) -> SplitEvaluation:
-        """The verdict with these masks, [C] bool or None, by client or for `ALL`.
+    def evaluate(self, model: SplitModel, masks: Mapping[int, Tensor | None]) -> SplitEvaluation:
+        """Evaluate with these masks, [C] bool or None, by client or for `ALL`.
 
         The front runs once for all masks, and equal masks are evaluated once. Leaves the layers in
         evaluation mode.
         """
-        for layers in (front, middle, tail):
-            if layers is not None:
-                layers.eval()
-        distinct = {key_of(mask): mask for mask in masks.values()}
-        whole = {key for key, mask in distinct.items() if not self._loses(mask)}
-        nothing = Evaluation.nothing()
-        found, full = dict.fromkeys(distinct, nothing), nothing
+        for layers in model.parts():
+            layers.eval()
+        keys = {client: key_of(mask) for client, mask in masks.items()}
+        distinct = {keys[client]: mask for client, mask in masks.items()}
+        exact = {key for key, mask in distinct.items() if self._is_exact(mask)}
+        found, full = dict.fromkeys(distinct, Evaluation.nothing()), Evaluation.nothing()
         for number, part in enumerate(torch.arange(len(self.test)).split(BATCH)):
             if not len(part):
                 continue
-            batch = Batch.of(self.test, part, self.terms.device)
-            values = batch.run(front)
-            for key in distinct.keys() - whole:
-                logits = self._deployed(values, number, distinct[key], middle, tail)
-                found[key] += self._counts(logits, batch.labels)
+            batch = Batch.of(self.test, part, self.config.device)
+            values = batch.run(model.front)
+            for key in distinct.keys() - exact:
+                logits = self._deployed(values, number, distinct[key], model.back, model.tail)
+                found[key] += self._evaluation(logits, batch.labels)
             # Last, since layers that work in place may change the values.
-            logits = middle(values)
-            full += self._counts(logits if tail is None else tail(logits), batch.labels)
-        found |= dict.fromkeys(whole, full)
-        return SplitEvaluation(
-            {client: found[key_of(mask)] for client, mask in masks.items()}, full
-        )
+            logits = model.back(values)
+            full += self._evaluation(
+                logits if model.tail is None else model.tail(logits), batch.labels
+            )
+        found |= dict.fromkeys(exact, full)
+        return SplitEvaluation({client: found[key] for client, key in keys.items()}, full)
 
-    def _loses(self, mask: Tensor | None) -> bool:
-        """Whether anything is dropped or rounded on its way."""
-        links = self.terms.link, self.terms.tail_link
+    def _is_exact(self, mask: Tensor | None) -> bool:
+        """Whether nothing is dropped or rounded on its way."""
+        links = self.config.link, self.config.tail_link
         exact = all(link.codec == "none" and not link.elements for link in links)
-        return not exact or (mask is not None and not bool(mask.all()))
+        return exact and (mask is None or bool(mask.all()))
 
     def _deployed(
         self,
         values: Tensor,
         number: int,
         mask: Tensor | None,
-        middle: nn.Module,
+        back: nn.Module,
         tail: nn.Module | None,
     ) -> Tensor:
-        """Logits by way of the messages that training sends, but without chance in the choice."""
-        link, tail_link = self.terms.link, self.terms.tail_link
-        name = BatchId(0, 0, number)
-        message, _ = link.up(values, name, mask=mask, training=False)
-        out: Tensor = middle(link.open(message, device=self.terms.device).values)
+        """Logits by way of the messages that training sends, but selected deterministically."""
+        link, tail_link = self.config.link, self.config.tail_link
+        batch_id = BatchId(0, 0, number)
+        message, _ = link.up(values, batch_id, mask=mask, training=False)
+        out: Tensor = back(link.open(message, device=self.config.device).values)
         if tail is not None:
-            message, _ = tail_link.up(out, name, training=False)
-            out = tail(tail_link.open(message, device=self.terms.device).values)
+            message, _ = tail_link.up(out, batch_id, training=False)
+            out = tail(tail_link.open(message, device=self.config.device).values)
         return out
 
-    def _counts(self, logits: Tensor, labels: Tensor) -> Evaluation:
-        return Evaluation.of(logits, labels, self.terms.loss, self.classes)
+    def _evaluation(self, logits: Tensor, labels: Tensor) -> Evaluation:
+        return Evaluation.of(logits, labels, self.config.loss, self.classes)
 
 
 def key_of(mask: Tensor | None) -> bytes:

@@ -35,33 +35,33 @@ class ErrorFeedback:
     def send(
         self,
         grad: Tensor,
-        ticket: BatchContext,
+        context: BatchContext,
         pack: Callable[[Tensor], bytes],
-        opened: Callable[[bytes], Tensor],
+        unpack: Callable[[bytes], Tensor],
     ) -> bytes:
-        """Pack a gradient with what the client is still owed, and note what rounding lost.
+        """Pack a gradient with the client's residual added, and keep what rounding lost.
 
         Args:
-            grad: the shape of the ticket, any floating type.
-            ticket: of the batch.
+            grad: the shape of the context, any floating type.
+            context: of the batch.
             pack: makes the message of a dense gradient.
-            opened: the dense float32 gradient that the client will read from the message.
+            unpack: the dense float32 gradient that the client will read from the message.
         """
-        places, client = ticket.places, ticket.batch.client
+        selection, client = context.selection, context.batch.client
         grad = grad.detach().float()
         residual = self._residuals.get(client, grad.new_zeros(())).to(grad.device)
         if residual.shape != grad.shape[1:]:
             residual = torch.zeros_like(grad[0])
-        carried = places.spread(torch.ones_like(places.take(grad)), ticket.shape)
+        carried = selection.spread(torch.ones_like(selection.take(grad)), context.shape)
         examples = carried.sum(0)
-        owed = (grad + residual / examples.clamp(min=1)) * carried
-        message = pack(owed)
-        lost = (owed - opened(message).to(owed.device)).sum(0)
-        self._residuals[client] = torch.where(examples > 0, lost, residual)
+        corrected = (grad + residual / examples.clamp(min=1)) * carried
+        message = pack(corrected)
+        error = (corrected - unpack(message).to(corrected.device)).sum(0)
+        self._residuals[client] = torch.where(examples > 0, error, residual)
         return message
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The residuals by the client's number, [C, ...] each."""
+        """The residuals by client, [C, ...] each."""
         return {str(client): r.cpu().clone() for client, r in self._residuals.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from sluiceway import channels
 from sluiceway.core.seeds import derive_seed
 from sluiceway.split.config import joined
 from sluiceway.split.methods import ChannelChoice
-from sluiceway.split.scorers import Fixed
+from sluiceway.split.scorers import FixedScores
 from sluiceway.strategies.base import unprefixed
 
 #: Key of what all clients share, where others have the client's number.
@@ -43,7 +43,7 @@ class MaskSelector:
         self.crossing = self.merged and choice is not None and choice.sends_scores
         keys = [] if choice is None else [ALL] if self.merged else range(len(sizes))
         self.choosers = {key: choice.chooser(count, nbytes) for key in keys if choice is not None}
-        self.drawn = {key: Fixed(count, derive_seed(seed, key + 1)).drawn for key in keys}
+        self.drawn = {key: FixedScores(count, derive_seed(seed, key + 1)).drawn for key in keys}
         self.scores: dict[int, Tensor] = {}
         self.ahead = choice is not None and choice.warmup == 0
 

@@ -1,4 +1,12 @@
-"""The messages that open and close a client's round, as they are read; see `federated.wire`."""
+"""The messages at the start and end of a client's round, and the checks of their reader.
+
+Each is a safetensors message as in `core.messages`, whose parts may hold these tensors:
+
+    round start     model, extra (the strategy's), mask/kept [C] bool
+    round end       model, extra, scores/channels [C] float32, counts (of BatchNorm, int64 []),
+                    loss/examples int64 [] and loss/sum float64 [] (of the tail in a U-shape)
+    initial scores  scores/channels
+"""
 
 from __future__ import annotations
 
@@ -9,42 +17,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sluiceway.core.messages import WireError, described, integer, parts_of
-from sluiceway.errors import line, quoted
+from sluiceway.core.messages import Facts, WireError, described, integer, parts_of
+from sluiceway.errors import quoted
 from sluiceway.strategies import Broadcast
 
-#: What the tensors of the two messages may be.
-OPENING: Final = ("model", "extra", "mask")
-CLOSING: Final = ("model", "extra", "scores", "counts", "loss")
-RATING: Final = ("scores",)
+ROUND_START: Final = ("model", "extra", "mask")
+ROUND_END: Final = ("model", "extra", "scores", "counts", "loss")
+INITIAL_SCORES: Final = ("scores",)
 
-
-def read_round_start(message: bytes, number: int, channels: int) -> tuple[Broadcast, Tensor | None]:
-    """The server's message: layers and what goes with them, and a merged mask if it has one.
-
-    Args:
-        number: the round that begins.
-        channels: C at the cut.
-
-    Returns:
-        The broadcast, and the mask [C] bool.
-
-    Raises:
-        WireError: no such message, of another round, or a mask that is not [C] bool with at least
-            one channel.
-    """
-    facts, parts = parts_of(message, OPENING, "opening message")
-    same("opening message", "round", integer(facts, "round", "opening message"), number)
-    mask = only("opening message", "mask", "kept", parts["mask"])
-    if mask is not None:
-        fits = mask.dtype == torch.bool and mask.shape == (channels,)
-        # A byte of a message may be any: above 1 it is true, but counts as more than one.
-        if not fits or int(mask.view(torch.uint8).max()) != 1:
-            raise WireError(
-                f"opening message: mask/kept is {described(mask)}; expected bool [{channels}] with "
-                "at least one channel kept"
-            )
-    return Broadcast(number, parts["model"], parts["extra"]), mask
+Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +33,10 @@ class RoundEnd:
     """What a client sends at the end of a round.
 
     Attributes:
-        model: its layers. extra: what its strategy sends beside them.
+        model: its layers.
+        extra: what its strategy sends with them.
         scores: [C] float32; None if it sends none.
-        counts: BatchNorm's counts of batches by name, which no average is made of.
+        counts: BatchNorm's counts of batches by name, which are not averaged.
         loss: (examples, sum of their losses) of the tail in a U-shape; (0, 0) without one.
     """
 
@@ -65,94 +47,99 @@ class RoundEnd:
     loss: tuple[int, float]
 
 
-def read_round_end(message: bytes, client: int, number: int, channels: int) -> RoundEnd:
+def read_round_start(message: bytes, round: int, channels: int) -> tuple[Broadcast, Tensor | None]:
+    """The server's message: layers and what goes with them, and a merged mask if it has one.
+
+    Args:
+        round: the round that begins.
+        channels: C at the cut.
+
+    Returns:
+        The broadcast, and the mask [C] bool.
+
+    Raises:
+        WireError: no such message, another round's, or a mask without a channel.
+    """
+    where = "round-start message"
+    facts, parts = parts_of(message, ROUND_START, where)
+    _require(facts, where, round=round)
+    mask = _tensors(parts, "mask", {"kept": (torch.bool, (channels,))}, where).get("kept")
+    # A byte of a message may be any: above 1 it is true, but counts as more than one.
+    if mask is not None and int(mask.view(torch.uint8).max()) != 1:
+        raise WireError(f"{where}: mask/kept: expected zeros and ones, at least one channel kept")
+    return Broadcast(round, parts["model"], parts["extra"]), mask
+
+
+def read_round_end(message: bytes, client: int, round: int, channels: int) -> RoundEnd:
     """The client's message.
 
     Args:
-        client, number: whose message it must be, and of which round.
+        client, round: whose message it must be, and of which round.
         channels: C at the cut.
 
     Raises:
-        WireError: no such message, another client's or round's, scores that are not [C] and
-            finite, or counts that are none.
+        WireError: no such message, or another client's or round's.
     """
-    where = "closing message"
-    facts, parts = parts_of(message, CLOSING, where)
-    for name, expected in {"client": client, "round": number}.items():
-        same(where, name, integer(facts, name, where), expected)
+    where = "round-end message"
+    facts, parts = parts_of(message, ROUND_END, where)
+    _require(facts, where, client=client, round=round)
     integer(facts, "examples", where)
-    counts = {name: count_of(name, tensor, where) for name, tensor in parts["counts"].items()}
-    scores = scores_of(parts, channels, where)
-    return RoundEnd(parts["model"], parts["extra"], scores, counts, loss_of(parts, where))
-
-
-def count_of(name: str, tensor: Tensor, where: str) -> int:
-    """A count of batches. Raises WireError."""
-    if tensor.dtype != torch.int64 or tensor.dim() or int(tensor) < 0:
-        raise WireError(f"{where}: counts/{line(name, 80)} is no count; expected int64 [] from 0")
-    return int(tensor)
-
-
-def loss_of(parts: Mapping[str, Mapping[str, Tensor]], where: str) -> tuple[int, float]:
-    """Examples, and the sum of their losses. Raises WireError."""
-    if not parts["loss"]:
-        return 0, 0.0
-    kinds = {"examples": torch.int64, "sum": torch.float64}
-    for name, tensor in parts["loss"].items():
-        if kinds.get(name) != tensor.dtype or tensor.dim():
-            raise WireError(
-                f"{where}: loss/{line(name, 80)} is {described(tensor)}; expected loss/examples, "
-                "int64 [], and loss/sum, float64 []"
-            )
-    if parts["loss"].keys() != kinds.keys():
-        raise WireError(f"{where}: loss/examples and loss/sum go together")
-    return int(parts["loss"]["examples"]), float(parts["loss"]["sum"])
+    kinds = dict.fromkeys(parts["counts"], (torch.int64, ()))
+    counts = {name: int(t) for name, t in _tensors(parts, "counts", kinds, where).items()}
+    if negative := [name for name, count in counts.items() if count < 0]:
+        raise WireError(f"{where}: {quoted(f'counts/{negative[0]}')} is below zero")
+    kinds = {"examples": (torch.int64, ()), "sum": (torch.float64, ())}
+    loss = _tensors(parts, "loss", kinds, where)
+    return RoundEnd(
+        parts["model"],
+        parts["extra"],
+        _scores(parts, channels, where),
+        counts,
+        (int(loss["examples"]), float(loss["sum"])) if loss else (0, 0.0),
+    )
 
 
 def read_initial_scores(message: bytes, client: int, channels: int) -> Tensor | None:
-    """The message of a client that rated its channels before the first round.
-
-    Args:
-        client: whose message it must be.
-        channels: C at the cut.
+    """The message of a client that scored its channels before the first round.
 
     Returns:
         Scores, [C]; None of a client whose batches are all too small for its layers.
 
     Raises:
-        WireError: no such message, another client's, or scores that are not [C] and finite.
+        WireError: no such message, or another client's.
     """
-    where = "rating message"
-    facts, parts = parts_of(message, RATING, where)
-    same(where, "client", integer(facts, "client", where), client)
-    return scores_of(parts, channels, where)
+    where = "message of initial scores"
+    facts, parts = parts_of(message, INITIAL_SCORES, where)
+    _require(facts, where, client=client)
+    return _scores(parts, channels, where)
 
 
-def scores_of(
-    parts: Mapping[str, Mapping[str, Tensor]], channels: int, where: str
-) -> Tensor | None:
+def _require(facts: Facts, where: str, **expected: int) -> None:
+    """Raise WireError unless the message is of that client and round."""
+    for name, value in expected.items():
+        if (got := integer(facts, name, where)) != value:
+            raise WireError(f"{where}: {name} is {got}; expected {value}")
+
+
+def _tensors(
+    parts: Parts, part: str, kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], where: str
+) -> Mapping[str, Tensor]:
+    """The tensors of a part: all of these names, types and shapes, or none. Raises WireError."""
+    found = parts[part]
+    for name, (dtype, shape) in kinds.items() if found else ():
+        if name not in found or found[name].dtype != dtype or found[name].shape != shape:
+            got = described(found[name]) if name in found else "missing"
+            kind = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+            raise WireError(f"{where}: {quoted(f'{part}/{name}')} is {got}; expected {kind}")
+    if strange := found.keys() - kinds.keys():
+        raise WireError(f"{where}: tensor {quoted(f'{part}/{min(strange)}')} is not expected")
+    return found
+
+
+def _scores(parts: Parts, channels: int, where: str) -> Tensor | None:
     """The scores of a message, [C]; None without any. Raises WireError."""
-    scores = only(where, "scores", "channels", parts["scores"])
-    if scores is None:
-        return None
-    if scores.dtype != torch.float32 or scores.shape != (channels,):
-        raise WireError(
-            f"{where}: scores/channels is {described(scores)}; expected float32 [{channels}]"
-        )
-    if not bool(scores.isfinite().all()):
+    kinds = {"channels": (torch.float32, (channels,))}
+    scores = _tensors(parts, "scores", kinds, where).get("channels")
+    if scores is not None and not bool(scores.isfinite().all()):
         raise WireError(f"{where}: scores/channels has NaN or infinity; expected finite numbers")
     return scores
-
-
-def same(where: str, name: str, got: int, expected: int) -> None:
-    """Raise WireError unless the message is of that round or client."""
-    if got != expected:
-        raise WireError(f"{where}: {name} is {got}; expected {expected}")
-
-
-def only(where: str, part: str, name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The one tensor that a part may have; None without any."""
-    for other in tensors:
-        if other != name:
-            raise WireError(f"{where}: tensor {quoted(f'{part}/{other}')}; expected {part}/{name}")
-    return tensors.get(name)

@@ -1,6 +1,6 @@
 """Every way to compress what crosses the cut, by `method.name`.
 
-Methods that choose channels differ in their score alone: each has a meter that runs on the client,
+Methods that choose channels differ in their score alone: each has a scorer that runs on the client,
 before anything is dropped, and the same rule, schedule and hysteresis turn scores into masks. So
 rivals at the same settings send the same number of bytes.
 """
@@ -20,7 +20,7 @@ from sluiceway.channels import ChannelChooser
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.elements import RandTopK, TopK
-from sluiceway.split.scorers import ChannelScorer, Fixed, LabelAware, MeanGradientScore, MeanScore
+from sluiceway.split.scorers import ChannelScorer, FixedScores, LabelAware, MeanScore
 from sluiceway.strategies.base import PARAMETERS
 
 
@@ -57,9 +57,9 @@ class ChannelChoice(Channels):
     #: Whether clients must send their scores for a merged mask.
     sends_scores: ClassVar[bool] = True
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        """A client's meter for `count` channels and `classes` labels."""
-        raise NotImplementedError(f"{type(self).__name__} must say how channels are rated")
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
+        """A client's scorer for `count` channels and `classes` labels."""
+        raise NotImplementedError(f"{type(self).__name__} must define how channels are rated")
 
     def chooser(self, count: int, nbytes: Callable[[int], int]) -> ChannelChooser:
         """What turns scores into masks.
@@ -80,7 +80,9 @@ class ChannelChoice(Channels):
             "fraction": partial(channels.fraction, share=self.share),
             "cumulative": partial(channels.cumulative, tau=self.tau),
             "threshold": partial(channels.threshold, kappa=self.kappa),
-            "budget": partial(affordable, budget=self.budget_mb * 1e6, nbytes=nbytes),
+            "budget": partial(
+                channels.budget, bytes_available=self.budget_mb * 1e6, round_bytes=nbytes
+            ),
         }
         return ChannelChooser(
             count,
@@ -92,12 +94,6 @@ class ChannelChoice(Channels):
             margin=self.margin,
             decay=self.decay,
         )
-
-
-def affordable(scores: Tensor, budget: float, nbytes: Callable[[int], int]) -> Tensor:
-    """The best channels, as many as `budget` bytes pay for but at least one; mask [C] bool."""
-    count = max((k for k in range(1, len(scores) + 1) if nbytes(k) <= budget), default=1)
-    return channels.top(scores, count)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -114,14 +110,9 @@ class ACPSL(ChannelChoice):
     grid: int = Field(default=4, ge=1, le=1024)
     memory: float = Field(default=0.9, ge=0, le=1)
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        forms = {
-            "fisher": channels.fisher,
-            "between": channels.between,
-            "distinct": channels.distinct,
-            "similarity": channels.similarity,
-        }
-        return LabelAware(forms[self.score], classes, self.grid, self.memory)
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
+        score = getattr(channels, self.score)
+        return LabelAware(score, classes, self.grid, self.memory)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -131,8 +122,8 @@ class RandomChannels(ChannelChoice):
     name: ClassVar[str] = "random"
     sends_scores: ClassVar[bool] = False
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        return Fixed(count, seed)
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
+        return FixedScores(count, seed)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -141,7 +132,7 @@ class L1Channels(ChannelChoice):
 
     name: ClassVar[str] = "l1"
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanScore(channels.l1)
 
 
@@ -151,7 +142,7 @@ class StdChannels(ChannelChoice):
 
     name: ClassVar[str] = "std"
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanScore(channels.std)
 
 
@@ -161,7 +152,7 @@ class EntropyChannels(ChannelChoice):
 
     name: ClassVar[str] = "entropy"
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return MeanScore(channels.entropy)
 
 
@@ -175,8 +166,8 @@ class TaylorChannels(ChannelChoice):
     name: ClassVar[str] = "taylor"
     warmup: int = Field(default=1, ge=1, le=1_000_000)
 
-    def meter(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        return MeanGradientScore(channels.taylor)
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
+        return MeanScore(channels.taylor, of_gradient=True)
 
 
 #: Every method by the name that `method.name` uses in a split recipe.

@@ -1,47 +1,89 @@
-"""Smashed data and the gradients that return, as messages; the format is told in `header`.
+"""Smashed data and the gradients that return, as messages: one message, one batch.
+
+A message describes itself, has a version, and holds no code (never pickle). In order, all numbers
+little-endian, nothing aligned:
+
+    header   44 bytes
+        0   4  magic, "SLWY"
+        4   1  version, 1
+        5   1  kind: 1 channels, 2 elements; + 2 for a gradient
+        6   1  codec: 0 float32, 1 fp16, 2 int8, 3 int4, 4 int8-affine, 5 int4-affine
+        7   1  encoding of the selection: 0 none, 1 bits, 2 uint16 indices, 3 uint32 indices
+        8   1  bytes of a label: 0 (no labels), 1, 2
+        9   1  number of dimensions, 2 to 4
+        10  2  zero
+        12 12  client, round, batch: uint32 each
+        24 16  shape [B, C, ...]: uint32 each, 0 for dimensions it has not
+        40  4  kept: channels of the batch, or elements of each example
+    labels     B x uint8 or uint16, the smallest that holds the largest label
+    selection  ceil(C / 8) bytes of channels; or of elements the cheapest of ceil(D / 8) bytes an
+               example and k indices of uint16 or uint32, D = C x H x W; nothing if all are kept.
+               A gradient has none: the batch it belongs to has told both sides
+    scales     float32: a step per kept channel, or per example of elements; then, affine, the lows
+    values     [B, kept, H, W] or [B, k], row by row; see `quantise`
+
+The length follows from the header (`message_bytes`), so that a message is either exact or rejected.
+Every rejection is a `WireError`, raised before anything is allocated from the message's numbers.
 
 The same packing runs wherever a run executes, so that bytes are counted from what would really
-cross. Both sides remember a `BatchContext` per batch: it opens the gradient of that batch and no
-other.
+cross. Both sides keep a `BatchContext` per batch: it opens the gradient of that batch and no other.
 """
 
+import struct
 from dataclasses import dataclass
-from typing import Final
+from math import prod
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sluiceway.split.errors import WireError
-from sluiceway.split.header import HEADER_BYTES, LIMIT, BatchId, Expected, Header, compare
-from sluiceway.split.quantise import codec_named, decode, encode
+from sluiceway.core.messages import WireError
+from sluiceway.split.quantise import CODECS, Codec, codec_named, decode, encode
 from sluiceway.split.selection import (
     NOTHING,
-    KeptElements,
     Selection,
-    channels_from,
-    elements_from,
+    cheapest,
+    encoded_bytes,
+    from_bytes,
     to_bytes,
-    writing,
 )
 
+MAGIC: Final = b"SLWY"
+VERSION: Final = 1
+#: Default limit in bytes, of a message and of the dense float32 tensor that it opens to.
+LIMIT: Final = 1 << 28
+
+_HEADER: Final = struct.Struct("<4s6BH3I4II")
+_CODES: Final = {codec.code: codec for codec in CODECS.values()}
 _LABELS: Final = {1: "<u1", 2: "<u2"}
-_UINT32: Final = 1 << 32
+_KIND: Final = {None: None, False: "channels", True: "elements"}
+_LABELLED: Final = {None: None, False: "none", True: "some"}
+
+HEADER_BYTES: Final = _HEADER.size
+
+
+class BatchId(NamedTuple):
+    """Whose batch it is; each number in [0, 2^32)."""
+
+    client: int
+    round: int
+    batch: int
 
 
 @dataclass(frozen=True, eq=False)
 class BatchContext:
-    """What both sides remember of a batch until its gradient has returned.
+    """What both sides keep of a batch until its gradient has returned.
 
     Attributes:
         batch: whose it is.
         shape: of the smashed data, [B, C], [B, C, L] or [B, C, H, W].
-        places: what of it crossed, and so what of its gradient returns.
+        selection: what of it crossed, and so what of its gradient returns.
     """
 
     batch: BatchId
     shape: tuple[int, ...]
-    places: Selection
+    selection: Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,55 +91,204 @@ class Smashed:
     """An opened message of smashed data.
 
     Attributes:
-        values: dense, the shape of the ticket, float32, zero where nothing crossed; a leaf without
+        values: dense, the shape of the context, float32, zero where nothing crossed; a leaf without
             gradient yet, with memory of its own.
         labels: [B] int64 on the device of the values, or None if none crossed.
-        ticket: for the gradient.
+        context: for the gradient.
     """
 
     values: Tensor
     labels: Tensor | None
-    ticket: BatchContext
+    context: BatchContext
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the receiver knows already; None leaves a thing open.
+
+    Attributes:
+        shape: of the smashed data; a size of None is open (the last batch is smaller).
+        batch: the batch that must come.
+        codec: its name.
+        elements: True for elements, False for channels.
+        labels: whether labels must come.
+        classes: labels must be below it.
+    """
+
+    shape: tuple[int | None, ...] | None = None
+    batch: BatchId | None = None
+    codec: str | None = None
+    elements: bool | None = None
+    labels: bool | None = None
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first 44 bytes of a message; every length follows from them."""
+
+    gradient: bool
+    elements: bool
+    codec: Codec
+    encoding: int
+    label_bytes: int
+    batch: BatchId
+    shape: tuple[int, ...]
+    kept: int
+
+    @property
+    def groups(self) -> tuple[int, int, int]:
+        """[N, G, S] of the values."""
+        if self.elements:
+            return 1, self.shape[0], self.kept
+        return self.shape[0], self.kept, prod(self.shape[2:])
+
+    @property
+    def sections(self) -> tuple[int, int, int]:
+        """Where the selection and the scales begin, and where the message ends."""
+        n, g, s = self.groups
+        selection = HEADER_BYTES + self.shape[0] * self.label_bytes
+        scales = selection + encoded_bytes(self.shape, self.kept, self.elements, self.encoding)
+        return selection, scales, scales + self.codec.nbytes(n * g * s, g)
+
+    def to_bytes(self) -> bytes:
+        kind = 1 + self.elements + 2 * self.gradient
+        codes = (VERSION, kind, self.codec.code, self.encoding, self.label_bytes, len(self.shape))
+        sizes = (*self.shape, 0, 0)[:4]
+        return _HEADER.pack(MAGIC, *codes, 0, *self.batch, *sizes, self.kept)
+
+    @classmethod
+    def read(cls, message: memoryview, limit: int, gradient: bool, expected: Expected) -> Self:
+        """The header of a message that is as long as it says, within the limit and as expected."""
+        if len(message) > limit:
+            raise WireError(f"message: {len(message)} bytes, the limit is {limit}")
+        if len(message) < HEADER_BYTES:
+            raise WireError(f"message: {len(message)} bytes are less than a header")
+        magic, version, *codes, zero = (fields := _HEADER.unpack_from(message))[:8]
+        numbers = fields[8:]
+        if magic != MAGIC:
+            raise WireError("message: not smashed data, nor a gradient (wrong magic)")
+        if version != VERSION:
+            raise WireError(f"message: version {version}, this side reads {VERSION}")
+        kind, codec, encoding, label_bytes, dims = codes
+        if zero or not 1 <= kind <= 4 or codec not in _CODES or label_bytes > 2:
+            raise WireError("header: unknown kind, codec or label size")
+        if not 2 <= dims <= 4 or 0 in numbers[3 : 3 + dims] or any(numbers[3 + dims : 7]):
+            raise WireError(f"header: expected 2 to 4 sizes of at least 1, got {numbers[3:7]}")
+        batch, shape, kept = BatchId(*numbers[:3]), numbers[3 : 3 + dims], numbers[7]
+        of_elements, codec = kind % 2 == 0, _CODES[codec]
+        found = cls(kind > 2, of_elements, codec, encoding, label_bytes, batch, shape, kept)
+        found._require_consistent(len(message), limit)
+        found._require_expected(gradient, expected)
+        return found
+
+    def _require_consistent(self, length: int, limit: int) -> None:
+        """Sizes that fit each other, the message and the limit; Python's integers do not wrap."""
+        if 4 * prod(self.shape) > limit:
+            raise WireError(f"header: {list(self.shape)} float32 numbers exceed {limit} bytes")
+        most = prod(self.shape[1:]) if self.elements else self.shape[1]
+        if not 1 <= self.kept <= most:
+            raise WireError(f"header: expected 1 to {most} kept, got {self.kept}")
+        if self.gradient and self.label_bytes:
+            raise WireError("header: a gradient has no labels")
+        code = NOTHING if self.gradient else cheapest(self.shape, self.kept, self.elements)
+        if self.encoding != code:
+            raise WireError(f"header: expected selection code {code}, got {self.encoding}")
+        if length != self.sections[-1]:
+            raise WireError(f"message: {length} bytes, its header asks for {self.sections[-1]}")
+
+    def _require_expected(self, gradient: bool, expected: Expected) -> None:
+        """What the receiver knows already."""
+        if self.gradient != gradient:
+            kinds = ("smashed data", "a gradient")
+            raise WireError(f"message: expected {kinds[gradient]}, got {kinds[self.gradient]}")
+        if expected.shape is not None and (
+            len(expected.shape) != len(self.shape)
+            or any(w not in (None, n) for w, n in zip(expected.shape, self.shape, strict=True))
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in expected.shape)
+            raise WireError(f"shape: expected [{wanted}], got {list(self.shape)}")
+        for what, want, got in (
+            ("batch", expected.batch, self.batch),
+            ("codec", expected.codec, self.codec.name),
+            ("kind", _KIND[expected.elements], _KIND[self.elements]),
+            ("labels", _LABELLED[expected.labels], _LABELLED[bool(self.label_bytes)]),
+        ):
+            if want is not None and got != want:
+                raise WireError(f"{what}: expected {want}, got {got}")
+
+
+def message_bytes(
+    shape: tuple[int, ...],
+    kept: int,
+    codec: str = "none",
+    *,
+    elements: bool = False,
+    gradient: bool = False,
+    label_bytes: int = 0,
+) -> int:
+    """The exact length of a message::
+
+        44 + B label_bytes + selection + 4 parameters groups + ceil(bits values / 8)
+
+    Args:
+        shape: of the smashed data, [B, C, ...].
+        kept: channels, or with `elements` those of each example.
+        codec: its name.
+        elements: single elements rather than channels.
+        gradient: the message that returns.
+        label_bytes: of one label: 0, 1 (largest label below 256) or 2.
+
+    Raises:
+        ValueError: there is no such codec.
+    """
+    code = NOTHING if gradient else cheapest(shape, kept, elements)
+    batch = BatchId(0, 0, 0)
+    header = Header(gradient, elements, codec_named(codec), code, label_bytes, batch, shape, kept)
+    return header.sections[-1]
 
 
 def pack_smashed(
-    A: Tensor, places: Selection, batch: BatchId, codec: str = "none", labels: Tensor | None = None
+    A: Tensor,
+    selection: Selection,
+    batch: BatchId,
+    codec: str = "none",
+    labels: Tensor | None = None,
 ) -> tuple[bytes, BatchContext]:
     """Pack what is kept of smashed data.
 
     Args:
         A: smashed data, [B, C], [B, C, L] or [B, C, H, W], any floating type, on any device; sent
             as float32. Finite unless `codec` is "none".
-        places: what is kept of it.
+        selection: what is kept of it.
         batch: whose it is.
         codec: name of one of `CODECS`.
         labels: [B], any integer type, in [0, 65535]; None sends none.
 
     Returns:
-        The message, and the ticket that opens its gradient.
+        The message, and the context that opens its gradient.
 
     Raises:
         ValueError: a shape does not fit, a number is out of range, or there is no such codec.
     """
-    ticket = BatchContext(batch, tuple(A.shape), places)
-    written = None if labels is None else _labels(labels, len(A))
-    return _pack(A, ticket, codec, False, written), ticket
+    context = BatchContext(batch, tuple(A.shape), selection)
+    return _pack(A, context, codec, False, labels), context
 
 
-def pack_gradient(grad: Tensor, ticket: BatchContext, codec: str = "none") -> bytes:
+def pack_gradient(grad: Tensor, context: BatchContext, codec: str = "none") -> bytes:
     """Pack the gradient by smashed data, of what was kept alone.
 
     Args:
-        grad: the shape of the ticket, any floating type, on any device.
-        ticket: of the batch.
+        grad: the shape of the context, any floating type, on any device.
+        context: of the batch.
         codec: name of one of `CODECS`.
 
     Raises:
         ValueError: the shape does not fit, a value is not finite, or there is no such codec.
     """
-    if tuple(grad.shape) != ticket.shape:
-        raise ValueError(f"grad: expected shape {list(ticket.shape)}, got {list(grad.shape)}")
-    return _pack(grad, ticket, codec, True, None)
+    if tuple(grad.shape) != context.shape:
+        raise ValueError(f"grad: expected shape {list(context.shape)}, got {list(grad.shape)}")
+    return _pack(grad, context, codec, True, None)
 
 
 def unpack_smashed(
@@ -117,78 +308,67 @@ def unpack_smashed(
     Raises:
         WireError: it is no such message, or not the one expected.
     """
-    data = memoryview(message)
-    header = Header.parse(data, limit)
-    if header.gradient:
-        raise WireError("message: expected smashed data, got a gradient")
-    compare(header, expected or Expected())
-    first, second, _ = header.sections
-    first, second = HEADER_BYTES + first, HEADER_BYTES + first + second
-    labels = _read_labels(data[HEADER_BYTES:first], header, expected)
-    places: Selection
-    if header.elements:
-        places = elements_from(data[first:second], header.shape, header.kept, header.places)
-    else:
-        places = channels_from(data[first:second], header.shape[1], header.kept, header.places)
+    data, expected = memoryview(message), expected or Expected()
+    header = Header.read(data, limit, False, expected)
+    shape, (first, second, _) = header.shape, header.sections
+    labels = _read_labels(data[HEADER_BYTES:first], header.label_bytes, expected.classes)
+    encoded = data[first:second]
+    selection = from_bytes(encoded, shape, header.kept, header.elements, header.encoding)
     device = torch.device(device)
-    values = places.spread(decode(data[second:], header.groups, header.codec, device), header.shape)
-    ticket = BatchContext(header.batch, header.shape, places)
-    return Smashed(values, None if labels is None else labels.to(device), ticket)
+    values = selection.spread(decode(data[second:], header.groups, header.codec, device), shape)
+    context = BatchContext(header.batch, shape, selection)
+    return Smashed(values, None if labels is None else labels.to(device), context)
 
 
 def unpack_gradient(
     message: bytes | memoryview,
-    ticket: BatchContext,
+    context: BatchContext,
     limit: int = LIMIT,
     codec: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Open the gradient of the batch that the ticket is of.
+    """Open the gradient of the batch that the context is of.
 
     Args:
         message: as packed.
-        ticket: of the batch.
+        context: of the batch.
         limit: in bytes, of the message and of the dense float32 gradient.
         codec: the one expected; None takes any.
         device: of the gradient.
 
     Returns:
-        The gradient, the shape of the ticket, float32, zero where nothing crossed.
+        The gradient, the shape of the context, float32, zero where nothing crossed.
 
     Raises:
         WireError: it is no such message, or a gradient of another batch.
     """
-    data = memoryview(message)
-    header = Header.parse(data, limit)
-    if not header.gradient:
-        raise WireError("message: expected a gradient, got smashed data")
-    elements = isinstance(ticket.places, KeptElements)
-    compare(header, Expected(ticket.shape, ticket.batch, codec, elements))
-    if header.kept != ticket.places.count:
-        raise WireError(f"header: expected {ticket.places.count} kept, got {header.kept}")
+    data, selection = memoryview(message), context.selection
+    expected = Expected(context.shape, context.batch, codec, selection.elements)
+    header = Header.read(data, limit, True, expected)
+    if header.kept != selection.count:
+        raise WireError(f"header: expected {selection.count} kept, got {header.kept}")
     values = decode(data[HEADER_BYTES:], header.groups, header.codec, torch.device(device))
-    return ticket.places.spread(values, ticket.shape)
+    return selection.spread(values, context.shape)
 
 
 def _pack(
-    A: Tensor, ticket: BatchContext, codec: str, gradient: bool, labels: np.ndarray | None
+    A: Tensor, context: BatchContext, name: str, gradient: bool, labels: Tensor | None
 ) -> bytes:
     """The message of one direction."""
-    shape, places = ticket.shape, ticket.places
+    shape, selection, codec = context.shape, context.selection, codec_named(name)
     if not 2 <= len(shape) <= 4 or 0 in shape or not A.is_floating_point():
         raise ValueError(f"A: expected floats of shape [B, C, ...], got {list(shape)}, {A.dtype}")
-    if not places.fits(shape):
-        raise ValueError(f"places: do not fit smashed data of shape {list(shape)}")
-    if any(not 0 <= number < _UINT32 for number in ticket.batch):
-        raise ValueError(f"batch: expected numbers in [0, 2^32), got {tuple(ticket.batch)}")
-    elements = isinstance(places, KeptElements)
-    code = NOTHING if gradient else writing(shape, places.count, elements)
-    made = codec_named(codec)
-    width = 0 if labels is None else labels.itemsize
-    header = Header(gradient, elements, made, code, width, ticket.batch, shape, places.count)
-    pieces = encode(places.take(A), made)
-    known = b"" if labels is None else labels.tobytes()
-    return b"".join([header.to_bytes(), known, to_bytes(places, shape, code), *pieces])
+    if not selection.fits(shape):
+        raise ValueError(f"selection: does not fit smashed data of shape {list(shape)}")
+    if any(not 0 <= number < 1 << 32 for number in context.batch):
+        raise ValueError(f"batch: expected numbers in [0, 2^32), got {tuple(context.batch)}")
+    written = None if labels is None else _labels(labels, len(A))
+    label_bytes, known = (0, b"") if written is None else (written.itemsize, written.tobytes())
+    kept, elements = selection.count, selection.elements
+    code = NOTHING if gradient else cheapest(shape, kept, elements)
+    header = Header(gradient, elements, codec, code, label_bytes, context.batch, shape, kept)
+    encoded = to_bytes(selection, shape, code)
+    return b"".join([header.to_bytes(), known, encoded, *encode(selection.take(A), codec)])
 
 
 def _labels(labels: Tensor, batch: int) -> np.ndarray:
@@ -201,13 +381,14 @@ def _labels(labels: Tensor, batch: int) -> np.ndarray:
     return labels.cpu().numpy().astype(_LABELS[1 if high < 256 else 2])
 
 
-def _read_labels(data: memoryview, header: Header, expected: Expected | None) -> Tensor | None:
-    if not header.label_bytes:
+def _read_labels(data: memoryview, label_bytes: int, classes: int | None) -> Tensor | None:
+    """Labels, [B] int64; None if none crossed. Raises WireError."""
+    if not label_bytes:
         return None
-    labels = np.frombuffer(data, dtype=_LABELS[header.label_bytes]).astype(np.int64)
+    labels = np.frombuffer(data, dtype=_LABELS[label_bytes]).astype(np.int64)
     high = int(labels.max())
-    if header.label_bytes == 2 and high < 256:
+    if label_bytes == 2 and high < 256:
         raise WireError("labels: expected one byte each, since all are below 256")
-    if expected and expected.classes is not None and high >= expected.classes:
-        raise WireError(f"labels: expected below {expected.classes}, got {high}")
+    if classes is not None and high >= classes:
+        raise WireError(f"labels: expected below {classes}, got {high}")
     return torch.from_numpy(labels)

@@ -23,17 +23,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sluiceway.split.errors import WireError
+from sluiceway.core.messages import WireError
 
 # Values worked on at once: the temporaries of this many stay in a core's cache.
 _CHUNK: Final = 1 << 18
 _TINY: Final = np.float32(torch.finfo(torch.float32).tiny)
 # Half precision is used up to this: x / step rounds to at most it.
 _HALF_REACH: Final = 2.0**15
-
-
+#: Step, and low of affine codecs, of every group: [parameters, G].
 Parameters = npt.NDArray[np.float32]
-"""Step, and low of affine codecs, of every group: [parameters, G]."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class Codec:
         return 4 * self.parameters * groups + (self.bits * values + 7) // 8
 
 
+#: Every codec by name.
 CODECS: Final = {
     codec.name: codec
     for codec in (
@@ -85,15 +84,11 @@ CODECS: Final = {
         Codec("int4-affine", 5, 4, 2),
     )
 }
-"""Every codec by name."""
+_STORED: Final = {32: torch.float32, 16: torch.float16, 8: torch.int8, 4: torch.uint8}
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The codec of that name. Raises ValueError if there is none."""
     if name not in CODECS:
         raise ValueError(f"codec: expected one of {', '.join(CODECS)}, got {name!r}")
     return CODECS[name]
@@ -166,9 +161,6 @@ def decode(
     if shift.any():
         values += _column(shift, device)
     return values
-
-
-_STORED: Final = {32: torch.float32, 16: torch.float16, 8: torch.int8, 4: torch.uint8}
 
 
 def _parameters(values: Tensor, codec: Codec) -> Parameters:

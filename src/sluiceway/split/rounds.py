@@ -1,28 +1,29 @@
-"""Rounds of split training: send the layers out, train in one of the forms, average, evaluate."""
+"""Rounds of split training: send the layers out, train by a schedule, average, evaluate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sluiceway.core.batches import Examples
 from sluiceway.core.guards import fault
 from sluiceway.core.messages import WireError, message_of
 from sluiceway.core.parameters import exchanged
-from sluiceway.core.round_loop import Record
-from sluiceway.errors import line
+from sluiceway.core.round_loop import Record, Rounds
+from sluiceway.errors import quoted
 from sluiceway.moe import MoELayout
 from sluiceway.split.client_proxy import Away, ClientProxy
-from sluiceway.split.config import batch_sizes, client_layers, counts_in
+from sluiceway.split.config import batch_counts
 from sluiceway.split.evaluation import Evaluator
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.messages import read_initial_scores, read_round_end
-from sluiceway.split.schedules import Traffic, side_by_side
-from sluiceway.split.server import SplitServer
-from sluiceway.strategies import FedAvg, Strategy, Update
+from sluiceway.split.schedules import Traffic, train_together
+from sluiceway.split.setup import SharedSetup
+from sluiceway.strategies import FedAvg, Update
 
 
 @dataclass(frozen=True)
@@ -44,187 +45,196 @@ class SplitRecord(Record):
     scores: list[float] | None = None
 
 
-@dataclass
 class SplitLoop:
-    """A split run, as `setup.build` makes it.
+    """The server of a split run, round by round.
+
+    Args:
+        setup: what both sides made alike; its layers are the global ones, and the network's own.
+        plan: how many rounds there are, and who takes part.
+        test: the global test set.
+        label_counts: who holds what, [clients, classes].
+        clients: by number, those without examples included.
 
     Attributes:
-        front, back, tail: the global layers, which are the model's own; tail None but in a U-shape.
-        parties: the clients by number, those without examples included.
-        servers: the server's side by client number, or of `ALL`.
+        servers: the server's side by client, or of `ALL`.
         masks: of the channels.
-        strategy: averages what clients hold.
-        form: one of `SCHEDULES`.
-        judge: evaluates.
-        label_counts: [clients, classes].
-        channels: C at the cut.
-        crossing: channels that cross without a mask.
-        smallest: examples of a client's smallest batch.
-        traffic: of the round that is played.
-        refused: of the round that is played, by client: why its layers were not averaged.
-        losses: of the round that is played, at the clients' tails: examples, and their sum.
-        counts: of the round that is played, the largest of the clients' counts of batches by name.
+        traffic, rejected, losses, counts: of the current round: bytes; by client why its layers
+            were not averaged; examples and summed losses at clients' tails; by name the largest of
+            the clients' counts of batches.
     """
 
-    front: nn.Sequential
-    back: nn.Sequential
-    tail: nn.Sequential | None
-    parties: Sequence[ClientProxy]
-    servers: dict[int, SplitServer]
-    masks: MaskSelector
-    strategy: Strategy
-    form: str
-    judge: Evaluator
-    label_counts: Tensor
-    channels: int
-    crossing: int
-    smallest: int
-    traffic: Traffic = field(default_factory=Traffic)
-    refused: dict[int, str] = field(default_factory=dict)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        setup: SharedSetup,
+        plan: Rounds,
+        test: Examples,
+        label_counts: Tensor,
+        clients: Sequence[ClientProxy],
+    ) -> None:
+        self.setup, self.clients, self.label_counts = setup, clients, label_counts
+        self.model, self.strategy = setup.model, setup.strategy
+        self.sizes: list[int] = label_counts.sum(1).tolist()
+        self.eligible = [number for number, size in enumerate(self.sizes) if size]
+        self.servers = setup.servers()
+        self.evaluator = Evaluator(test, setup.config)
+        largest = sorted(self.sizes, reverse=True)[: len(plan.chosen(1, self.eligible))]
+        nbytes, crossing = setup.round_bytes(largest), setup.model.shape[0]
+        self.masks = MaskSelector(setup.choice, crossing, self.sizes, nbytes, plan.seed)
+        for number in range(len(clients)):  # scores that are known from the beginning
+            scorer = setup.scorer(number)
+            if scorer is not None and (scores := scorer.scores()) is not None:
+                self.masks.rate(number, scores)
 
-    def run_round(self, number: int, chosen: Sequence[int]) -> SplitRecord:
-        """Round `number` with the chosen clients."""
+    def run_round(self, round: int, chosen: Sequence[int]) -> SplitRecord:
+        """One round with the chosen clients."""
         began = time.perf_counter()
-        self.traffic, self.refused, self.losses, self.counts = Traffic(), {}, [], {}
-        parties = [self.parties[i] for i in chosen]
-        for client in self.masks.unrated(chosen):
-            self.rate(self.parties[client])
-        self.masks.choose(number, chosen)
+        self.traffic, self.rejected = Traffic(), dict[int, str]()
+        self.losses, self.counts = list[tuple[int, float]](), dict[str, int]()
+        # 1. Choose the channels; clients whose scores are needed already rate theirs first.
+        for number in self.masks.unrated(chosen):
+            self.collect_initial_scores(self.clients[number])
+        self.masks.choose(round, chosen)
+        clients = [self.clients[number] for number in chosen]
         # In sequence each client is a group of its own, whose average is its front: handed on.
-        for group in [[p] for p in parties] if self.form == "sequential" else [parties]:
-            self.train(number, group)
+        for group in [[c] for c in clients] if self.setup.schedule == "sequential" else [clients]:
+            # 2. Send the layers.
+            present = self.send_layers(round, group)
+            # 3. Train: smashed data up and gradients down, batch by batch.
+            self.train(round, present)
+            # 4. Average the layers that clients trained.
+            self.strategy.aggregate(self.collect_updates(round, present))
+        # 5. Write the averages into the global layers.
         self.commit(chosen)
-        return self.recorded(number, chosen, began)
+        # 6. Evaluate.
+        return self.evaluate(round, chosen, began)
 
-    def rate(self, party: ClientProxy) -> None:
-        """Take a client's scores before the first round; without masks of their own they cross."""
+    def collect_initial_scores(self, client: ClientProxy) -> None:
+        """Take a client's scores before the first round; for masks of their own none cross."""
         try:
-            message = party.rate()
+            message = client.rate()
             if self.masks.crossing:
                 self.traffic.up += len(message)
-            scores = read_initial_scores(message, party.number, self.crossing)
+            scores = read_initial_scores(message, client.number, self.model.shape[0])
             if scores is not None:
-                self.masks.rate(party.number, scores)
+                self.masks.rate(client.number, scores)
         except WireError as error:
-            self.refused[party.number] = str(error)
+            self.rejected[client.number] = str(error)
 
-    def train(self, number: int, parties: Sequence[ClientProxy]) -> None:
-        """Clients train on the server's newest layers; then theirs are averaged."""
-        there = self.begun(number, parties)
-        sizes = {
-            p.number: batch_sizes(p.size, self.judge.terms.training, self.smallest) for p in there
-        }
-        tails = self.tail is not None
-        groups = [[p] for p in there] if self.form == "copies" else [there]
-        for group in groups:
-            if group:
-                server = self.servers[group[0].number if self.form == "copies" else ALL]
-                of_these = {p.number: sizes[p.number] for p in group}
-                self.refused |= side_by_side(
-                    group, number, of_these, server, self.traffic, tails=tails
-                )
-        if self.form == "copies":
-            self.average_copies([p for p in there if p.number not in self.refused])
-        self.strategy.aggregate(self.closed(number, there))
-
-    def begun(self, number: int, parties: Sequence[ClientProxy]) -> list[ClientProxy]:
-        """Those of the clients that could be sent the layers."""
-        opening, there = self.opening(number), []
-        for party in parties:
+    def send_layers(self, round: int, clients: Sequence[ClientProxy]) -> list[ClientProxy]:
+        """Start the round at the clients; returns those that could be reached."""
+        message, present = self.round_start(round), []
+        for client in clients:
             try:
-                mask = None if self.masks.crossing else self.masks.mask(party.number)
-                party.begin(number, opening, mask)
-                self.traffic.down += len(opening)
-                there.append(party)
+                mask = None if self.masks.crossing else self.masks.mask(client.number)
+                client.begin(round, message, mask)
+                self.traffic.down += len(message)
+                present.append(client)
             except Away as error:
-                self.refused[party.number] = str(error)
-        return there
+                self.rejected[client.number] = str(error)
+        return present
 
-    def opening(self, number: int) -> bytes:
+    def round_start(self, round: int) -> bytes:
         """What the server sends each client at the start of a round: layers, and a merged mask."""
-        broadcast = self.strategy.broadcast(number)
+        broadcast = self.strategy.broadcast(round)
         parts = {"model": broadcast.tensors, "extra": broadcast.extra}
         if self.masks.crossing and (mask := self.masks.mask(ALL)) is not None:
             parts["mask"] = {"kept": mask}
-        return message_of(parts, {"round": number})
+        return message_of(parts, {"round": round})
 
-    def closed(self, number: int, parties: Sequence[ClientProxy]) -> list[Update]:
-        """The layers of the clients whose round stands, at its end."""
+    def train(self, round: int, clients: Sequence[ClientProxy]) -> None:
+        """Clients train with the server's layers, or each with the server's copy for it."""
+        config, smallest = self.setup.config, self.model.smallest[0]
+        sizes = {
+            c.number: config.epoch_batches(c.size, smallest) * config.training.local_epochs
+            for c in clients
+        }
+        copies = self.setup.schedule == "copies"
+        for group in [[c] for c in clients] if copies else [clients]:
+            if group:
+                self.rejected |= train_together(
+                    group,
+                    round,
+                    {c.number: sizes[c.number] for c in group},
+                    self.servers[group[0].number if copies else ALL],
+                    self.traffic,
+                    tails=self.model.tail is not None,
+                )
+        if copies:
+            self.average_copies([c for c in clients if c.number not in self.rejected])
+
+    def collect_updates(self, round: int, clients: Sequence[ClientProxy]) -> list[Update]:
+        """The layers at the end of the round of the clients that were not rejected."""
         updates = []
-        for party in parties:
+        for client in clients:
             try:
-                update = self.update_of(number, party)
-                why = fault(update, self.strategy, number, [party.number])
+                update = self.update_of(round, client)
+                why = fault(update, self.strategy, round, [client.number])
             except WireError as error:
                 why = str(error)
             if why is not None:
-                self.refused.setdefault(party.number, why)
-            elif party.number not in self.refused:
+                self.rejected.setdefault(client.number, why)
+            elif client.number not in self.rejected:
                 updates.append(update)
         return updates
 
-    def update_of(self, number: int, party: ClientProxy) -> Update:
+    def update_of(self, round: int, client: ClientProxy) -> Update:
         """A client's layers at the end of its round; scores, losses and counts are noted."""
-        message, scores = party.end(number, self.masks.crossing)
+        message, scores = client.end(round, self.masks.crossing)
         self.traffic.up += len(message)
-        found = read_round_end(message, party.number, number, self.crossing)
+        found = read_round_end(message, client.number, round, self.model.shape[0])
         if found.scores is not None:
             scores = found.scores
-        if strange := sorted(set(found.counts) - set(self.counted())):
-            raise WireError(f"closing message: counts/{line(strange[0], 80)} was not to be sent")
+        counted = batch_counts(self.model.client_layers())
+        if strange := sorted(set(found.counts) - set(counted)):
+            raise WireError(f"round-end message: {quoted(f'counts/{strange[0]}')} is not expected")
         for name, value in found.counts.items():
             self.counts[name] = max(value, self.counts.get(name, 0))
         self.losses.append(found.loss)
-        if scores is not None and party.number not in self.refused:
-            self.masks.rate(party.number, scores)
-        return Update(
-            party.number, number, party.size, found.model, extra=found.extra, nbytes=len(message)
-        )
-
-    def counted(self) -> dict[str, Tensor]:
-        """Counts of batches in the global layers that clients hold, by name."""
-        return counts_in(client_layers(self.front, self.tail))
+        if scores is not None and client.number not in self.rejected:
+            self.masks.rate(client.number, scores)
+        number, size, nbytes = client.number, client.size, len(message)
+        return Update(number, round, size, found.model, extra=found.extra, nbytes=nbytes)
 
     @torch.no_grad()
-    def average_copies(self, parties: Sequence[ClientProxy]) -> None:
+    def average_copies(self, clients: Sequence[ClientProxy]) -> None:
         """Average the server's copies that trained, by examples; every client's starts from it.
 
         Optimisers, and BatchNorm's counts of batches, stay with the copies.
         """
-        averaged = exchanged(self.back)
-        strategy = FedAvg()
-        strategy.setup(averaged, MoELayout(()), len(parties))
+        back, strategy = exchanged(self.model.back), FedAvg()
+        strategy.setup(back, MoELayout(()), len(clients))
         strategy.aggregate(
-            Update(p.number, 0, p.size, exchanged(self.servers[p.number].back)) for p in parties
+            Update(c.number, 0, c.size, exchanged(self.servers[c.number].back)) for c in clients
         )
-        for layers in (self.back, *(server.back for server in self.servers.values())):
-            write(exchanged(layers), strategy.tensors)
+        for layers in (back, *(exchanged(server.back) for server in self.servers.values())):
+            for name, value in strategy.tensors.items():
+                layers[name].copy_(value)
 
+    @torch.no_grad()
     def commit(self, chosen: Sequence[int]) -> None:
-        """Write what was averaged into the global layers, which are the model's own."""
-        write(exchanged(client_layers(self.front, self.tail)), self.strategy.tensors)
-        for name, buffer in self.counted().items():
+        """Write what was averaged into the global layers, which are the network's own."""
+        layers = self.model.client_layers()
+        tensors = exchanged(layers)
+        for name, value in self.strategy.tensors.items():
+            tensors[name].copy_(value)
+        for name, buffer in batch_counts(layers).items():
             buffer.fill_(self.counts.get(name, int(buffer)))
-        if self.form == "copies":
-            held = [counts_in(self.servers[i].back) for i in chosen]
-            for name, buffer in counts_in(self.back).items():
+        if self.setup.schedule == "copies":
+            held = [batch_counts(self.servers[i].back) for i in chosen]
+            for name, buffer in batch_counts(self.model.back).items():
                 buffer.fill_(max(int(found[name]) for found in held))
 
-    def recorded(self, number: int, chosen: Sequence[int], began: float) -> SplitRecord:
-        """Evaluate, and sum the round up."""
-        sizes = self.label_counts.sum(1).tolist()
-        per_client = self.masks.choosers and not self.masks.merged
-        deployed = [i for i, size in enumerate(sizes) if size] if per_client else [ALL]
-        masks = {key: self.masks.mask(key) for key in deployed}
-        verdict = self.judge.judge(self.front, self.back, self.tail, masks)
-        accuracy, loss = verdict.mean(sizes)
-        kept = [self.crossing if (m := self.masks.mask(i)) is None else m.sum() for i in chosen]
-        merged = self.masks.merged_scores()
-        mask = self.masks.mask(ALL) if self.masks.merged else None
+    def evaluate(self, round: int, chosen: Sequence[int], began: float) -> SplitRecord:
+        """Evaluate the global network, and sum the round up."""
+        masks, crossing = self.masks, self.model.shape[0]
+        keys = self.eligible if masks.choosers and not masks.merged else [ALL]
+        found = self.evaluator.evaluate(self.model, {key: masks.mask(key) for key in keys})
+        accuracy, loss = found.mean(self.sizes)
+        kept = [crossing if (m := masks.mask(i)) is None else int(m.sum()) for i in chosen]
+        scores = masks.merged_scores()
+        mask = masks.mask(ALL) if masks.merged else None
         return SplitRecord(
-            round=number,
+            round=round,
             accuracy=accuracy,
             loss=loss,
             train_loss=self.train_loss(),
@@ -232,17 +242,17 @@ class SplitLoop:
             bytes_down=self.traffic.down,
             seconds=time.perf_counter() - began,
             clients=list(chosen),
-            refused=self.refused,
+            refused=self.rejected,
             accuracy_by_client=[
-                verdict.of(i).weighted_accuracy(held) if held.sum() else None
+                found.of(i).weighted_accuracy(held) if held.sum() else None
                 for i, held in enumerate(self.label_counts)
             ],
             report=self.strategy.report(),
-            accuracy_full=verdict.full.accuracy,
-            kept=float(sum(kept)) / len(kept),
-            channels=self.channels,
+            accuracy_full=found.full.accuracy,
+            kept=sum(kept) / len(kept),
+            channels=self.model.channels,
             mask=None if mask is None else mask.tolist(),
-            scores=None if merged is None else merged.tolist(),
+            scores=None if scores is None else scores.tolist(),
         )
 
     def train_loss(self) -> float:
@@ -253,10 +263,3 @@ class SplitLoop:
             server.losses = []
         total = sum(examples for examples, _ in losses)
         return sum(summed for _, summed in losses) / total if total else float("nan")
-
-
-@torch.no_grad()
-def write(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy values into the tensors of the same names."""
-    for name, value in values.items():
-        tensors[name].copy_(value)

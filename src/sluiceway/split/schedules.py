@@ -1,4 +1,4 @@
-"""The forms of split training: in which order batches of clients meet which server layers."""
+"""The schedules of split training: in which order batches of clients meet which server layers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from sluiceway.core.signals import check_stop
 from sluiceway.split.client_proxy import Away, ClientProxy
-from sluiceway.split.header import BatchId
-from sluiceway.split.packing import Smashed
+from sluiceway.split.packing import BatchId, Smashed
 from sluiceway.split.server import SplitServer
 
 #: "sequential": clients take turns on one front and one back. "parallel": every client has a
-#: front, all share one back, which steps on their batches together (SFL-V2). "copies": every
-#: client has a front and a back of its own on the server, averaged like the fronts (SFL-V1).
-#: "u": parallel, with the last layers and the loss on the client, so that labels never leave.
+#: front, all share one back, which steps on their batches together. "copies": every client has a
+#: front and a back of its own on the server, averaged like the fronts. "u": parallel, with the last
+#: layers and the loss on the client, so that labels never leave.
 SCHEDULES = ("sequential", "parallel", "copies", "u")
 
 #: The names that SplitFed gave them (arXiv 2004.12088).
@@ -30,9 +29,9 @@ class Traffic:
     down: int = 0
 
 
-def side_by_side(
-    parties: Sequence[ClientProxy],
-    number: int,
+def train_together(
+    clients: Sequence[ClientProxy],
+    round: int,
     sizes: Mapping[int, Sequence[int]],
     server: SplitServer,
     traffic: Traffic,
@@ -45,72 +44,64 @@ def side_by_side(
     round.
 
     Args:
-        number: of the round.
         sizes: of each client's batches, by its number.
         tails: clients hold the last layers, and the labels stay there.
 
     Returns:
         By the number of such a client, why.
     """
-    out: dict[int, str] = {}
+    rejected: dict[int, str] = {}
     done = dict.fromkeys(sizes, 0)
-    asking = TailExchange(parties, traffic, tails)
-    for chosen in spread([len(sizes[party.number]) for party in parties]):
+    by_number = {client.number: client for client in clients}
+
+    def tail(batch_id: BatchId, message: bytes) -> bytes:
+        answer = by_number[batch_id.client].finish(batch_id, message)
+        traffic.down += len(message)
+        traffic.up += len(answer)
+        return answer
+
+    @contextlib.contextmanager
+    def rejecting(batch_id: BatchId, errors: type[ValueError] = Away) -> Iterator[None]:
+        try:
+            yield
+        except errors as error:
+            rejected[batch_id.client] = f"{error} (batch {batch_id.batch})"
+
+    for chosen in spread([len(sizes[client.number]) for client in clients]):
         check_stop()
-        taking_part = [parties[i] for i in chosen if parties[i].number not in out]
-        names = {p.number: BatchId(p.number, number, done[p.number]) for p in taking_part}
-        enough = sum(sizes[c][name.batch] for c, name in names.items()) >= server.smallest
-        done |= {client: name.batch + 1 for client, name in names.items()}
-        for party in taking_part:
-            with noting(out, names[party.number]):
-                party.ask(names[party.number], enough)
+        present = [clients[i] for i in chosen if clients[i].number not in rejected]
+        batch_ids = {c.number: BatchId(c.number, round, done[c.number]) for c in present}
+        examples = sum(sizes[number][one.batch] for number, one in batch_ids.items())
+        done |= {number: one.batch + 1 for number, one in batch_ids.items()}
+        # 1. Ask for the batches, so that all clients work at the same time.
+        enough = examples >= server.smallest
+        for client in present:
+            with rejecting(batch_ids[client.number]):
+                client.ask(batch_ids[client.number], enough)
         if not enough:
             continue
-        opened = incoming([p for p in taking_part if p.number not in out], names, server, asking)
-        out |= {client: found for client, found in opened.items() if isinstance(found, str)}
-        ready = {c: found for c, found in opened.items() if not isinstance(found, str)}
-        if sum(len(smashed.values) for smashed in ready.values()) < server.smallest:
+        # 2. Take the smashed data.
+        opened: dict[int, Smashed] = {}
+        for client in present:
+            if client.number not in rejected:
+                with rejecting(batch_ids[client.number], ValueError):
+                    message = client.sent(batch_ids[client.number])
+                    traffic.up += len(message)
+                    opened[client.number] = server.open(message, labels=not tails)
+        if sum(len(smashed.values) for smashed in opened.values()) < server.smallest:
             continue
+        # 3. Step on the server; in a U-shape by way of the clients' tails.
         if tails:
-            replies, refused = server.step_u(list(ready.values()), asking)
-            out |= refused
+            replies, refused = server.step_u(list(opened.values()), tail)
+            rejected |= refused
         else:
-            replies = server.step(list(ready.values()))
-        traffic.down += sum(map(len, replies))
-        answers = dict(zip(ready, replies, strict=True))
-        for party in taking_part:
-            if party.number in answers:
-                with noting(out, names[party.number]):
-                    party.receive(names[party.number], answers[party.number])
-    return out
-
-
-@contextlib.contextmanager
-def noting(out: dict[int, str], name: BatchId) -> Iterator[None]:
-    """Note why, if the client is away that has something to do with this batch."""
-    try:
-        yield
-    except Away as error:
-        out[name.client] = f"{error} (batch {name.batch})"
-
-
-def incoming(
-    parties: Sequence[ClientProxy],
-    names: Mapping[int, BatchId],
-    server: SplitServer,
-    asking: TailExchange,
-) -> dict[int, Smashed | str]:
-    """What each client sent, or why it cannot be trained on."""
-    found: dict[int, Smashed | str] = {}
-    for party in parties:
-        name = names[party.number]
-        try:
-            message = party.sent(name)
-            asking.traffic.up += len(message)
-            found[party.number] = server.open(message, labels=not asking.tails)
-        except ValueError as error:
-            found[party.number] = f"{error} (batch {name.batch})"
-    return found
+            replies = server.step(list(opened.values()))
+        # 4. Return the gradients, on which the clients step.
+        for number, reply in zip(opened, replies, strict=True):
+            traffic.down += len(reply)
+            with rejecting(batch_ids[number]):
+                by_number[number].receive(batch_ids[number], reply)
+    return rejected
 
 
 def spread(counts: Sequence[int]) -> Iterator[list[int]]:
@@ -129,18 +120,3 @@ def spread(counts: Sequence[int]) -> Iterator[list[int]]:
             for i, count in enumerate(counts)
             if (step + 1) * count // steps > step * count // steps
         ]
-
-
-class TailExchange:
-    """Carries what the server made of a batch to its client's tail, and the gradient back."""
-
-    def __init__(self, parties: Sequence[ClientProxy], traffic: Traffic, tails: bool) -> None:
-        self.parties = {party.number: party for party in parties}
-        self.traffic = traffic
-        self.tails = tails
-
-    def __call__(self, name: BatchId, message: bytes) -> bytes:
-        answer = self.parties[name.client].finish(name, message)
-        self.traffic.down += len(message)
-        self.traffic.up += len(answer)
-        return answer

@@ -1,42 +1,49 @@
 """Which values of smashed data cross: whole channels, or single elements of every example.
 
-Both kinds take what is kept out of a dense tensor, put it back with zeros elsewhere, and write
-themselves into bytes. Bits and indices are little-endian, the first channel or element lowest.
+Both kinds take what is kept out of a dense tensor, and put it back with zeros elsewhere. On the
+wire they are rows of kept indices: one row of the C channels, or for each of B examples a row of
+its D = C x H x W elements. Bits and indices are little-endian, the lowest index first.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sluiceway.split.errors import WireError
+from sluiceway.core.messages import WireError
 
-#: How places are written: not at all (everything is kept, or the other side knows), a bit for every
-#: channel or element, or the sorted indices of each example.
+#: How a selection is encoded: not at all (everything is kept, or the other side knows), as a bit
+#: for every channel or element, or as sorted indices.
 NOTHING, BITS, INDEX16, INDEX32 = range(4)
 
 _INDEX: Final = {INDEX16: "<u2", INDEX32: "<u4"}
 
 
 class Selection(Protocol):
-    """What is kept of smashed data [B, C, ...]: the common face of both kinds."""
+    """What is kept of smashed data [B, C, ...]."""
+
+    #: Single elements rather than channels.
+    elements: ClassVar[bool]
 
     @property
     def count(self) -> int:
         """Kept channels, or kept elements of one example."""
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether data of this shape has these places."""
+        """Whether data of this shape can be selected from."""
 
     def take(self, A: Tensor) -> Tensor:
         """The kept values, [N, G, S] float32, contiguous, detached; see `quantise`."""
 
     def spread(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A dense tensor of `shape`: the values [N, G, S] in their places, zero elsewhere."""
+        """The inverse: a dense tensor of `shape` with the values [N, G, S], zero elsewhere."""
+
+    def rows(self) -> np.ndarray:
+        """Kept indices, [1, kept] of channels or [B, kept] of elements, each row increasing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +57,13 @@ class KeptChannels:
         ValueError: the mask has another shape or type, or keeps nothing.
     """
 
+    elements: ClassVar[bool] = False
     mask: Tensor
 
     def __post_init__(self) -> None:
         if self.mask.dim() != 1 or self.mask.dtype != torch.bool or not bool(self.mask.any()):
             raise ValueError("mask: expected shape [C], bool, with at least one channel kept")
-        # A copy: places are remembered until the gradient returns, whatever becomes of the mask.
+        # A copy: it is needed until the gradient returns, whatever becomes of the caller's mask.
         object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
 
     @cached_property
@@ -88,6 +96,9 @@ class KeptChannels:
         padded = torch.cat([values, values.new_zeros(len(values), 1, values.shape[2])], 1)
         return padded.index_select(1, self._source.to(values.device)).view(shape)
 
+    def rows(self) -> np.ndarray:
+        return self._index.numpy()[None]
+
 
 @dataclass(frozen=True, eq=False)
 class KeptElements:
@@ -101,6 +112,7 @@ class KeptElements:
         ValueError: the indices have another shape or type, are negative or not increasing.
     """
 
+    elements: ClassVar[bool] = True
     indices: Tensor
 
     def __post_init__(self) -> None:
@@ -126,74 +138,70 @@ class KeptElements:
         dense = values.new_zeros(shape[0], prod(shape[1:]))
         return dense.scatter_(1, self.indices.to(values.device), values[0]).view(shape)
 
+    def rows(self) -> np.ndarray:
+        return self.indices.numpy()
 
-def writing(shape: tuple[int, ...], kept: int, elements: bool) -> int:
-    """How places are written most cheaply: NOTHING, BITS, INDEX16 or INDEX32.
+
+def grid(shape: tuple[int, ...], elements: bool) -> tuple[int, int]:
+    """How many rows of how many indices data of this shape has: [1, C] or [B, D]."""
+    return (shape[0], prod(shape[1:])) if elements else (1, shape[1])
+
+
+def encoded_bytes(shape: tuple[int, ...], kept: int, elements: bool, code: int) -> int:
+    """Bytes of a selection that is encoded as `code` says."""
+    rows, size = grid(shape, elements)
+    return rows * {NOTHING: 0, BITS: (size + 7) // 8, INDEX16: 2 * kept, INDEX32: 4 * kept}[code]
+
+
+def cheapest(shape: tuple[int, ...], kept: int, elements: bool) -> int:
+    """The encoding of fewest bytes: NOTHING, BITS, INDEX16 or INDEX32.
 
     Args:
         shape: [B, C, ...].
         kept: channels, or elements of one example.
         elements: single elements rather than channels.
     """
-    size = prod(shape[1:]) if elements else shape[1]
+    _, size = grid(shape, elements)
     if kept == size:
         return NOTHING
-    if not elements:
-        return BITS
     index = INDEX16 if size <= 1 << 16 else INDEX32
-    return min(BITS, index, key=lambda code: places_bytes(shape, kept, elements, code))
+    codes = (BITS, index) if elements else (BITS,)
+    return min(codes, key=lambda code: encoded_bytes(shape, kept, elements, code))
 
 
-def places_bytes(shape: tuple[int, ...], kept: int, elements: bool, code: int) -> int:
-    """Bytes of the places, written as `code` says."""
-    if code == NOTHING:
-        return 0
-    rows, size = (shape[0], prod(shape[1:])) if elements else (1, shape[1])
-    per_row = {BITS: (size + 7) // 8, INDEX16: 2 * kept, INDEX32: 4 * kept}
-    return rows * per_row[code]
-
-
-def to_bytes(places: Selection, shape: tuple[int, ...], code: int) -> bytes:
-    """The places of data of this shape, written as `code` says."""
+def to_bytes(selection: Selection, shape: tuple[int, ...], code: int) -> bytes:
+    """The selection from data of this shape, encoded as `code` says."""
     if code == NOTHING:
         return b""
-    if isinstance(places, KeptChannels):
-        return np.packbits(places.mask.numpy(), bitorder="little").tobytes()
-    assert isinstance(places, KeptElements)
+    rows = selection.rows()
     if code != BITS:
-        return places.indices.numpy().astype(_INDEX[code]).tobytes()
-    member = torch.zeros(shape[0], prod(shape[1:]), dtype=torch.bool)
-    member.scatter_(1, places.indices, True)
-    return np.packbits(member.numpy(), axis=1, bitorder="little").tobytes()
+        return rows.astype(_INDEX[code]).tobytes()
+    member = np.zeros(grid(shape, selection.elements), dtype=bool)
+    np.put_along_axis(member, rows, True, axis=1)
+    return np.packbits(member, axis=1, bitorder="little").tobytes()
 
 
-def channels_from(data: memoryview, channels: int, kept: int, code: int) -> KeptChannels:
-    """The channels that `to_bytes` wrote.
-
-    Raises:
-        WireError: not `kept` of `channels` channels.
-    """
-    if code == NOTHING:
-        return KeptChannels(torch.ones(channels, dtype=torch.bool))
-    return KeptChannels(torch.from_numpy(_bits(data, 1, channels, kept)[0].astype(bool)))
-
-
-def elements_from(data: memoryview, shape: tuple[int, ...], kept: int, code: int) -> KeptElements:
-    """The elements that `to_bytes` wrote.
+def from_bytes(
+    data: memoryview, shape: tuple[int, ...], kept: int, elements: bool, code: int
+) -> KeptChannels | KeptElements:
+    """The selection that `to_bytes` wrote.
 
     Raises:
-        WireError: not `kept` elements of every example, or not in order.
+        WireError: not `kept` channels, or elements of every example, or not in order.
     """
-    rows, size = shape[0], prod(shape[1:])
+    rows, size = grid(shape, elements)
     if code == NOTHING:
-        return KeptElements(torch.arange(size).repeat(rows, 1))
-    if code == BITS:
+        found = np.tile(np.arange(size), (rows, 1))
+    elif code == BITS:
         found = np.nonzero(_bits(data, rows, size, kept))[1].reshape(rows, kept)
     else:
         found = np.frombuffer(data, dtype=_INDEX[code]).reshape(rows, kept).astype(np.int64)
         if int(found[:, -1].max()) >= size or bool((np.diff(found, axis=1) <= 0).any()):
             raise WireError(f"indices: expected each row strictly increasing and below {size}")
-    return KeptElements(torch.from_numpy(found))
+    indices = torch.from_numpy(found)
+    if elements:
+        return KeptElements(indices)
+    return KeptChannels(torch.zeros(size, dtype=torch.bool).index_fill_(0, indices[0], True))
 
 
 def _bits(data: memoryview, rows: int, size: int, kept: int) -> np.ndarray:

@@ -1,257 +1,204 @@
-"""Setting up a split run: the network is cut, and both sides get what they hold."""
+"""Setting up a split run: the network is cut, and both sides make what they must agree on."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
-from sluiceway.core.evaluation import label_counts
 from sluiceway.core.messages import message_of
 from sluiceway.core.parameters import exchanged
-from sluiceway.core.round_loop import Rounds
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
 from sluiceway.moe import MoELayout
 from sluiceway.split.client import SplitClient
-from sluiceway.split.client_proxy import ClientProxy, LocalClient
 from sluiceway.split.compress import Compressor
-from sluiceway.split.config import SplitConfig, client_layers, counts_in
+from sluiceway.split.config import SplitConfig, SplitModel, batch_counts
 from sluiceway.split.cut import cut
-from sluiceway.split.evaluation import Evaluator
-from sluiceway.split.mask_selector import ALL, MaskSelector
+from sluiceway.split.mask_selector import ALL
 from sluiceway.split.methods import ChannelChoice
-from sluiceway.split.rounds import SplitLoop
+from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
 from sluiceway.split.scorers import ChannelScorer
 from sluiceway.split.server import SplitServer
-from sluiceway.strategies import Strategy
+from sluiceway.strategies import FedAvg, Strategy
 
 
-class SplitModel(NamedTuple):
-    """A cut network, as the method trains it.
+@dataclass
+class SplitSettings:
+    """The settings of a split run; see `split_train`.
 
-    Attributes:
-        front, back, tail: its parts; tail None but in a U-shape.
-        channels: C at the cut, before the method changed the parts.
-        shape: of what crosses, without the batch.
-        tail_shape: of what the server hands to the tail, without the batch; () without one.
-        smallest: (client's, server's) smallest batch that its layers can train on.
+    Raises:
+        ValueError: a schedule that is not known, or settings that exclude each other.
     """
 
-    front: nn.Sequential
-    back: nn.Sequential
-    tail: nn.Sequential | None
-    channels: int
-    shape: tuple[int, ...]
-    tail_shape: tuple[int, ...]
-    smallest: tuple[int, int]
-
-
-class SharedSetup(NamedTuple):
-    """What both sides of a run make alike, each for itself.
-
-    Attributes:
-        halves: the cut network.
-        terms: what both sides know.
-        strategy: averages what clients hold; set up.
-        choice: the method, or None for one that chooses no channels.
-        seed: of the whole run.
-    """
-
-    halves: SplitModel
-    terms: SplitConfig
-    strategy: Strategy
-    choice: ChannelChoice | None
+    cut_at: str
+    method: Compressor
+    schedule: str
+    tail_at: str | None
+    client_aggregation: Strategy
+    training: Optimisation
+    loss: Loss
+    device: torch.device
     seed: int
 
-    def meter(self, number: int) -> ChannelScorer | None:
-        """A client's meter; None for a method that rates no channels."""
-        if self.choice is None:
-            return None
-        own = self.choice.masks == "client"
-        seed = derive_seed(self.seed, number) if own else self.seed
-        return self.choice.meter(self.halves.shape[0], self.terms.classes, seed)
+    def __post_init__(self) -> None:
+        self.schedule = SCHEDULE_ALIASES.get(self.schedule, self.schedule)
+        if self.schedule not in SCHEDULES:
+            allowed = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule {self.schedule!r} is not known; allowed: {allowed}")
+        if (self.schedule == "u") != (self.tail_at is not None):
+            raise ValueError(
+                "a U-shape, and it alone, needs a second cut: schedule = 'u' with tail_at"
+            )
+        if self.schedule == "sequential" and type(self.client_aggregation) is not FedAvg:
+            raise ValueError(
+                "sequential training hands one front on and averages none: "
+                "client_aggregation = fedavg"
+            )
 
-    def side(self, number: int, examples: Examples, meter: ChannelScorer | None) -> SplitClient:
-        """A client with its layers."""
-        h = self.halves
-        return SplitClient(number, examples, h.front, h.tail, self.terms, meter, h.smallest[0])
 
-
-def ground(
-    model: nn.Module,
-    cut_at: str,
-    tail_at: str | None,
-    example: Batch,
-    classes: int,
-    clients: int,
-    method: Compressor,
-    *,
-    strategy: Strategy,
-    seed: int,
-    training: Optimisation,
-    loss: Loss,
-    device: torch.device,
-) -> SharedSetup:
-    """Cut the model and settle what both sides know.
+class SharedSetup:
+    """What both sides of a run make alike, each for itself.
 
     Args:
+        network: what is trained; its layers are used, not copied.
+        settings: of the run.
         example: a batch of one, of any client or of the test set.
         classes: labels are below it.
         clients: how many there are.
-        method: the run's own.
+
+    Attributes:
+        model: the cut network.
+        config: what both sides know.
+        strategy: averages what clients hold; set up.
+        choice: the method, or None for one that chooses no channels.
+        schedule: one of `SCHEDULES`.
+        seed: of the whole run.
+
+    Raises:
+        ValueError: a cut that is not there, what crosses is not float32, or no batch is large
+            enough for the layers.
     """
-    halves = halve(model.to(device), cut_at, tail_at, example, method)
-    require_trainable(halves, training)
-    terms = SplitConfig(training, method, rounding_of(method), loss, halves.shape, classes, device)
-    strategy.setup(exchanged_by_clients(halves), MoELayout(()), clients)
-    choice = method if isinstance(method, ChannelChoice) else None
-    return SharedSetup(halves, terms, strategy, choice, seed)
 
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: SplitSettings,
+        example: Batch,
+        classes: int,
+        clients: int,
+    ) -> None:
+        training, strategy = settings.training, settings.client_aggregation
+        # A copy for this run: error feedback remembers what a method did before.
+        method = replace(settings.method)
+        network = network.to(settings.device)
+        model = cut_model(network, settings.cut_at, settings.tail_at, example, method)
+        if training.batch_size < max(model.smallest):
+            raise ValueError(
+                f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
+                f"{max(model.smallest)} examples"
+            )
+        # At the second cut of a U-shape values are rounded alike, and all of them cross.
+        rounding = Compressor(
+            quantize=method.quantize,
+            quantize_gradient=method.quantize_gradient,
+            affine=method.affine,
+            error_feedback=method.error_feedback,
+            limit=method.limit,
+        )
+        self.model, self.schedule, self.seed = model, settings.schedule, settings.seed
+        self.config = SplitConfig(
+            training, method, rounding, settings.loss, model.shape, classes, settings.device
+        )
+        self.strategy, self.clients = strategy, clients
+        strategy.setup(self.exchanged(), MoELayout(()), clients)
+        self.choice = method if isinstance(method, ChannelChoice) else None
 
-def build(
-    made: SharedSetup,
-    plan: Rounds,
-    form: str,
-    test: Examples,
-    counts: Tensor,
-    parties: Sequence[ClientProxy],
-    meters: Sequence[ChannelScorer | None],
-) -> SplitLoop:
-    """The server's side of a run.
+    def exchanged(self) -> dict[str, Tensor]:
+        """The values of what clients train, on the CPU."""
+        tensors = exchanged(self.model.client_layers())
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
-    Args:
-        made: what both sides make alike.
-        plan: how many rounds there are, and who takes part.
-        form: one of `SCHEDULES`.
-        test: the global test set.
-        counts: who holds what, [clients, classes].
-        parties: the clients.
-        meters: of each client, for methods that need not see anything to rate channels.
-    """
-    halves, terms = made.halves, made.terms
-    sizes = counts.sum(1).tolist()
-    taking_part = sorted(sizes, reverse=True)[: len(plan.chosen(1, eligible(counts)))]
-    per_client = layer_bytes(made.strategy, halves)
-    cost = round_bytes(terms, halves.tail_shape, taking_part, per_client)
-    masks = MaskSelector(made.choice, halves.shape[0], sizes, cost, plan.seed)
-    for number, meter in enumerate(meters):
-        if meter is not None and (scores := meter.scores()) is not None:
-            masks.rate(number, scores)
-    return SplitLoop(
-        front=halves.front,
-        back=halves.back,
-        tail=halves.tail,
-        parties=parties,
-        servers=server_sides(halves, terms, form, len(parties)),
-        masks=masks,
-        strategy=made.strategy,
-        form=form,
-        judge=Evaluator(test, terms),
-        label_counts=counts,
-        channels=halves.channels,
-        crossing=halves.shape[0],
-        smallest=halves.smallest[0],
-    )
+    def scorer(self, client: int) -> ChannelScorer | None:
+        """A client's scorer; None for a method that chooses no channels."""
+        if self.choice is None:
+            return None
+        own = self.choice.masks == "client"
+        seed = derive_seed(self.seed, client) if own else self.seed
+        return self.choice.scorer(self.model.shape[0], self.config.classes, seed)
 
-
-def here(
-    model: nn.Module,
-    cut_at: str,
-    tail_at: str | None,
-    sets: Sequence[Examples],
-    test: Examples,
-    method: Compressor,
-    *,
-    form: str,
-    strategy: Strategy,
-    plan: Rounds,
-    training: Optimisation,
-    loss: Loss,
-    device: torch.device,
-) -> SplitLoop:
-    """A run whose clients are all in this process; see `split_train`."""
-    counts = label_counts(sets)
-    if not counts.shape[1]:
-        raise ValueError("no client holds any example")
-    made = ground(
-        model,
-        cut_at,
-        tail_at,
-        example_of(sets, device),
-        counts.shape[1],
-        len(sets),
-        method,
-        strategy=strategy,
-        seed=plan.seed,
-        training=training,
-        loss=loss,
-        device=device,
-    )
-    meters = [made.meter(number) for number in range(len(sets))]
-    parties = [
-        LocalClient(made.side(i, examples, meter), strategy, plan.seed)
-        for i, (examples, meter) in enumerate(zip(sets, meters, strict=True))
-    ]
-    return build(made, plan, form, test, counts, parties, meters)
-
-
-def require_trainable(halves: SplitModel, training: Optimisation) -> None:
-    """Raise ValueError if the layers can train on no batch at all."""
-    if training.batch_size < max(halves.smallest):
-        raise ValueError(
-            f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
-            f"{max(halves.smallest)} examples"
+    def client(self, client: int, examples: Examples) -> SplitClient:
+        """A client with its layers."""
+        scorer = self.scorer(client)
+        return SplitClient(
+            client, examples, self.model, self.config, self.strategy, scorer, self.seed
         )
 
+    def servers(self) -> dict[int, SplitServer]:
+        """The server's side: one for `ALL`, or a copy for each client."""
+        back, config, smallest = self.model.back, self.config, self.model.smallest[1]
+        if self.schedule != "copies":
+            return {ALL: SplitServer(back, config, smallest)}
+        copies = (copy.deepcopy(back) for _ in range(self.clients))
+        return {i: SplitServer(own, config, smallest) for i, own in enumerate(copies)}
 
-def rounding_of(method: Compressor) -> Compressor:
-    """What a method does to values that all cross."""
-    return Compressor(
-        quantize=method.quantize,
-        quantize_gradient=method.quantize_gradient,
-        affine=method.affine,
-        error_feedback=method.error_feedback,
-        limit=method.limit,
-    )
+    def round_bytes(self, sizes: Sequence[int]) -> Callable[[int], int]:
+        """From a number of kept channels to the bytes of a round, both directions, at most.
+
+        Args:
+            sizes: examples of the clients that take part.
+        """
+        config, tail_shape = self.config, self.model.tail_shape
+        epochs = config.training.local_epochs
+        batches = Counter(n for size in sizes for n in config.epoch_batches(size))
+        label_bytes = 0 if tail_shape else 1 if config.classes <= 256 else 2
+        # At the start and end of a round: layers, what the strategy sends with them (clients as
+        # much as the server), a mask, float32 scores (in the first round twice), names and facts.
+        broadcast = self.strategy.broadcast(1)
+        layers = message_of({"model": broadcast.tensors, "extra": broadcast.extra}, {})
+        counts = len(batch_counts(self.model.client_layers()))
+        per_client = 2 * len(layers) + 9 * self.model.shape[0] + 512 + 256 * counts
+
+        def nbytes(kept: int) -> int:
+            total = per_client * len(sizes)
+            for size, count in batches.items():
+                shape = (size, *config.shape)
+                one = config.link.bytes_up(shape, kept, label_bytes)
+                one += config.link.bytes_down(shape, kept)
+                if tail_shape:
+                    shape = (size, *tail_shape)
+                    one += config.tail_link.bytes_up(shape) + config.tail_link.bytes_down(shape)
+                total += epochs * count * one
+            return total
+
+        return nbytes
 
 
-def eligible(counts: Tensor) -> list[int]:
-    """The clients that hold examples."""
-    found: list[int] = counts.sum(1).nonzero().flatten().tolist()
-    return found
-
-
-def example_of(sets: Sequence[Examples], device: torch.device) -> Batch:
-    """A batch of one example of the first client that has any."""
-    return Batch.of(next(s for s in sets if len(s)), torch.tensor([0]), device)
-
-
-def halve(
-    model: nn.Module, cut_at: str, tail_at: str | None, example: Batch, method: Compressor
+def cut_model(
+    network: nn.Module, cut_at: str, tail_at: str | None, example: Batch, method: Compressor
 ) -> SplitModel:
     """Cut the network once or twice, and try its parts on an example.
 
     Raises:
-        ValueError: a cut that is not there, or what crosses is no float32.
+        ValueError: a cut that is not there, or what crosses is not float32.
     """
-    front, back = cut(model, cut_at)
+    front, back = cut(network, cut_at)
     tail = None
     if tail_at is not None:
         back, tail = cut(back, tail_at)
-    smashed = tried(front, example)
+    smashed = output_of(front, example)
     if smashed.dtype != torch.float32:
         raise ValueError(f"the network gives {smashed.dtype} at the cut; expected torch.float32")
     channels = smashed.shape[1]
     front, back = method.attach(front, back, channels, smashed.dim())
-    values = tried(front, example)
-    behind = Batch(values, example.labels)
-    onward = tried(back, behind)
+    values = output_of(front, example)
+    at_cut = Batch(values, example.labels)
+    onward = output_of(back, at_cut)
     at_client = smallest_batch(front, example)
     if tail is not None:
         at_client = max(at_client, smallest_batch(tail, Batch(onward, example.labels)))
@@ -262,12 +209,12 @@ def halve(
         channels,
         tuple(values.shape[1:]),
         () if tail is None else tuple(onward.shape[1:]),
-        (at_client, smallest_batch(back, behind)),
+        (at_client, smallest_batch(back, at_cut)),
     )
 
 
 @torch.no_grad()
-def tried(layers: nn.Module, example: Batch) -> Tensor:
+def output_of(layers: nn.Module, example: Batch) -> Tensor:
     """What the layers give in evaluation mode; they are left as they are."""
     return example.run(copy.deepcopy(layers).eval()).clone()
 
@@ -283,66 +230,3 @@ def smallest_batch(layers: nn.Module, example: Batch) -> int:
             return 2
         raise
     return 1
-
-
-def exchanged_by_clients(halves: SplitModel) -> dict[str, Tensor]:
-    """The initial values of what clients train, on the CPU."""
-    layers = client_layers(halves.front, halves.tail)
-    return {name: tensor.detach().cpu() for name, tensor in exchanged(layers).items()}
-
-
-def server_sides(
-    halves: SplitModel, terms: SplitConfig, form: str, clients: int
-) -> dict[int, SplitServer]:
-    """The server's side: one for `ALL`, or a copy for each client."""
-    smallest = halves.smallest[1]
-    if form != "copies":
-        return {ALL: SplitServer(halves.back, terms, smallest)}
-    return {i: SplitServer(copy.deepcopy(halves.back), terms, smallest) for i in range(clients)}
-
-
-def layer_bytes(strategy: Strategy, halves: SplitModel) -> int:
-    """Bytes per client and round of the messages that open and close it, at most.
-
-    What a strategy's clients send beside the layers is taken to be as long as what it sends them.
-    """
-    broadcast = strategy.broadcast(1)
-    opening = message_of({"model": broadcast.tensors, "extra": broadcast.extra}, {})
-    counted = len(counts_in(client_layers(halves.front, halves.tail)))
-    # Mask and float32 scores, in the first round twice, their names, and facts of this length.
-    return 2 * len(opening) + 9 * halves.shape[0] + 512 + 256 * counted
-
-
-def round_bytes(
-    terms: SplitConfig, tail_shape: tuple[int, ...], sizes: Sequence[int], per_client: int
-) -> Callable[[int], int]:
-    """From a number of kept channels to the bytes of a round, both directions, at most.
-
-    Args:
-        terms: what both sides know.
-        tail_shape: see `SplitModel`.
-        sizes: examples of the clients that take part.
-        per_client: bytes of the messages that open and close a client's round.
-    """
-    epochs, most = terms.training.local_epochs, terms.training.batch_size
-    batches: Counter[int] = Counter()
-    for size in sizes:
-        whole, rest = divmod(size, most)
-        batches[most] += epochs * whole
-        batches[rest] += epochs
-    del batches[0]
-    label_bytes = 0 if tail_shape else 1 if terms.classes <= 256 else 2
-
-    def nbytes(kept: int) -> int:
-        total = per_client * len(sizes)
-        for size, count in batches.items():
-            shape = (size, *terms.shape)
-            total += count * terms.link.bytes_up(shape, kept, label_bytes)
-            total += count * terms.link.bytes_down(shape, kept)
-            if tail_shape:
-                shape = (size, *tail_shape)
-                total += count * terms.tail_link.bytes_up(shape)
-                total += count * terms.tail_link.bytes_down(shape)
-        return total
-
-    return nbytes

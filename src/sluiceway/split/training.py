@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sluiceway.core.batches import Examples, Loss
+from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, Snapshot
+from sluiceway.core.evaluation import label_counts
 from sluiceway.core.guards import Diverged, TooFewUpdates, finite
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.round_loop import Result, Rounds
@@ -21,8 +21,7 @@ from sluiceway.core.signals import check_stop
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import SplitLoop, SplitRecord
-from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
-from sluiceway.split.setup import eligible, here
+from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.split.state import restore, state_of
 from sluiceway.strategies import FedAvg, Strategy
 
@@ -92,81 +91,80 @@ def split_train(
         TooFewUpdates: see `min_clients`. Diverged: the server's layers are not finite any more.
         CheckpointError, StorageError: see `Checkpoint`.
     """
-    schedule = form or schedule
-    schedule = SCHEDULE_ALIASES.get(schedule, schedule)
-    client_aggregation = fronts or client_aggregation
-    chosen_device = torch.device(device)
     plan = Rounds(
         rounds=rounds, participation=participation, seed=seed, min_clients=min_clients, repeats=0
     )
-    check(schedule, tail_at, client_aggregation)
-    # The run's own: error feedback remembers what a method did before.
-    own = replace(made(method))
-    with torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []):
-        built = here(
-            model,
-            cut_at,
-            tail_at,
-            clients,
-            test,
-            own,
-            form=schedule,
-            strategy=client_aggregation or FedAvg(),
-            plan=plan,
-            training=training or Optimisation(batch_size=64),
-            loss=loss,
-            device=chosen_device,
-        )
-        return run(built, plan, on_start, on_round, checkpoint)
+    settings = SplitSettings(
+        cut_at=cut_at,
+        method=named_method(method),
+        schedule=form or schedule,
+        tail_at=tail_at,
+        client_aggregation=fronts or client_aggregation or FedAvg(),
+        training=training or Optimisation(batch_size=64),
+        loss=loss,
+        device=torch.device(device),
+        seed=seed,
+    )
+    counts = label_counts(clients)
+    if not counts.shape[1]:
+        raise ValueError("no client holds any example")
+    with torch.random.fork_rng([settings.device] if settings.device.type == "cuda" else []):
+        first = next(examples for examples in clients if len(examples))
+        example = Batch.of(first, torch.tensor([0]), settings.device)
+        setup = SharedSetup(model, settings, example, counts.shape[1], len(clients))
+        here = [setup.client(number, examples) for number, examples in enumerate(clients)]
+        loop = SplitLoop(setup, plan, test, counts, here)
+        return run_rounds(loop, plan, on_start, on_round, checkpoint)
 
 
-def run(
-    built: SplitLoop,
+def run_rounds(
+    loop: SplitLoop,
     plan: Rounds,
     on_start: Callable[[], None],
     on_round: Callable[[SplitRecord], None],
     checkpoint: Checkpoint | None,
 ) -> Result:
-    """Play the rounds that are left."""
-    with_examples = eligible(built.label_counts)
-    plan.check(with_examples)
+    """Run the rounds that are left."""
+    plan.check(loop.eligible)
     result = Result(
-        empty=[p.number for p in built.parties if p.number not in with_examples],
-        label_counts=built.label_counts.tolist(),
+        empty=[number for number, size in enumerate(loop.sizes) if not size],
+        label_counts=loop.label_counts.tolist(),
     )
     if saved := checkpoint.newest() if checkpoint else None:
-        restore(built, saved)
+        restore(loop, saved)
         result.take(saved, SplitRecord)
-        result.tensors = trained(built)
+        result.tensors = trained(loop)
     on_start()
     with checkpoint.guarding() if checkpoint else contextlib.nullcontext():
-        for number in range(len(result.records) + 1, plan.rounds + 1):
+        for round in range(len(result.records) + 1, plan.rounds + 1):
             check_stop()
-            torch.manual_seed(derive_seed(plan.seed, number))
-            record = built.run_round(number, plan.chosen(number, with_examples))
-            tensors = trained(built)
-            require(record, tensors, plan.min_clients)
+            torch.manual_seed(derive_seed(plan.seed, round))
+            record = loop.run_round(round, plan.chosen(round, loop.eligible))
+            tensors = trained(loop)
+            require_usable(record, tensors, plan.min_clients)
             result.records.append(record)
             result.tensors = tensors
             if checkpoint:
-                checkpoint.after(Snapshot(number, state_of(built), result.facts()), plan.rounds)
+                checkpoint.after(Snapshot(round, state_of(loop), result.facts()), plan.rounds)
             on_round(record)
     return result
 
 
-def require(record: SplitRecord, tensors: Mapping[str, torch.Tensor], least: int) -> None:
+def require_usable(
+    record: SplitRecord, tensors: Mapping[str, torch.Tensor], min_clients: int
+) -> None:
     """Check that a round left something to go on with.
 
     Raises:
-        TooFewUpdates: fewer than `least` clients' layers could be used.
+        TooFewUpdates: fewer than `min_clients` clients' layers could be used.
         Diverged: a layer, which must be the server's, is not finite.
     """
     used = len(record.clients) - len(record.refused)
     first = "".join(f" (client {c}: {why})" for c, why in sorted(record.refused.items())[:1])
-    if used < least:
+    if used < min_clients:
         raise TooFewUpdates(
             f"round {record.round}: the layers of {used} of {len(record.clients)} clients could be "
-            f"used, run.min_clients = {least}{first}"
+            f"used, run.min_clients = {min_clients}{first}"
         )
     for name, tensor in tensors.items():
         if not finite(tensor):
@@ -176,20 +174,8 @@ def require(record: SplitRecord, tensors: Mapping[str, torch.Tensor], least: int
             )
 
 
-def check(schedule: str, tail_at: str | None, client_aggregation: Strategy | None) -> None:
-    """Raise ValueError for what does not go together."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is not known; allowed: {', '.join(SCHEDULES)}")
-    if (schedule == "u") != (tail_at is not None):
-        raise ValueError("a U-shape, and it alone, needs a second cut: schedule = 'u' with tail_at")
-    if schedule == "sequential" and type(client_aggregation or FedAvg()) is not FedAvg:
-        raise ValueError(
-            "sequential training hands one front on and averages none: client_aggregation = fedavg"
-        )
-
-
-def made(method: Compressor | str) -> Compressor:
-    """The method that is meant."""
+def named_method(method: Compressor | str) -> Compressor:
+    """A method by its name, or the one given. Raises ValueError for a name that is not known."""
     if isinstance(method, Compressor):
         return method
     if method not in METHODS:
@@ -197,7 +183,7 @@ def made(method: Compressor | str) -> Compressor:
     return METHODS[method]()
 
 
-def trained(built: SplitLoop) -> dict[str, torch.Tensor]:
+def trained(loop: SplitLoop) -> dict[str, torch.Tensor]:
     """The global network's trained tensors by their names in the model, copied to the CPU."""
-    parts = [part for part in (built.front, built.back, built.tail) if part is not None]
+    parts = loop.model.parts()
     return {n: t.detach().cpu().clone() for part in parts for n, t in exchanged(part).items()}

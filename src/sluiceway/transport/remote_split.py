@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,16 +15,16 @@ from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
+from sluiceway.core.messages import WireError
 from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.core.settings import Optimisation
 from sluiceway.errors import line
 from sluiceway.split.client_proxy import Away
 from sluiceway.split.compress import Compressor
-from sluiceway.split.errors import WireError
-from sluiceway.split.header import BatchId
-from sluiceway.split.rounds import SplitRecord
-from sluiceway.split.setup import build, exchanged_by_clients, ground
-from sluiceway.split.training import check, made, run
+from sluiceway.split.packing import BatchId
+from sluiceway.split.rounds import SplitLoop, SplitRecord
+from sluiceway.split.setup import SharedSetup, SplitSettings
+from sluiceway.split.training import run_rounds
 from sluiceway.strategies import FedAvg, Strategy
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import joined, states_needed
@@ -212,28 +212,24 @@ def split_remote(
     Raises:
         RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
-    check(schedule, tail_at, client_aggregation)
-    place = torch.device(device)
+    settings = SplitSettings(
+        cut_at,
+        method,
+        schedule,
+        tail_at,
+        client_aggregation or FedAvg(),
+        training,
+        loss,
+        torch.device(device),
+        plan.seed,
+    )
     with TlsServer(doorway.keys, transport.sites, doorway.listen, doorway.port) as gate:
         door = {"host": doorway.host, "port": gate.port}
         counts = joined(transport, {**facts, "gate": door}, None)
         if not counts.shape[1]:
             raise ValueError("no client holds any example")
-        strategy = client_aggregation or FedAvg()
-        both = ground(
-            model,
-            cut_at,
-            tail_at,
-            Batch.of(test, torch.tensor([0]), place),
-            counts.shape[1],
-            len(transport.sites),
-            replace(made(method)),
-            strategy=strategy,
-            seed=plan.seed,
-            training=training,
-            loss=loss,
-            device=place,
-        )
+        example = Batch.of(test, torch.tensor([0]), settings.device)
+        setup = SharedSetup(model, settings, example, counts.shape[1], len(transport.sites))
         parties = [
             RemoteClient(
                 number,
@@ -241,10 +237,10 @@ def split_remote(
                 site,
                 gate,
                 {"classes": counts.shape[1]},
-                ModelSignature.of(exchanged_by_clients(both.halves)),
+                ModelSignature.of(setup.exchanged()),
                 states_needed(checkpoint),
                 timeout,
-                both.choice is not None and both.choice.masks == "client",
+                setup.choice is not None and setup.choice.masks == "client",
                 uuid.uuid4().hex,
             )
             for number, site in enumerate(transport.sites)
@@ -254,11 +250,11 @@ def split_remote(
                 party.open(AT_FIRST)
         except WireError as error:
             raise RunFailed(str(error)) from None
-        meters = [both.meter(number) for number in range(len(parties))]
-        built = build(both, plan, schedule, test, counts, parties, meters)
+        loop = SplitLoop(setup, plan, test, counts, parties)
         try:
-            with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-                return run(built, plan, on_start, on_round, checkpoint)
+            devices = [settings.device] if settings.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                return run_rounds(loop, plan, on_start, on_round, checkpoint)
         finally:
             for party in parties:
                 party.leave()

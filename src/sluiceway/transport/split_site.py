@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sluiceway.core.batches import Batch, Examples
+from sluiceway.core.batches import Examples
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.seeds import derive_seed
 from sluiceway.split.client import SplitClient
-from sluiceway.split.client_proxy import generator
 from sluiceway.split.config import joined
-from sluiceway.split.header import BatchId
-from sluiceway.split.setup import SharedSetup, exchanged_by_clients
+from sluiceway.split.packing import BatchId
+from sluiceway.split.setup import SharedSetup
 from sluiceway.strategies.base import unprefixed
 from sluiceway.transport.site import ClientStateStore, SiteError, name_of_run, whole
 
@@ -88,13 +87,12 @@ class SplitTrainer:
         self.fault = None
         self.classes = whole(facts, "classes")
         self.anew()
-        return {"card": ModelSignature.of(exchanged_by_clients(self.both.halves)).to_json()}, b""
+        return {"card": ModelSignature.of(self.both.exchanged()).to_json()}, b""
 
     def anew(self) -> None:
         """The client as it was before the first round."""
         self.both = self.grounds(self.classes)
-        meter = self.both.meter(self.number)
-        self.side: SplitClient = self.both.side(self.number, self.examples, meter)
+        self.side: SplitClient = self.both.client(self.number, self.examples)
         self.stands, self.between_rounds = ("", 0), True
 
     def rate(self, _: dict[str, Any], __: bytes) -> Reply:
@@ -112,27 +110,18 @@ class SplitTrainer:
         self.stands, self.between_rounds = (run, based), False
         given = facts.get("mask")
         mask = None if given is None else torch.tensor(given, dtype=torch.bool)
-        self.side.begin(self.round, opening, self.both.strategy, mask)
-        turns = generator(self.seed, self.round, self.number)
-        self.turns: Iterator[tuple[BatchId, Batch]] = self.side.batches(self.round, turns)
+        self.side.begin(self.round, opening, mask)
         # Of layers that draw, as dropout does; data and channels are drawn by seeds of their own.
         torch.manual_seed(derive_seed(self.seed, self.round, self.number))
         return {}, b""
 
-    def next_batch(self, facts: dict[str, Any]) -> tuple[BatchId, Batch]:
-        """The next batch, which must be the one that was asked for. Raises SiteError."""
-        name, batch = next(self.turns, (None, None))
-        if name is None or batch is None or name.batch != whole(facts, "batch"):
-            raise SiteError(f"batch {facts.get('batch')!r} is not the next one")
-        return name, batch
-
     def send(self, facts: dict[str, Any], _: bytes) -> Reply:
         """The next batch, packed."""
-        return {}, self.side.send(*self.next_batch(facts))
+        return {}, self.side.sent(self.name_of(facts))
 
     def pass_over(self, facts: dict[str, Any], _: bytes) -> Reply:
         """Leave the next batch out."""
-        self.next_batch(facts)
+        self.side.ask(self.name_of(facts), False)
         return {}, b""
 
     def name_of(self, facts: dict[str, Any]) -> BatchId:
@@ -150,8 +139,7 @@ class SplitTrainer:
 
     def end(self, facts: dict[str, Any], _: bytes) -> Reply:
         """Close the round, and keep what outlives it."""
-        scores = self.side.meter.scores() if self.side.meter is not None else None
-        message = self.side.end(self.round, scores if facts.get("scores") is True else None)
+        message = self.side.end(self.round, facts.get("scores") is True)[0]
         run, based = self.stands
         self.kept.save(run, self.round, self.state(), self.keep, based)
         self.stands, self.between_rounds = (run, self.round), True
@@ -159,17 +147,17 @@ class SplitTrainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What outlives a round here, what compression remembers among it."""
-        terms = self.both.terms
+        config = self.both.config
         return joined(
             {
                 "client": self.side.state_dict(),
-                "cut": terms.link.state_dict(),
-                "tail": terms.tail_link.state_dict(),
+                "cut": config.link.state_dict(),
+                "tail": config.tail_link.state_dict(),
             }
         )
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` gave."""
         self.side.load_state_dict(unprefixed(state, "client/"))
-        self.both.terms.link.load_state_dict(unprefixed(state, "cut/"))
-        self.both.terms.tail_link.load_state_dict(unprefixed(state, "tail/"))
+        self.both.config.link.load_state_dict(unprefixed(state, "cut/"))
+        self.both.config.tail_link.load_state_dict(unprefixed(state, "tail/"))
