@@ -4,81 +4,49 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.fedalign.loops import close, cos, few, seeds
 from torch import Tensor
 
-from sluiceway.fedalign import (
-    DirectionGram,
-    direction_consensus,
-    expert_weights,
-    region_weights,
-    selection_threshold,
-)
-
-few = settings(max_examples=25, deadline=None)
+from sluiceway.fedalign import DirectionGram, expert_weights, region_weights, selection_threshold
 
 
-def close(got: Tensor, want: Tensor | list[float] | list[list[float]]) -> None:
-    wanted = torch.as_tensor(want, dtype=torch.float64)
-    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
-
-
-def cos(a: list[float], b: list[float]) -> float:
-    scale = math.hypot(*a) * math.hypot(*b)
-    return sum(x * y for x, y in zip(a, b, strict=True)) / scale if scale else 0.0
-
-
-# Directions
+def directions(*pieces: Tensor, chunk: int = 16384) -> DirectionGram:
+    gram = DirectionGram(len(pieces[0]), chunk=chunk)
+    for piece in pieces:
+        gram.add(piece)
+    return gram
 
 
 def test_directions_by_hand() -> None:
     updates = torch.tensor([[3.0, 0.0], [3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]])
-    want = [
-        [1.0, 0.6, -1.0, 0.0],
-        [0.6, 1.0, -0.6, 0.0],
-        [-1.0, -0.6, 1.0, 0.0],
-        [0.0, 0.0, 0.0, 1],
-    ]
-    close(direction_consensus(updates), want)
+    want = [[1, 0.6, -1, 0], [0.6, 1, -0.6, 0], [-1, -0.6, 1, 0], [0, 0, 0, 1]]
+    close(directions(updates).cosine(), want)
+    assert not directions(torch.nn.Parameter(updates)).gram.requires_grad
 
 
 @few
-@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 20), st.integers(1, 25))
+@given(seeds, st.integers(1, 5), st.integers(2, 20), st.integers(1, 25))
 def test_pieces_and_chunks_do_not_matter(seed: int, clients: int, columns: int, chunk: int) -> None:
     x = torch.randn(clients, columns, generator=torch.Generator().manual_seed(seed))
-    cut = seed % columns
-    gram = DirectionGram(clients, chunk=chunk)
-    for piece in (x[:, :cut], x[:, cut:]):
-        if piece.shape[1]:
-            gram.add(piece)
+    cut = 1 + seed % (columns - 1)
+    gram = directions(x[:, :cut], x[:, cut:], chunk=chunk)
     close(gram.gram, x.double() @ x.double().T)
-    want = [[cos(a, b) for b in x.tolist()] for a in x.tolist()]
-    close(gram.cosine(), want)
-    close(direction_consensus(x), want)
+    close(gram.cosine(), [[cos(a, b) for b in x.tolist()] for a in x.tolist()])
     assert torch.equal(gram.cosine().diagonal(), torch.ones(clients).double())
     assert torch.equal(gram.cosine(), gram.cosine().T)
 
 
 @few
-@given(st.integers(0, 10**6), st.lists(st.floats(1e-30, 1e6), min_size=3, max_size=3))
+@given(seeds, st.lists(st.floats(1e-30, 1e6), min_size=3, max_size=3))
 def test_positive_factors_do_not_change_directions(seed: int, factors: list[float]) -> None:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 8, generator=g, dtype=torch.float64)
-    close(direction_consensus(x * torch.tensor(factors).unsqueeze(1)), direction_consensus(x))
+    want = directions(x).cosine()
+    close(directions(x * torch.tensor(factors).unsqueeze(1)).cosine(), want)
     # In float32 the squares of such updates would underflow.
-    close(direction_consensus(x.float() * 2.0**-100), direction_consensus(x.float()))
-
-
-def test_gram_takes_parameters_and_keeps_its_own_copy() -> None:
-    gram = DirectionGram(2)
-    gram.add(torch.nn.Parameter(torch.eye(2)))
-    gram.gram.zero_()
-    assert torch.equal(gram.gram, torch.eye(2).double())
-    assert not gram.gram.requires_grad
-
-
-# Selection
+    close(directions(x.float() * 2.0**-100).cosine(), directions(x.float()).cosine())
 
 
 def test_threshold_by_hand() -> None:
@@ -110,11 +78,10 @@ def test_region_weights_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor(want).double(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-@pytest.mark.parametrize("clients", [2, 3, 4, 12])
-@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7, 1.0])
+@few
+@given(st.sampled_from([0.0, 1.0]), st.integers(2, 12), st.floats(0.01, 1.0))
+@example(0.0, 3, 0.1)  # the mean of three values of 0.1 is above 0.1
 def test_equal_pairs_all_stand_together(beta: float, clients: int, value: float) -> None:
-    # The mean of three values of 0.1 is above 0.1.
     S = torch.full((clients, clients), value, dtype=torch.float64)
     gamma = region_weights(S, torch.ones_like(S), torch.ones(clients).bool(), beta)
     close(gamma, S.clone().fill_diagonal_(1.0))

@@ -169,7 +169,9 @@ def test_directions_are_those_of_the_products() -> None:
                         (applied(made, *new, number) - applied(made, *old, number)).flatten()
                     )
             rows.append(torch.cat(row))
-        wanted = fedalign.direction_consensus(torch.stack(rows))
+        gram = fedalign.DirectionGram(len(rows))
+        gram.add(torch.stack(rows))
+        wanted = gram.cosine()
         got = made.directions(updates, made.layout.expert(0, e))
         torch.testing.assert_close(got, wanted, atol=1e-9, rtol=0)
 

@@ -19,7 +19,6 @@ from sluiceway.fedalign.matching import LEAST_GAIN, match_experts
 from sluiceway.fedalign.routing import (
     REFERENCE_FLOOR,
     adaptive_strength,
-    combine_gate,
     conditional_penalty,
     consistency_weights,
     global_routing,
@@ -31,7 +30,6 @@ from sluiceway.fedalign.routing import (
 from sluiceway.fedalign.semantics import (
     DirectionGram,
     centred_regions,
-    direction_consensus,
     expert_weights,
     region_similarity,
     region_weights,
@@ -46,10 +44,8 @@ __all__ = [
     "DirectionGram",
     "adaptive_strength",
     "centred_regions",
-    "combine_gate",
     "conditional_penalty",
     "consistency_weights",
-    "direction_consensus",
     "expert_weights",
     "global_routing",
     "marginal_penalty",

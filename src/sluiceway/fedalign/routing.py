@@ -205,9 +205,10 @@ def consistency_weights(r: Tensor, r_g: Tensor, margin: Tensor) -> Tensor:
 
         s_i(e) = o_i(e) * m_i(e);   w_i(e) = s_i(e) / sum_j s_j(e)      [paper]
 
-    An expert that no client chose first has s = 0 everywhere: then o alone is normalised, and where
-    that is 0 too, the clients weigh alike [ours]. Within one expert r_g(e) is a common factor and
-    cancels: it decides only whether the column is 0.
+    and row e of the server's gate is sum_i w_i(e) * row e of client i's gate [ours], the weighted
+    mean that the strategy takes. An expert that no client chose first has s = 0 everywhere: then o
+    alone is normalised, and where that is 0 too, the clients weigh alike [ours]. Within one expert
+    r_g(e) is a common factor and cancels: it decides only whether the column is 0.
 
     Args:
         r: routing distributions r_i(e) of the clients, [N, E], in [0, 1].
@@ -273,23 +274,3 @@ def global_routing(w: Tensor, r: Tensor) -> Tensor:
     if total <= 0:
         return torch.full_like(mixed, 1 / mixed.numel())
     return mixed / total
-
-
-def combine_gate(w: Tensor, gates: Tensor) -> Tensor:
-    """The server's gate  [ours]::
-
-        row e of the gate = sum_i w_i(e) * row e of client i's gate
-
-    Args:
-        w: weights, [N, E], columns sum to one; expand [N, 1] for weights that ignore the expert.
-        gates: gate weights [N, E, d] or biases [N, E] of the clients, any floating type.
-
-    Returns:
-        The gate, [E, ...], summed in float64, in the type of `gates`, without graph.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    w = as_double("w", w, "N", "E")
-    require_shape("gates", gates, *w.shape, *("..." for _ in gates.shape[2:]))
-    return torch.einsum("ne,ne...->e...", w, gates.detach().double()).to(gates.dtype)

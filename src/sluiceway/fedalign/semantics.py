@@ -98,7 +98,10 @@ class DirectionGram:
 
     Args:
         clients: N, at least 1.
-        chunk: columns taken at a time, at least 1. `add` needs 8 N chunk bytes beside the updates.
+        chunk: columns taken at a time, at least 1. `add` needs 8 N chunk bytes besides the updates.
+
+    Attributes:
+        gram: G so far, [N, N], float64, on the CPU.
 
     Raises:
         ValueError: `clients` or `chunk` is below 1.
@@ -110,12 +113,7 @@ class DirectionGram:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
         self._chunk = chunk
-        self._gram = torch.zeros(clients, clients, dtype=torch.float64)
-
-    @property
-    def gram(self) -> Tensor:
-        """G so far, [N, N], float64, on the CPU; a copy."""
-        return self._gram.clone()
+        self.gram = torch.zeros(clients, clients, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, updates: Tensor) -> None:
@@ -128,13 +126,13 @@ class DirectionGram:
         Raises:
             ValueError: the shape does not fit.
         """
-        require_shape("updates", updates, self._gram.shape[0], "P")
-        total = torch.zeros_like(self._gram, device=updates.device)
+        require_shape("updates", updates, self.gram.shape[0], "P")
+        total = torch.zeros_like(self.gram, device=updates.device)
         for start in range(0, updates.shape[1], self._chunk):
             # In float64 the squares of small updates cannot underflow, at about twice the time.
             columns = updates[:, start : start + self._chunk].double()
             total += columns @ columns.T
-        self._gram += total.to(self._gram.device)
+        self.gram += total.to(self.gram.device)
 
     def add_products(self, left: Tensor, right: Tensor) -> None:
         """Add updates that are given by their factors, `product_change` of LoRA's B A  [ours].
@@ -145,8 +143,8 @@ class DirectionGram:
         Raises:
             ValueError: a shape does not fit.
         """
-        require_shape("left", left, self._gram.shape[0], "out", "r")
-        self._gram += product_gram(left, right).to(self._gram.device)
+        require_shape("left", left, self.gram.shape[0], "out", "r")
+        self.gram += product_gram(left, right).to(self.gram.device)
 
     def cosine(self) -> Tensor:
         """Direction consensus D_ij(e)  [paper: direction consensus].
@@ -155,26 +153,7 @@ class DirectionGram:
             D, [N, N], symmetric, in [-1, 1], float64, on the CPU. The diagonal is exactly 1;
             an update of zeros has cosine 0 with every other.
         """
-        return _cosine(self._gram, torch.ones(self._gram.shape[0], dtype=torch.float64))
-
-
-def direction_consensus(updates: Tensor) -> Tensor:
-    """Direction consensus of updates at hand, D_ij(e) = cos(update_i(e), update_j(e))
-    [paper: direction consensus].
-
-    Args:
-        updates: new minus old values of one expert, flattened, [N, P], finite.
-
-    Returns:
-        D, [N, N], as `DirectionGram.cosine` gives it.
-
-    Raises:
-        ValueError: the shape does not fit.
-    """
-    require_shape("updates", updates, "N", "P")
-    gram = DirectionGram(updates.shape[0])
-    gram.add(updates)
-    return gram.cosine()
+        return _cosine(self.gram, torch.ones(self.gram.shape[0], dtype=torch.float64))
 
 
 def selection_threshold(values: Tensor, active: Tensor, beta: float = 1.0) -> Tensor:

@@ -1,0 +1,24 @@
+"""What the tests of the mathematics share."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+few = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 10**6)
+Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]
+
+
+def close(got: Tensor, want: Numbers, tolerance: float = 1e-9) -> None:
+    wanted = torch.as_tensor(want, dtype=torch.float64)
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def cos(a: list[float], b: list[float]) -> float:
+    """The cosine; 0 with a vector of zeros."""
+    scale = math.hypot(*a) * math.hypot(*b)
+    return sum(x * y for x, y in zip(a, b, strict=True)) / scale if scale else 0.0
