@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from tests.moe.conftest import BUILDERS, seeded
+from tests.moe.conftest import MIXTURES, seeded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -60,7 +60,7 @@ class Questions:
 
 def answering(family: str) -> nn.Module:
     """A classifier of an encoder's options, else a language model with scored endings."""
-    body = seeded(BUILDERS[family])
+    body = seeded(family)
     if family in ENCODERS:
         return TextClassifier(body, 16, 1)
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder(body) else AutoModelForCausalLM
@@ -93,7 +93,7 @@ def data(pairs: bool) -> tuple[list[Questions], Questions]:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("method", ["fedavg", "fedalign-moe"])
-@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_round_of_every_family(family: str, method: str, lora: bool) -> None:
     torch.manual_seed(0)
     model = chosen(answering(family), lora)

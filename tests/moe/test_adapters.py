@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tests.moe.conftest import zeroed
 from torch import nn
 
 from sluiceway.moe import (
@@ -18,6 +18,7 @@ from sluiceway.moe import (
     received_logits,
 )
 
+peft = pytest.importorskip("peft")
 RANK = 3
 
 
@@ -87,20 +88,15 @@ def test_changing_one_experts_adapters_changes_exactly_its_tokens(make) -> None:
                 _, weights, chosen = model.get_submodule(block.router)(hidden)
                 before = experts(hidden, chosen, weights)
                 for e in range(4):
-                    pairs = [
-                        p for p in found.adapters if found.owner(p.b.key) == (block.position, e)
-                    ]
-                    kept = [pair.b.of(params).clone() for pair in pairs]
-                    for pair in pairs:
-                        pair.b.of(params).zero_()
-                    after = experts(hidden, chosen, weights)
-                    for pair, old in zip(pairs, kept, strict=True):
-                        pair.b.of(params).copy_(old)
+                    owner = (block.position, e)
+                    owned = [p.b for p in found.adapters if found.owner(p.b.key) == owner]
+                    with zeroed(owned, params):
+                        after = experts(hidden, chosen, weights)
                     changed = (before != after).any(dim=1)
                     assert torch.equal(changed, (chosen == e).any(dim=1)), (name, e)
 
 
-def test_anatomy_is_the_same_with_and_without_adapters(model: nn.Module) -> None:
+def test_layout_is_the_same_with_and_without_adapters(model: nn.Module) -> None:
     plain = moe_layout(model)
     adapted(model)
     found = moe_layout(model)
@@ -117,7 +113,7 @@ def test_a_router_may_be_adapted_too(make, how: str) -> None:
         if how == "parameter"
         else {"target_parameters": ["experts.down_proj"], "modules_to_save": ["gate"]}
     )
-    model = get_peft_model(make("mixtral"), LoraConfig(r=4, lora_dropout=0.0, **more))
+    model = peft.get_peft_model(make("mixtral"), peft.LoraConfig(r=4, lora_dropout=0.0, **more))
     found = moe_layout(model)
     assert len(found.blocks) == 2
     block, params = found.blocks[0], dict(model.named_parameters())
@@ -147,7 +143,9 @@ def test_a_router_may_be_adapted_too(make, how: str) -> None:
 
 
 def test_adapters_on_a_dense_model_are_found_as_well(dense) -> None:
-    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), dense("bert"))
+    model = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["query"]), dense("bert")
+    )
     assert find_layout(model) is None
     pairs = find_adapters(model)
     assert [pair.base.index for pair in pairs] == [None, None]

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.moe.conftest import zeroed
 from torch import nn
 
-from sluiceway.moe import Block, NoExpertsError, families, find_layout, model_summary, moe_layout
+from sluiceway.moe import Block, NoExpertsError, families, find_layout, moe_layout
 
 EXPECTED = {  # family name, blocks, k, parameters an expert has in a block
     "mixtral": ("mixtral", 2, 2, 2),
@@ -30,7 +31,8 @@ def test_finds_blocks_gates_and_experts(model: nn.Module, family: str) -> None:
     params = dict(model.named_parameters())
     assert [block.position for block in found.blocks] == list(range(blocks))
     for block in found.blocks:
-        assert (block.family, block.num_experts, block.top_k, block.hidden) == (name, 4, top_k, 16)
+        assert (block.family.name, block.num_experts, block.top_k) == (name, 4, top_k)
+        assert block.hidden == 16
         shapes = [tuple(params[gate].shape) for gate in block.gate]
         assert shapes == [(4, 16), (4,)][: 2 if family == "gpt_oss" else 1]
         assert block.router.startswith(f"{block.name}.")
@@ -40,34 +42,24 @@ def test_finds_blocks_gates_and_experts(model: nn.Module, family: str) -> None:
     assert not found.gate_params & found.expert_params
 
 
-def test_pieces_are_views_and_partition_the_experts(model: nn.Module) -> None:
-    found = moe_layout(model)
-    params = dict(model.named_parameters())
-    values = 0
-    for block in found.blocks:
-        for e in range(block.num_experts):
-            for piece in found.expert(block.position, e):
-                view, whole = piece.of(params), params[piece.param]
-                start = whole.untyped_storage().data_ptr()
-                assert start <= view.data_ptr() < start + whole.untyped_storage().nbytes()
-                assert found.owner(piece.key) == (block.position, e)
-                values += view.numel()
-    assert values == sum(params[name].numel() for name in found.expert_params)
-
-
-def test_pieces_of_all_parameters_rebuild_the_model(model: nn.Module) -> None:
+def test_pieces_are_views_and_make_up_the_model(model: nn.Module) -> None:
     found = moe_layout(model)
     params = dict(model.named_parameters())
     pieces = found.pieces(params)
     assert len({piece.key for piece in pieces}) == len(pieces)
     assert list(dict.fromkeys(piece.param for piece in pieces)) == list(params)
-    assert sum(piece.of(params).numel() for piece in pieces) == sum(
-        p.numel() for p in params.values()
-    )
     for piece in pieces:
+        view, whole = piece.of(params), params[piece.param]
+        start = whole.untyped_storage().data_ptr()
+        assert start <= view.data_ptr() < start + whole.untyped_storage().nbytes()
         assert (found.owner(piece.key) is None) == (piece.param not in found.expert_params)
-        if piece.index is None:
-            assert piece.key == piece.param
+        assert piece.index is not None or piece.key == piece.param
+    values = {piece.key: piece.of(params).numel() for piece in pieces}
+    assert sum(values.values()) == sum(p.numel() for p in params.values())
+    experts = {(b.position, e): b.expert(e) for b in found.blocks for e in range(b.num_experts)}
+    assert all(found.owner(p.key) == at for at, owned in experts.items() for p in owned)
+    owned = sum(values[piece.key] for pieces in experts.values() for piece in pieces)
+    assert owned == sum(params[name].numel() for name in found.expert_params)
 
 
 def output_of(model: nn.Module, block: Block, hidden: torch.Tensor) -> torch.Tensor:
@@ -86,7 +78,7 @@ def said_by_router(model: nn.Module, block: Block, hidden: torch.Tensor) -> fami
     """What the router says when the block runs."""
     said: list[families.RouterOutput] = []
     handle = model.get_submodule(block.router).register_forward_hook(
-        lambda _module, _args, output: said.append(block.row.read(output, block.top_k))
+        lambda _module, _args, output: said.append(block.family.read(output, block.top_k))
     )
     output_of(model, block, hidden)
     handle.remove()
@@ -106,12 +98,8 @@ def test_zeroed_expert_changes_exactly_its_tokens(model: nn.Module) -> None:
                 chosen = output.dispatched
             before = output_of(model, block, hidden)
             for e in range(4):
-                kept = [piece.of(params).clone() for piece in block.expert(e)]
-                for piece in block.expert(e):
-                    piece.of(params).zero_()
-                after = output_of(model, block, hidden)
-                for piece, old in zip(block.expert(e), kept, strict=True):
-                    piece.of(params).copy_(old)
+                with zeroed(block.expert(e), params):
+                    after = output_of(model, block, hidden)
                 assert torch.equal((before != after).any(dim=1), chosen[:, e])
 
 
@@ -148,20 +136,3 @@ def test_dense_model_is_refused(dense) -> None:
     assert find_layout(dense("bert")) is None
     with pytest.raises(NoExpertsError, match="BertModel has no mixture-of-experts block"):
         moe_layout(dense("bert"))
-    with pytest.raises(NoExpertsError):
-        model_summary(dense("llama"))
-
-
-def test_layout_adds_up(model: nn.Module, family: str) -> None:
-    found = model_summary(model)
-    params = dict(model.named_parameters())
-    assert found.parameters == sum(p.numel() for p in params.values())
-    assert found.bytes == 4 * found.parameters
-    experts = sum(row.num_experts * row.parameters_per_expert for row in found.rows)
-    assert experts == found.expert_parameters
-    assert found.expert_bytes == 4 * experts
-    width = 17 if family == "gpt_oss" else 16  # a bias
-    assert found.router_parameters == len(found.rows) * 4 * width
-    assert 0 < found.router_share < found.expert_share < 1
-    axis = None if family.startswith(("switch", "nllb")) else 0
-    assert {tensor.expert_axis for row in found.rows for tensor in row.experts} == {axis}

@@ -35,7 +35,7 @@ def recorded(model: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> list[list
     masks: list[Tensor] = []
     for block in moe_layout(model).blocks:
         seen: list[tuple] = []
-        row = block.row
+        row = block.family
         decoder = block.name.startswith("decoder")
 
         def hook(_m, args, output, seen=seen, block=block, row=row, decoder=decoder) -> None:

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.moe.conftest import zeroed
 from torch import Tensor, nn
 
 from sluiceway.moe import (
     NoExpertsError,
     Observer,
     find_layout,
-    model_summary,
     moe_layout,
     received_logits,
 )
@@ -176,12 +176,8 @@ def test_finds_blocks_and_says_how(model: nn.Module) -> None:
     params = dict(model.named_parameters())
     assert [block.name for block in found.blocks] == ["layers.0", "layers.1"]
     for block in found.blocks:
-        assert (block.family, block.num_experts, block.top_k, block.hidden) == (
-            "structural",
-            4,
-            2,
-            16,
-        )
+        assert (block.family.name, block.num_experts, block.top_k) == ("structural", 4, 2)
+        assert block.hidden == 16
         assert "router 'gate' [4, 16] beside" in block.found
         assert "k = 2 from " in block.found
         assert all(params[name].shape[0] == E for name in block.gate)
@@ -189,9 +185,6 @@ def test_finds_blocks_and_says_how(model: nn.Module) -> None:
     assert values == sum(params[name].numel() for name in found.expert_params)
     rest = set(params) - found.expert_params - found.gate_params
     assert all(name.startswith("head.") or name.count(".") == 2 for name in rest)  # a block's bias
-    assert [row.found for row in model_summary(model).rows] == [
-        block.found for block in found.blocks
-    ]
     # Shapes are enough, and a wrapper changes names alone.
     meta = moe_layout(nn.ModuleDict({"inner": model}).to("meta"))
     assert [f"inner.{block.router}" for block in found.blocks] == [b.router for b in meta.blocks]
@@ -242,16 +235,12 @@ def test_zeroed_expert_changes_exactly_its_tokens(model: nn.Module) -> None:
     for block in found.blocks:
         layer = model.get_submodule(block.name)
         with torch.no_grad():
-            said = block.row.read(layer.gate(HIDDEN), block.top_k)
+            said = block.family.read(layer.gate(HIDDEN), block.top_k)
             chosen = torch.zeros(15, E).scatter(1, said.selected, 1.0).bool()
             before = layer(HIDDEN)
             for e in range(E):
-                kept = [piece.of(params).clone() for piece in block.expert(e)]
-                for piece in block.expert(e):
-                    piece.of(params).zero_()
-                after = layer(HIDDEN)
-                for piece, old in zip(block.expert(e), kept, strict=True):
-                    piece.of(params).copy_(old)
+                with zeroed(block.expert(e), params):
+                    after = layer(HIDDEN)
                 assert torch.equal((before != after).any(-1).flatten(), chosen[:, e])
 
 

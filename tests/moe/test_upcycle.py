@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe import UpcycledExperts, UpcycledMoE, UpcycledRouter, moe_layout, upcycle
+from sluiceway.moe import (
+    UpcycledExperts,
+    UpcycledMoE,
+    UpcycledRouter,
+    find_layout,
+    moe_layout,
+    upcycle,
+)
 
 Dense = Callable[[str], nn.Module]
 IDS = torch.arange(2, 26).reshape(2, 12)
 MASK = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
-
-
-def anatomy_free(model: nn.Module) -> bool:
-    return not any(isinstance(module, UpcycledMoE) for module in model.modules())
 
 
 def hidden(model: nn.Module) -> Tensor:
@@ -64,7 +67,7 @@ def test_an_inner_width_that_cannot_be_cut_leaves_the_model_alone(dense: Dense) 
     model = dense("bert")
     with pytest.raises(ValueError, match="experts=7: an inner width of"):
         upcycle(model, 1, experts=7, sliced=True)
-    assert anatomy_free(model)
+    assert find_layout(model) is None
 
 
 def test_equals_the_real_minilm() -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from sluiceway.errors import InputError
 from sluiceway.experiment.kinds import network
 from sluiceway.experiment.models import outlined
 from sluiceway.moe import (
-    BlockRow,
-    ModelSummary,
+    MoELayout,
     NoExpertsError,
     add_lora,
     find_adapters,
-    model_summary,
     moe_layout,
     upcycle,
 )
@@ -43,15 +43,16 @@ def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, ggu
         except ValueError as error:
             raise InputError(str(error)) from None
     try:
-        found = model_summary(model)
+        layout = moe_layout(model)
     except NoExpertsError as error:
         raise NoExpertsError(f"{name}: {error}; --experts 8 shows a dense model upcycled") from None
     console = wide_console()
     console.print(f"{name} from {source}", highlight=False)
-    console.print(blocks_table(found))
-    for why in sorted({row.found for row in found.rows if row.found}):
+    params = dict(model.named_parameters())
+    console.print(blocks_table(layout, params))
+    for why in sorted({block.found for block in layout.blocks if block.found}):
         console.print(f"found by structure: {why}", highlight=False)
-    for line in totals(found):
+    for line in totals(layout, params):
         console.print(line, highlight=False)
     if lora:
         line = f"the same with adapters of rank {lora} on the experts, routers whole:"
@@ -93,48 +94,46 @@ def show_cuts(name: str, width: int, image: str) -> None:
     wide_console().print(table)
 
 
-def blocks_table(found: ModelSummary) -> Table:
-    """One row a block."""
+def blocks_table(layout: MoELayout, params: Mapping[str, Tensor]) -> Table:
+    """One row a block; of experts in modules of their own, expert 0 stands for all."""
     table = Table(box=None, pad_edge=False)
     for heading in ("block", "family", "E", "k", "router", "expert tensors"):
         table.add_column(heading, overflow="fold")
     for heading in ("parameters an expert", "MB an expert"):
         table.add_column(heading, justify="right")
-    for row in found.rows:
+    for block in layout.blocks:
+
+        def shown(name: str, inside: str = block.name) -> str:
+            return f"{name.removeprefix(f'{inside}.')} {list(params[name].shape)}"
+
+        expert = block.expert(0)
+        values = [piece.of(params) for piece in expert]
+        axes = ["" if piece.index is None else f" (expert axis {piece.axis})" for piece in expert]
         table.add_row(
-            row.name,
-            row.family,
-            str(row.num_experts),
-            str(row.top_k),
-            *tensors(row),
-            f"{row.parameters_per_expert:,}",
-            f"{row.bytes_per_expert / 1e6:.2f}",
+            block.name,
+            block.family.name,
+            str(block.num_experts),
+            str(block.top_k),
+            "\n".join(shown(name) for name in block.gate),
+            "\n".join(shown(p.param) + axis for p, axis in zip(expert, axes, strict=True)),
+            f"{sum(value.numel() for value in values):,}",
+            f"{sum(value.nbytes for value in values) / 1e6:.2f}",
         )
     return table
 
 
-def tensors(row: BlockRow) -> tuple[str, str]:
-    """Router and expert tensors, without the block's own name before theirs."""
-    routers = [f"{short(t.name, row)} {list(t.shape)}" for t in row.router]
-    experts = [
-        f"{short(t.name, row)} {list(t.shape)}"
-        + ("" if t.expert_axis is None else f" (expert axis {t.expert_axis})")
-        for t in row.experts
-    ]
-    return "\n".join(routers), "\n".join(experts)
-
-
-def short(name: str, row: BlockRow) -> str:
-    """A parameter's name within its block."""
-    return name.removeprefix(f"{row.name}.")
-
-
-def totals(found: ModelSummary) -> list[str]:
+def totals(layout: MoELayout, params: Mapping[str, Tensor]) -> list[str]:
     """The model's sizes, and a round's traffic when experts and gates are trained."""
-    moved = found.expert_bytes + found.router_bytes
+    count = sum(param.numel() for param in params.values())
+    size = sum(param.nbytes for param in params.values())
+    experts, routers = (
+        [params[name] for name in names] for names in (layout.expert_params, layout.gate_params)
+    )
+    shares = [sum(param.numel() for param in group) / count for group in (experts, routers)]
+    moved = sum(param.nbytes for param in (*experts, *routers))
     return [
-        f"parameters {found.parameters / 1e6:.1f} M ({found.bytes / 1e6:.1f} MB), experts "
-        f"{found.expert_share:.1%}, routers {found.router_share:.3%}",
+        f"parameters {count / 1e6:.1f} M ({size / 1e6:.1f} MB), experts {shares[0]:.1%}, "
+        f"routers {shares[1]:.3%}",
         f"across the wire, each client each round and each way, experts and routers trained: "
         f"at most {moved / 1e6:.1f} MB (experts without a token stay)",
     ]

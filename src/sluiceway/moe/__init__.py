@@ -7,7 +7,6 @@ from sluiceway.moe.observe import BlockRouting, BlockStep, Observer
 from sluiceway.moe.param_slice import ParamSlice
 from sluiceway.moe.received import received_logits
 from sluiceway.moe.repair import repair
-from sluiceway.moe.summary import BlockRow, ModelSummary, TensorRow, model_summary
 from sluiceway.moe.upcycle import upcycle
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 
@@ -16,22 +15,18 @@ __all__ = [
     "Adapter",
     "Block",
     "BlockRouting",
-    "BlockRow",
     "BlockStep",
     "Family",
     "MoELayout",
-    "ModelSummary",
     "NoExpertsError",
     "Observer",
     "ParamSlice",
-    "TensorRow",
     "UpcycledExperts",
     "UpcycledMoE",
     "UpcycledRouter",
     "add_lora",
     "find_adapters",
     "find_layout",
-    "model_summary",
     "moe_layout",
     "received_logits",
     "repair",

@@ -28,7 +28,7 @@ class Family:
         router_class: class name of the router module (a subclass matches too).
         router: attribute name of the router in the block.
         experts: attribute name of the experts container in the block; "" where the block itself
-            holds the experts' parameters, beside the router.
+            holds the experts' parameters, next to the router.
         logits: position of the raw logits, [T, E] or [B, S, E], in the router's output; negative
             ones count from its end.
         selected: position of the chosen experts in the router's output; None where it has none:
@@ -38,7 +38,7 @@ class Family:
             and not as indices [T, k].
         num_experts: attribute of the router that holds E, or E itself.
         top_k: attribute of the router that holds k, or k itself where the family fixes it.
-        repair: mends a block, given with the config nearest above it (or None), where the
+        repair: repairs a block, given with the config nearest above it (or None), where the
             installed release computes something else than the family's definition. None: no such
             release is known.
     """
@@ -98,7 +98,7 @@ class Family:
 
 @dataclass(frozen=True)
 class RouterOutput:
-    """What one run of a router said.
+    """A router's output in one form for all families.
 
     Attributes:
         logits: [T, E], raw, with the graph they came with.
@@ -152,7 +152,7 @@ FAMILIES: dict[str, Family] = {
             top_k=2,
             repair=repair_nllb,
         ),
-        # Its feed-forward and its attention blocks: both keep the experts beside the router.
+        # Its feed-forward and its attention blocks: both keep the experts next to the router.
         Family("jetmoe", "JetMoeTopKGating", router="router", experts="", logits=-1, selected=None),
         Family("sluiceway", "UpcycledRouter", router="router"),
     )

@@ -1,11 +1,11 @@
 """Where routers and experts live in a model.
 
 ``moe_layout(model)`` walks the modules once, recognises blocks by the table in ``families.py`` (or,
-where that finds nothing, by their structure, see ``search.py``), and
-names every tensor that belongs to a gate or to one expert. Names are those of
-``model.named_parameters()``: ``save_pretrained`` renames and un-fuses, so saved names never match.
+where that finds nothing, by their structure, see ``search.py``), and names every tensor of a gate
+or of one expert. Names are those of ``model.named_parameters()``: ``save_pretrained`` renames and
+un-fuses, so saved names never match.
 
-Experts are held in one of two ways, and both end as *pieces*:
+Experts are held in one of two ways, and both end as pieces (``ParamSlice``):
 
 - fused: one parameter for all experts, leading axis E. Expert e's piece is the slice ``[e]``.
 - one module per expert (``nn.ModuleList`` or ``nn.ModuleDict``): the pieces are whole parameters.
@@ -42,7 +42,7 @@ class Block:
     Attributes:
         position: 0, 1, ... in order of appearance in the model.
         name: module name of the block, the parent of router and experts ("" if it is the model).
-        family: name of the family, a key of ``families.FAMILIES``, or "structural".
+        family: how its router is read; a row of ``families.FAMILIES``, or a `StructuralFamily`.
         router: module name of the router, the module whose forward gives the logits.
         experts: module name of the experts container; the block's where it holds them itself.
         gate: names of the router parameters with leading axis E (B of a LoRA pair included).
@@ -51,13 +51,12 @@ class Block:
         hidden: d, width of the hidden states that enter the router.
         pieces: [E] tuples, the pieces that belong to each expert.
         gate_rest: names of the router parameters without that axis (A of a LoRA pair).
-        row: how the router's output is read.
-        found: how the block was found by its structure, for people; "" for a known family.
+        found: how the block was found by its structure, to be shown; "" for a known family.
     """
 
     position: int
     name: str
-    family: str
+    family: Family = field(repr=False)
     router: str
     experts: str
     gate: tuple[str, ...]
@@ -66,7 +65,6 @@ class Block:
     hidden: int
     pieces: tuple[tuple[ParamSlice, ...], ...]
     gate_rest: tuple[str, ...]
-    row: Family = field(repr=False)
     found: str = ""
 
     def expert(self, e: int) -> tuple[ParamSlice, ...]:
@@ -158,7 +156,7 @@ def moe_layout(model: nn.Module) -> MoELayout:
 
 
 def find_layout(model: nn.Module) -> MoELayout | None:
-    """Like ``layout``, but None for a model in which no mixture-of-experts block was found."""
+    """Like ``moe_layout``, but None for a model in which no mixture-of-experts block was found."""
     params = dict(model.named_parameters())
     adapters = find_adapters(model)
     blocks: list[Block] = []
@@ -168,7 +166,7 @@ def find_layout(model: nn.Module) -> MoELayout | None:
             blocks.append(_block(len(blocks), name, module, family, params, adapters))
     if not blocks:
         for i, match in enumerate(search(model).matches):
-            block = _block(i, match.name, match.block, match.row, params, adapters)
+            block = _block(i, match.name, match.block, match.family, params, adapters)
             blocks.append(replace(block, found=match.found))
     return MoELayout(tuple(blocks), adapters) if blocks else None
 
@@ -201,8 +199,7 @@ def _block(
     return Block(
         position=position,
         name=name,
-        family=family.name,
-        row=family,
+        family=family,
         router=router_name,
         experts=experts_name,
         gate=gate,

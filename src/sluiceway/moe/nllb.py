@@ -1,4 +1,4 @@
-"""NLLB-MoE blocks that run every expert: what transformers gets wrong, and the mend.
+"""NLLB-MoE blocks that run every expert: what transformers gets wrong, and the repair.
 
 Two faults of ``NllbMoeSparseMLP`` in transformers 5.23.0 (measured, see tests/moe/test_repair.py):
 
@@ -10,9 +10,9 @@ Two faults of ``NllbMoeSparseMLP`` in transformers 5.23.0 (measured, see tests/m
   evaluation mode, or the first forward where the config gives none, sets what later training
   uses. What a step computes then depends on which batches ran before it.
 
-Mended blocks compute y = sum over e of w(e) expert_e(x), where w is what the router returns, zero
-where the token was dropped; token dropout stays as it is. Blocks are mended by giving the two
-instances a class derived from their own: the original classes stay as they are, and the mend goes
+Repaired blocks compute y = sum over e of w(e) expert_e(x), where w is what the router returns, zero
+where the token was dropped; token dropout stays as it is. Blocks are repaired by giving the two
+instances a class derived from their own: the original classes stay as they are, and the repair goes
 along with copies, pickles and forked processes.
 """
 
@@ -28,26 +28,26 @@ _CAPACITY = 64  # of the probe: more than its tokens
 
 
 def repair_nllb(block: nn.Module, config: Any) -> None:
-    """Mend an ``NllbMoeSparseMLP`` in place, if the installed release has the faults.
+    """Repair an ``NllbMoeSparseMLP`` in place, if the installed release has the faults.
 
     Args:
-        block: the block; one that is mended or right already is left as it is.
+        block: the block; one that is repaired or right already is left as it is.
         config: the model's config, whose ``expert_capacity`` is put back (a forward before the
-            mend may have overwritten it); None: the router keeps the capacity that it has now.
+            repair may have overwritten it); None: the router keeps the capacity that it has now.
     """
     experts: Any = block.get_submodule("experts")
     router: Any = block.get_submodule("router")
     kind: Any = type(block)
     wrong_dispatch, wrong_capacity = _faults(kind)
     if wrong_dispatch and not isinstance(experts, _Dispatch):
-        experts.__class__ = _mended(_Dispatch, experts.__class__)
+        experts.__class__ = _repaired(_Dispatch, experts.__class__)
     if wrong_capacity and not isinstance(router, _Capacity):
-        router.__class__ = _mended(_Capacity, router.__class__)
+        router.__class__ = _repaired(_Capacity, router.__class__)
         if config is not None:
             router.expert_capacity = config.expert_capacity
 
 
-class _Mended:
+class _Repaired:
     """A class made at run time has no name to be pickled by: its two parents have."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -55,7 +55,7 @@ class _Mended:
         return _new, (mixin, original), self.__dict__.copy()
 
 
-class _Dispatch(_Mended):
+class _Dispatch(_Repaired):
     """Experts that run on the tokens that the router sent them."""
 
     def forward(self: Any, hidden: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class _Dispatch(_Mended):
         return output
 
 
-class _Capacity(_Mended):
+class _Capacity(_Repaired):
     """A router whose capacity is the configured one before and after every forward."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,12 +87,12 @@ class _Capacity(_Mended):
 
 
 @cache
-def _mended(mixin: type, original: type) -> type:
+def _repaired(mixin: type, original: type) -> type:
     return type(f"{mixin.__name__[1:]}{original.__name__}", (mixin, original), {})
 
 
 def _new(mixin: type, original: type) -> Any:
-    made: Any = _mended(mixin, original)
+    made: Any = _repaired(mixin, original)
     return made.__new__(made)
 
 

@@ -82,7 +82,9 @@ class _Sums:
         load, routing, margin, first = routing_statistics(
             output.logits.detach(), output.selected, mask
         )
-        dispatched = _dispatched(output, mask) if self._needs_dispatch(output) else None
+        dispatched = None
+        if self.region is not None or output.dispatched is not None:
+            dispatched = _dispatched(output, mask)
         if output.dispatched is not None and dispatched is not None:
             load = dispatched.sum(0)
         self.per_expert += torch.stack((load, routing, margin, first))
@@ -95,9 +97,6 @@ class _Sums:
             # Autocast would make this product a half-precision one.
             with torch.autocast(hidden.device.type, enabled=False):
                 self.region += dispatched.T @ hidden
-
-    def _needs_dispatch(self, output: RouterOutput) -> bool:
-        return self.region is not None or output.dispatched is not None
 
     def means(self) -> BlockRouting:
         load, routing, margin, first = self.per_expert.cpu().double()
@@ -120,7 +119,7 @@ class Observer:
 
     Args:
         model: the model that ``layout`` describes.
-        anatomy: its blocks.
+        layout: its blocks.
         regions: measure the mean hidden state per expert too, [E, d] a block.
 
     Attributes:
@@ -131,7 +130,7 @@ class Observer:
     last: list[BlockStep | None]
 
     def __init__(self, model: nn.Module, layout: MoELayout, regions: bool = True) -> None:
-        self._anatomy = layout
+        self._layout = layout
         self._regions = regions
         self._active = False
         self._grad_at_entry = False
@@ -165,7 +164,7 @@ class Observer:
         if self._active or not self._handles:
             state = "observing already" if self._active else "closed"
             raise RuntimeError(f"the observer is {state}")
-        self.last = [None] * len(self._anatomy.blocks)
+        self.last = [None] * len(self._layout.blocks)
         self._masks = (_flat(mask), _flat(decoder_mask))
         self._grad_at_entry = torch.is_grad_enabled()
         self._active = True
@@ -179,13 +178,13 @@ class Observer:
         """Means over everything observed since the last reset, one per block."""
         return [
             (sums or _Sums(block, self._regions, torch.device("cpu"))).means()
-            for sums, block in zip(self._sums, self._anatomy.blocks, strict=True)
+            for sums, block in zip(self._sums, self._layout.blocks, strict=True)
         ]
 
     def reset(self) -> None:
         """Forget all sums and the last forward."""
-        self._sums = [None] * len(self._anatomy.blocks)
-        self.last = [None] * len(self._anatomy.blocks)
+        self._sums = [None] * len(self._layout.blocks)
+        self.last = [None] * len(self._layout.blocks)
 
     def close(self) -> None:
         """Remove the hooks; sums stay readable. May be called twice."""
@@ -212,7 +211,7 @@ class Observer:
                     "(or observe under torch.no_grad() if no gradient is wanted)"
                 )
             hidden = args[0] if args else next(iter(kwargs.values()))
-            read = block.row.read(output, block.top_k)
+            read = block.family.read(output, block.top_k)
             self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read)
 
         return hook

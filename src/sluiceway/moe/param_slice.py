@@ -1,4 +1,4 @@
-"""Pieces: the tensors that cross the wire, each a whole parameter or one expert's part of one."""
+"""Pieces of a model: what crosses the wire, a whole parameter or one expert's part of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a router would say with the parameter values that were received this round."""
+"""A router's logits under the parameter values that were received this round."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def received_logits(
     received_params: Mapping[str, Tensor],
     hidden: Tensor,
 ) -> Tensor:
-    """What the router would say with other parameter values; no observer sees it.
+    """The router's logits under other parameter values; no observer sees this forward.
 
     Args:
         block: the block that the router belongs to.
@@ -61,4 +61,4 @@ def received_logits(
         output = torch.func.functional_call(_Bare(router_module), values, (hidden,))
     finally:
         router_module.train(training)
-    return block.row.read_logits(output)
+    return block.family.read_logits(output)

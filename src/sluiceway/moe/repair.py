@@ -1,7 +1,7 @@
-"""Mend models whose installed release computes something else than their definition.
+"""Repair models whose installed release computes something else than their definition.
 
 So far that is NLLB-MoE alone, see ``nllb.py``: in transformers 5.23.0 only two of its experts ever
-run, and its routers' capacity depends on the batches before. Unmended, most experts would neither
+run, and its routers' capacity depends on the batches before. Unrepaired, most experts would neither
 be trained nor measured, and nothing would say so.
 """
 
@@ -17,10 +17,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def repair(model: Model) -> Model:
-    """Mend the blocks of known faulty families, in place; every other model is left as it is.
+    """Repair the blocks of known faulty families, in place; every other model is left as it is.
 
     A fault is looked for in the behaviour of a tiny block of the same class, not in the version.
-    May be called again: mended blocks are left as they are. Names, values and gradients of
+    May be called again: repaired blocks are left as they are. Names, values and gradients of
     parameters are untouched, and so are all other models of the process.
 
     Returns:

@@ -47,11 +47,11 @@ _ATTENTION = re.compile(r"attention|attn", re.I)
 
 @dataclass(frozen=True)
 class Match:
-    """A block found by its structure: its module name, the module, its row, and why."""
+    """A block found by its structure: its module name, the module, how it is read, and why."""
 
     name: str
     block: nn.Module
-    row: StructuralFamily
+    family: StructuralFamily
     found: str
 
 
@@ -89,7 +89,7 @@ class _Router:
 @dataclass(frozen=True)
 class _Experts:
     path: str  # in the block; "" if several children hold them
-    names: str  # for people
+    names: str  # as shown
     count: int
     widths: frozenset[int]  # any of which may be the width that they read
 
@@ -114,7 +114,7 @@ def search(model: nn.Module) -> Search:
 
 
 def _inside(name: str, match: Match) -> bool:
-    parts = [part for part in (match.name, match.row.experts or match.row.router) if part]
+    parts = [part for part in (match.name, match.family.experts or match.family.router) if part]
     return f"{name}.".startswith(f"{'.'.join(parts)}.")
 
 
@@ -142,20 +142,8 @@ def _block(name: str, module: nn.Module, config: Any) -> Match | str | None:
     if source is None:
         missing = f"{where}{said}, but k, the experts chosen per token, is in none of "
         return missing + f"{', '.join(_TOP_K)} of router, block and config" if hinted else None
-    return _match(name, module, router, experts, source, said)
-
-
-def _match(
-    name: str,
-    module: nn.Module,
-    router: _Router,
-    experts: _Experts,
-    source: tuple[int, str],
-    said: str,
-) -> Match:
     top_k, origin = source
-    linear = isinstance(unwrapped(router.module), nn.Linear)
-    row = StructuralFamily(
+    family = StructuralFamily(
         name=STRUCTURAL,
         router_class="",
         router=router.path,
@@ -163,14 +151,14 @@ def _match(
         num_experts=router.experts,
         top_k=top_k,
         path=f"{name}.{router.path}" if name else router.path,
-        linear=linear,
+        linear=isinstance(unwrapped(router.module), nn.Linear),
     )
     logits = (
         f"logits are the router's output, the choice its {top_k} greatest"
-        if linear
+        if family.linear
         else "logits, and the choice if it is there, are looked for in the router's output"
     )
-    return Match(name, module, row, f"{said}; k = {top_k} from {origin}; {logits}")
+    return Match(name, module, family, f"{said}; k = {top_k} from {origin}; {logits}")
 
 
 def _routers(path: str, module: nn.Module) -> Iterator[_Router]:

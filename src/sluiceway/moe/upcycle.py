@@ -30,16 +30,6 @@ class _Dense:
     replace: Callable[[nn.Module], None]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    experts: int
-    top_k: int
-    noise: float
-    router_std: float
-    scale: bool
-    sliced: bool
-
-
 def upcycle(
     model: Model,
     layers: Sequence[int] | int,
@@ -83,8 +73,11 @@ def upcycle(
             feed-forward layers are not recognised, or one that has experts already; slices of an
             inner width that E does not divide. The model is then unchanged.
     """
-    settings = _Settings(experts, top_k, noise, router_std, scale, sliced)
-    _check(settings)
+    if experts < 1:
+        raise ValueError(f"experts={experts}: must be at least 1")
+    for name, value in (("noise", noise), ("router_std", router_std)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value}: must be at least 0, and finite")
     if find_layout(model) is not None:
         raise ValueError(f"model {type(model).__name__} has mixture-of-experts blocks already")
     found = [dense for module in model.modules() if (dense := _recognise(module)) is not None]
@@ -102,25 +95,13 @@ def upcycle(
             )
     generator = torch.Generator().manual_seed(seed)
     for dense in chosen:
-        dense.replace(_block(dense, settings, generator).train(dense.up.training))
+        # Drawn before the noise, so that a router is the same with and without noise.
+        weight = router_std * torch.randn(experts, dense.up.in_features, generator=generator)
+        router = UpcycledRouter(weight.to(dense.up.weight), top_k, scale)
+        block = UpcycledMoE(router, _experts(dense, experts, noise, sliced, generator))
+        block.requires_grad_(dense.up.weight.requires_grad).train(dense.up.training)
+        dense.replace(block)
     return model
-
-
-def _check(settings: _Settings) -> None:
-    if settings.experts < 1:
-        raise ValueError(f"experts={settings.experts}: must be at least 1")
-    if not 1 <= settings.top_k <= settings.experts:
-        raise ValueError(
-            f"top_k={settings.top_k}: must be in [1, {settings.experts}], experts at most"
-        )
-    if settings.top_k == 1 and not settings.scale:
-        raise ValueError(
-            "top_k=1 with renormalised weights gives the router no gradient: "
-            "set scale=True or top_k >= 2"
-        )
-    for name in ("noise", "router_std"):
-        if not 0 <= getattr(settings, name) < float("inf"):
-            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 0, and finite")
 
 
 def _positions(layers: Sequence[int] | int, count: int) -> list[int]:
@@ -139,46 +120,37 @@ def _positions(layers: Sequence[int] | int, count: int) -> list[int]:
     return positions
 
 
-def _block(dense: _Dense, settings: _Settings, generator: Generator) -> UpcycledMoE:
-    weight = dense.up.weight
-    # The router is drawn before the noise, so that it is the same with and without noise.
-    router = settings.router_std * torch.randn(
-        settings.experts, weight.shape[1], generator=generator
-    )
+def _experts(
+    dense: _Dense, experts: int, noise: float, sliced: bool, generator: Generator
+) -> UpcycledExperts:
+    """Copies or slices of the layer, each weight matrix with noise of its own."""
+
+    def repeated(tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0).repeat(experts, *[1] * tensor.ndim)
 
     def inner(tensor: Tensor, axis: int) -> Tensor:
         """What each expert has of a tensor with the inner width on this axis; axis E leads."""
-        if not settings.sliced:
-            return _repeat(tensor, settings.experts)
-        return torch.stack(tensor.chunk(settings.experts, axis))
+        return torch.stack(tensor.chunk(experts, axis)) if sliced else repeated(tensor)
 
     def noisy(linear: nn.Linear, axis: int) -> Tensor:
-        tensor = inner(linear.weight.detach(), axis)
-        if settings.noise > 0:
+        weight = linear.weight.detach()
+        tensor = inner(weight, axis)
+        if noise > 0:
             draw = torch.randn(tensor.shape, generator=generator).to(weight.device)
-            deviation = linear.weight.detach().float().std()
-            tensor += (settings.noise * deviation * draw).to(weight.dtype)
+            tensor += (noise * weight.float().std() * draw).to(weight.dtype)
         return tensor
 
     up_bias, down_bias = (linear.bias for linear in (dense.up, dense.down))
     # Weights of the chosen sum to one, where the layer added its slices up.
-    factor = settings.experts if settings.sliced else 1
-    moe = UpcycledMoE(
-        UpcycledRouter(router.to(weight), settings.top_k, settings.scale),
-        UpcycledExperts(
-            gate=None if dense.gate is None else noisy(dense.gate, 0),
-            up=noisy(dense.up, 0),
-            up_bias=None if up_bias is None else inner(up_bias.detach(), 0),
-            down=noisy(dense.down, 1) * factor,
-            down_bias=None if down_bias is None else _repeat(down_bias.detach(), settings.experts),
-            activation=dense.activation,
-        ),
+    factor = experts if sliced else 1
+    return UpcycledExperts(
+        gate=None if dense.gate is None else noisy(dense.gate, 0),
+        up=noisy(dense.up, 0),
+        up_bias=None if up_bias is None else inner(up_bias.detach(), 0),
+        down=noisy(dense.down, 1) * factor,
+        down_bias=None if down_bias is None else repeated(down_bias.detach()),
+        activation=dense.activation,
     )
-    return moe.requires_grad_(weight.requires_grad)
-
-
-def _repeat(tensor: Tensor, experts: int) -> Tensor:
-    return tensor.unsqueeze(0).repeat(experts, *[1] * tensor.ndim)
 
 
 def _bert(layer: nn.Module) -> _Dense | None:
