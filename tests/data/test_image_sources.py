@@ -142,9 +142,7 @@ def test_broken_system_folders(system_folder: Path) -> None:
         load_images("fashion-mnist")
     labels = system_folder / "t10k-labels-idx1-ubyte"
     labels.write_bytes(idx(np.arange(2)))
-    with pytest.raises(
-        DataError, match=r"its images are \[3, 27, 27\], the labels .* \[2\]"
-    ):
+    with pytest.raises(DataError, match=r"its images are \[3, 27, 27\], the labels .* \[2\]"):
         load_images("fashion-mnist")
     labels.unlink()
     with pytest.raises(DataError, match=r"there is no file .*t10k-labels-idx1-ubyte"):
