@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralModel
 
 from sluiceway.core.settings import Training
-from sluiceway.experiment.answers import TextClassifier
+from sluiceway.experiment.heads import TextClassifier
 from sluiceway.moe import add_lora, moe_layout
 from sluiceway.transport.local import federate
 

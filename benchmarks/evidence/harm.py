@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.settings import Training
+from sluiceway.experiment.builders import head_for, parts_of
 from sluiceway.experiment.compare import Interval
-from sluiceway.experiment.kinds import parts_of
 from sluiceway.experiment.models import assembled, load_pretrained
-from sluiceway.experiment.readings import answer_of
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.session import Session
 from sluiceway.federated.client import Worker, prepare
@@ -68,7 +67,7 @@ def measured(recipe: Recipe, session: Session, rounds: int) -> dict[str, float]:
     data = session.data(recipe.data, lambda line: None)
     loaded = load_pretrained(recipe.model.name, language=False)
     train, test = session.encoded(recipe.data, data, loaded, recipe.model)
-    model = assembled(loaded, recipe.model, answer_of(data, loaded, recipe.model), recipe.run.seed)
+    model = assembled(loaded, recipe.model, head_for(data, loaded, recipe.model), recipe.run.seed)
     place, clients = torch.device("cpu"), [train.subset(part) for part in parts_of(recipe, data)]
     strategy, training = FedAvg(), recipe.training()
     assert isinstance(training, Training)

@@ -19,9 +19,8 @@ from sluiceway.core.evaluation import Evaluation
 from sluiceway.core.guards import Failure, TooFewUpdates, fault
 from sluiceway.core.round_loop import Loop, Result, Rounds
 from sluiceway.core.settings import Training
-from sluiceway.experiment.kinds import Outcome
 from sluiceway.experiment.recipe import load_recipe
-from sluiceway.experiment.run import summarise
+from sluiceway.experiment.summary import Outcome, summarise
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Broadcast, FedAvg, Scaffold, Strategy, Update
 from sluiceway.transport.local import federate

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.errors import InputError
 from sluiceway.experiment.compare import tabulate
-from sluiceway.experiment.kinds import Outcome, split_facts
 from sluiceway.experiment.plots import (
     THEME,
     clients_figure,
@@ -26,9 +25,8 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
-from sluiceway.experiment.run import summarise
 from sluiceway.experiment.run_directory import write_json
-from sluiceway.split.training import SplitRecord
+from sluiceway.experiment.summary import Outcome, summarise
 
 COUNTS = [[3, 0, 5], [0, 0, 0], [0, 40, 1]]
 LABELS = ("sport & <play>", "price in $ and $", "漢字")
@@ -74,9 +72,7 @@ def write_run(folder: Path, recipe: Recipe, result: Result, *, finished: bool = 
 
 
 def summary_of(recipe: Recipe, result: Result) -> dict[str, Any]:
-    split = isinstance(result.records[0], SplitRecord)
-    outcome = Outcome(result, "mine.csv", LABELS, split_facts(result) if split else {})
-    return summarise(recipe, outcome, "cpu", 75.0)
+    return summarise(recipe, Outcome(result, "mine.csv", LABELS), "cpu", 75.0)
 
 
 def write_comparison(folder: Path, better: dict[str, dict[int, float]]) -> Path:

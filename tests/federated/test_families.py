@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.settings import Training
-from sluiceway.experiment.answers import Endings, TextClassifier, is_encoder_decoder
+from sluiceway.experiment.heads import Endings, TextClassifier, is_encoder_decoder
 from sluiceway.moe import add_lora, moe_layout, repair
 from sluiceway.strategies import strategy
 from sluiceway.transport.local import federate

@@ -56,7 +56,7 @@ def test_sites_give_the_embedded_numbers(split_recipe: Path, tmp_path: Path, kin
     chosen = small(split_recipe, *RECIPES[kind])
     here, _ = run(chosen)
     with deployed(tmp_path) as (transport, doorway):
-        there, summary = run(chosen, transport=transport, doorway=doorway)
+        there, summary = run(chosen, transport=transport, endpoint=doorway)
     assert [r.as_dict() | {"seconds": 0} for r in there.records if kind != "own masks"] == [
         r.as_dict() | {"seconds": 0} for r in here.records if kind != "own masks"
     ]
@@ -90,8 +90,8 @@ def test_a_restarted_server_goes_on(
 
             patch.setattr(remote_split.RemoteClient, "receive", receive)
             with pytest.raises(Broken):
-                run(chosen, out, transport=transport, doorway=doorway)
-        again, _ = run(chosen, out, resume=True, transport=transport, doorway=doorway)
+                run(chosen, out, transport=transport, endpoint=doorway)
+        again, _ = run(chosen, out, resume=True, transport=transport, endpoint=doorway)
     assert again.accuracy_by_round == whole.accuracy_by_round
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
@@ -127,7 +127,7 @@ def test_a_site_that_is_gone_for_a_while(
         monkeypatch.setattr(remote_split.RemoteClient, "receive", receive)
         monkeypatch.setattr(remote_split, "LATER", 1.0)
         found, _ = run(
-            chosen, transport=transport, doorway=doorway, progress=Progress(on_round=back)
+            chosen, transport=transport, endpoint=doorway, progress=Progress(on_round=back)
         )
         homes["site-1"].close()
     assert [list(record.refused) for record in found.records] == [[], [1], [1], []]
@@ -148,7 +148,7 @@ def test_a_client_that_sends_nan_sits_out(
 
     monkeypatch.setattr(SplitClient, "send", send)
     with deployed(tmp_path) as (transport, doorway):
-        found, _ = run(small(split_recipe), transport=transport, doorway=doorway)
+        found, _ = run(small(split_recipe), transport=transport, endpoint=doorway)
     assert [list(record.refused) for record in found.records] == [[], [2], []]
     assert "NaN or Inf" in found.records[1].refused[2]
 
@@ -164,7 +164,7 @@ def test_a_site_with_a_strange_certificate_does_not_get_in(
         # Its own root, so that it takes the server for good; the server must refuse it.
         transport.homes["site-1"].keys = Credentials(strange.certificate, strange.key, own.root)
         with pytest.raises(RunFailed, match="site site-1: it has no line to the server"):
-            run(small(split_recipe), tmp_path / "out", transport=transport, doorway=doorway)
+            run(small(split_recipe), tmp_path / "out", transport=transport, endpoint=doorway)
     assert not (tmp_path / "out").exists()
 
 
@@ -186,7 +186,7 @@ def test_other_layers_are_refused(
         deployed(tmp_path) as (transport, doorway),
         pytest.raises(ValueError, match=r"site site-1: .*float32 \[9\]"),
     ):
-        run(small(split_recipe), transport=transport, doorway=doorway)
+        run(small(split_recipe), transport=transport, endpoint=doorway)
 
 
 def test_no_doorway_is_one_line(split_recipe: Path, tmp_path: Path) -> None:

@@ -26,9 +26,13 @@ from sluiceway.data import ChoiceData, TextData, TextDataset
 from sluiceway.deploy.site_file import Invitation, Own, SiteFile, invitation
 from sluiceway.deploy.split_work import begin_split
 from sluiceway.errors import InputError
-from sluiceway.experiment.kinds import chosen_strategy, language_model, parts_of
+from sluiceway.experiment.builders import (
+    chosen_strategy,
+    language_model,
+    parts_of,
+    usable_device,
+)
 from sluiceway.experiment.recipe import Data, Recipe
-from sluiceway.experiment.run import usable_device
 from sluiceway.experiment.session import Session, capped, load_texts
 from sluiceway.experiment.validation import first_fault
 from sluiceway.federated.client import prepare

@@ -14,7 +14,7 @@ from sluiceway.core.evaluation import label_counts
 from sluiceway.data import ImageDataset
 from sluiceway.deploy.site_file import Invitation, Own, SiteFile
 from sluiceway.errors import InputError
-from sluiceway.experiment.kinds import chosen_compressor, chosen_network, parts_of
+from sluiceway.experiment.builders import chosen_compressor, chosen_network, parts_of
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session
 from sluiceway.split.setup import SharedSetup, SplitSettings

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sluiceway.errors import InputError
-from sluiceway.experiment.kinds import network
+from sluiceway.experiment.builders import network
 from sluiceway.experiment.models import outlined
 from sluiceway.moe import (
     MoELayout,

@@ -14,7 +14,7 @@ from torch import nn
 
 from sluiceway.data import DataError, check_tokenizer, wheel_folder
 from sluiceway.errors import InputError
-from sluiceway.experiment.answers import TextClassifier
+from sluiceway.experiment.heads import TextClassifier
 from sluiceway.experiment.recipe import Model
 from sluiceway.moe import MoELayout, add_lora, find_layout, repair, upcycle
 

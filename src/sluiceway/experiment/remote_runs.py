@@ -7,17 +7,16 @@ from typing import Any
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.handshake import HandshakeError
 from sluiceway.errors import InputError
-from sluiceway.experiment.kinds import (
-    Outcome,
+from sluiceway.experiment.builders import (
     chosen_compressor,
     chosen_network,
     chosen_strategy,
     language_model,
     plan_of,
-    split_facts,
 )
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
+from sluiceway.experiment.summary import Outcome
 from sluiceway.strategies import STRATEGIES
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import federate_remote
@@ -68,15 +67,15 @@ def serve_split(
     progress: Progress,
     checkpoint: Checkpoint | None,
     transport: Transport,
-    doorway: Endpoint | None,
+    endpoint: Endpoint | None,
 ) -> Outcome:
     """Train an image classifier that is cut between sites and this server.
 
     Raises:
-        InputError: there are more or fewer sites than clients, or no doorway.
+        InputError: there are more or fewer sites than clients, or no endpoint.
     """
     sites = required_sites(recipe, transport)
-    if doorway is None:
+    if endpoint is None:
         raise InputError(
             f"run.engine = {recipe.run.engine!r} carries no split run: it has no line for a "
             "message a mini-batch; nvflare has"
@@ -91,7 +90,7 @@ def serve_split(
             model,
             chosen.cut,
             transport,
-            doorway,
+            endpoint,
             facts_of(recipe, pictures.label_names),
             test,
             chosen_compressor(recipe),
@@ -110,7 +109,7 @@ def serve_split(
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Outcome(result, pictures.source, pictures.label_names, split_facts(result))
+    return Outcome(result, pictures.source, pictures.label_names)
 
 
 def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from sluiceway.experiment.plots import (
     loss_figure,
     personal_figure,
 )
-from sluiceway.experiment.split_plots import at_the_cut, split_figures, split_so_far
+from sluiceway.experiment.split_plots import at_the_cut, split_figures
+from sluiceway.experiment.summary import summary_so_far
 from sluiceway.experiment.tables import with_current_keys
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
@@ -83,7 +84,7 @@ def read_run(folder: Path) -> Run:
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json", "accuracy_by_round")
     elif records:
-        summary = so_far(folder, records)
+        summary = summary_so_far(written_recipe(folder / "recipe.toml"), records)
     elif lines.is_file():
         raise InputError(f"{lines} holds no finished round yet")
     else:
@@ -119,28 +120,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [records[number] for number in sorted(records)]
 
 
-def so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What summary.json would hold of an unfinished run, as far as its rounds tell."""
-    path = folder / "recipe.toml"
+def written_recipe(path: Path) -> dict[str, Any]:
+    """The tables of a run's recipe.toml, none if it is not there. Raises InputError."""
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path} is not TOML: {error}") from None
-    accuracy = [record["accuracy"] for record in records]
-    return {
-        "recipe": recipe,
-        "method": recipe.get("method", {}).get("name", "unknown method"),
-        "seed": recipe.get("run", {}).get("seed", 0),
-        "rounds": len(records),
-        "accuracy": accuracy[-1],
-        "best_accuracy": max(accuracy),
-        "accuracy_by_round": accuracy,
-        "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
-        "accuracy_by_client": records[-1].get("accuracy_by_client"),
-        "clients": recipe.get("data", {}).get("clients"),
-        **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
-        **split_so_far(records),
-    }
 
 
 def write_run(run: Run) -> Path:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import sluiceway
-from sluiceway.core.checkpoints import Checkpoint
+from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.errors import InputError
-from sluiceway.experiment.kinds import Outcome, run_federated, run_split
+from sluiceway.experiment.builders import (
+    chosen_compressor,
+    chosen_network,
+    chosen_strategy,
+    language_model,
+    parts_of,
+    plan_of,
+    usable_device,
+    worker_count,
+)
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.remote_runs import serve_federated, serve_split
 from sluiceway.experiment.run_directory import RunDirectory
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.transport.local import chosen_device
+from sluiceway.experiment.summary import Outcome, summarise
+from sluiceway.split.training import split_train
+from sluiceway.strategies import STRATEGIES
+from sluiceway.transport.local import federate
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.tls import Endpoint
 
@@ -35,9 +43,9 @@ def run(
     session: Session | None = None,
     progress: Progress | None = None,
     transport: Transport | None = None,
-    doorway: Endpoint | None = None,
+    endpoint: Endpoint | None = None,
 ) -> tuple[Result, dict[str, Any]]:
-    """Run a recipe on the embedded engine, or across sites.
+    """Run a recipe on this machine, or across sites.
 
     Args:
         recipe: checked.
@@ -45,9 +53,9 @@ def run(
         resume: continue what is in `out`.
         force: replace what is in `out`.
         session: shares data and frozen layers' outputs between runs.
-        progress: what to tell while it goes on.
-        carrier: reaches the sites that are the clients; None plays them here.
-        doorway: where sites dial in a split run.
+        progress: what to tell meanwhile.
+        transport: reaches the sites that are the clients; None trains them here.
+        endpoint: where sites connect to in a split run.
 
     Returns:
         The result, and the summary that is in `summary.json`.
@@ -79,13 +87,12 @@ def run(
             progress.on_round(record)
 
         told = replace(progress, on_start=on_start, on_round=on_round)
-        checkpoint = checkpoint_of(recipe, out, resume, progress) if out else None
-        given = recipe, device, session, told, checkpoint
+        given = recipe, device, session, told, checkpoint_of(recipe, out, resume, progress)
         split = recipe.run.kind == "split"
         if transport is None:
             outcome = (run_split if split else run_federated)(*given)
         elif split:
-            outcome = serve_split(*given, transport, doorway)
+            outcome = serve_split(*given, transport, endpoint)
         else:
             outcome = serve_federated(*given, transport)
         summary = summarise(recipe, outcome, device, time.perf_counter() - began)
@@ -94,8 +101,12 @@ def run(
     return outcome.result, summary
 
 
-def checkpoint_of(recipe: Recipe, out: Path, resume: bool, progress: Progress) -> Checkpoint:
-    """Where and how often the run is saved."""
+def checkpoint_of(
+    recipe: Recipe, out: Path | None, resume: bool, progress: Progress
+) -> Checkpoint | None:
+    """Where and how often the run is saved; None where nothing is written."""
+    if out is None:
+        return None
     return Checkpoint(
         out / "checkpoints",
         resume,
@@ -105,67 +116,97 @@ def checkpoint_of(recipe: Recipe, out: Path, resume: bool, progress: Progress) -
     )
 
 
-def usable_device(name: str) -> str:
-    """The device that a recipe names. Raises InputError if this machine does not have it."""
+def run_federated(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+) -> Outcome:
+    """Fine-tune a language model or a classifier of texts across clients."""
+    data = session.data(recipe.data, progress.say)
+    parts = parts_of(recipe, data)
+    model, train, test, source = language_model(recipe, data, session)
+    workers = worker_count(recipe, device)
+    progress.say(
+        f"model: {recipe.model.name} from {source}, on {device}, "
+        f"{workers} worker{'s' if workers > 1 else ''}"
+    )
+    strategy, training = chosen_strategy(recipe)
+    require_examples(recipe, parts)
+    if recipe.run.timeout and device != "cpu":
+        raise InputError(
+            f"run.timeout = {recipe.run.timeout:g} needs the CPU; this runs on {device}"
+        )
+    result = federate(
+        model,
+        [train.subset(part) for part in parts],
+        test,
+        strategy,
+        **rounds_of(recipe, device, progress, checkpoint),
+        repeats=recipe.run.max_retries,
+        timeout=recipe.run.timeout,
+        training=training,
+        workers=workers,
+        threads=recipe.run.threads if device == "cpu" else None,
+        features=session.feature_cache(recipe.run.feature_memory_mb),
+        on_update=progress.on_update,
+    )
+    return Outcome(result, data.source, data.label_names)
+
+
+def run_split(
+    recipe: Recipe,
+    device: str,
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+) -> Outcome:
+    """Train an image classifier that is cut between clients and a server."""
+    data, train, test = session.images(recipe.data, progress.say)
+    parts = parts_of(recipe, data)
+    model = chosen_network(recipe, train.shape, len(data.label_names))
+    assert recipe.model.cut is not None
+    progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}")
     try:
-        device = chosen_device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"run.device = {name!r} cannot be used here: {why}") from None
-    return device
+        result = split_train(
+            model,
+            recipe.model.cut,
+            [train.subset(part) for part in parts],
+            test,
+            chosen_compressor(recipe),
+            **rounds_of(recipe, device, progress, checkpoint),
+            schedule=recipe.run.schedule,
+            tail_at=recipe.model.tail,
+            client_aggregation=STRATEGIES[recipe.run.client_aggregation](),
+            training=recipe.training(),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Outcome(result, data.source, data.label_names)
 
 
-def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
-    """What summary.json holds."""
-    result = outcome.result
-    personal = {str(client): value for client, value in sorted(result.personal_accuracy.items())}
+def rounds_of(
+    recipe: Recipe, device: str, progress: Progress, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """The arguments that `federate` and `split_train` have in common."""
     return {
-        "recipe": recipe.resolved(),
-        "method": recipe.method["name"],
+        "rounds": recipe.run.rounds,
+        "participation": recipe.run.participation,
         "seed": recipe.run.seed,
-        "rounds": len(result.records),
-        "accuracy": result.accuracy,
-        "best_accuracy": result.best_accuracy,
-        "accuracy_by_round": result.accuracy_by_round,
-        "personal_accuracy": personal,
-        "mean_personal_accuracy": sum(personal.values()) / len(personal) if personal else None,
-        "accuracy_by_client": result.records[-1].accuracy_by_client,
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "bytes_by_round": [record.bytes_up + record.bytes_down for record in result.records],
-        "seconds": seconds,
-        "clients": recipe.data.clients,
-        "empty_clients": result.empty,
-        "refused_updates": result.refused,
-        "refused": named(result, "refused"),
-        "failed_updates": result.failed,
-        "failed": named(result, "failed"),
-        "repeated_rounds": sum(record.repeats for record in result.records),
-        "data_source": outcome.source,
-        "label_names": list(outcome.label_names),
-        "label_counts": result.label_counts,
-        "engine": recipe.run.engine,
+        "min_clients": recipe.run.min_clients,
         "device": device,
-        "versions": versions(),
-        **outcome.more,
+        "on_start": progress.on_start,
+        "on_round": progress.on_round,
+        "checkpoint": checkpoint,
     }
 
 
-def named(result: Result, key: str) -> list[dict[str, Any]]:
-    """Every client that a round did without, and why; `key` is "refused" or "failed"."""
-    return [
-        {"round": record.round, "client": client, "why": why}
-        for record in result.records
-        for client, why in getattr(record, key).items()
-    ]
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    return {
-        "sluiceway": sluiceway.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+def require_examples(recipe: Recipe, parts: Sequence[Sequence[Any]]) -> None:
+    """Raise InputError if too few clients hold examples."""
+    try:
+        plan_of(recipe).check([client for client, part in enumerate(parts) if len(part)])
+    except ValueError as error:
+        raise InputError(str(error)) from None

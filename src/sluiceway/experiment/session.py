@@ -22,8 +22,8 @@ from sluiceway.data import (
     load_text,
 )
 from sluiceway.data.tables import AnyTable
+from sluiceway.experiment.encoding import encoded
 from sluiceway.experiment.models import Pretrained
-from sluiceway.experiment.readings import read
 from sluiceway.experiment.recipe import Data, Model
 from sluiceway.federated.frozen_prefix import FeatureCache
 
@@ -76,7 +76,8 @@ class Session:
         key = (asked, loaded.source, model.answer, model.prompt)
         if key not in self.tokens:
             train, test = (
-                read(table, loaded, model, wanted.max_tokens) for table in (data.train, data.test)
+                encoded(table, loaded, model, wanted.max_tokens)
+                for table in (data.train, data.test)
             )
             self.tokens[key] = train, test
         return self.tokens[key]

@@ -34,20 +34,6 @@ from sluiceway.experiment.plots import (
 Summary = Mapping[str, Any]
 
 
-def split_so_far(records: Sequence[Summary]) -> dict[str, Any]:
-    """What summary.json would hold of an unfinished split run beside the usual; else nothing."""
-    if any(record.get("channels") is None for record in records):
-        return {}
-    return {
-        "accuracy_full": records[-1]["accuracy_full"],
-        "accuracy_full_by_round": [record["accuracy_full"] for record in records],
-        "kept_by_round": [record["kept"] for record in records],
-        "channels": records[-1]["channels"],
-        "scores_by_round": [record["scores"] for record in records],
-        "masks_by_round": [record["mask"] for record in records],
-    }
-
-
 def at_the_cut(runs: Mapping[str, Summary]) -> dict[str, Any] | None:
     """Of a variant's split runs, by seed: `full` accuracy, `kept` in the last round, `channels`.
 

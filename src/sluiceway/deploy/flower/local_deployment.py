@@ -28,7 +28,7 @@ from sluiceway.deploy.flower.deployment import (
 )
 from sluiceway.deploy.flower.server import heard
 from sluiceway.errors import InputError, line
-from sluiceway.experiment.kinds import worker_count
+from sluiceway.experiment.builders import worker_count
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress
 

@@ -108,7 +108,7 @@ class ServerController:
                 force=self.force,
                 progress=progress,
                 transport=transport,
-                doorway=doorway(),
+                endpoint=doorway(),
             )
 
     def _tell(self, topic: str, asked: Any, context: Any) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""From a recipe to what it names: partition, model, method, and how many rounds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sluiceway.core.round_loop import Rounds
+from sluiceway.core.settings import Training
+from sluiceway.data import (
+    ChoiceData,
+    ImageData,
+    TextData,
+    TextDataset,
+    partition,
+    word_tokens,
+)
+from sluiceway.errors import InputError
+from sluiceway.experiment.heads import Endings, TextClassifier, Words, is_encoder_decoder
+from sluiceway.experiment.models import Pretrained, assembled, load_pretrained
+from sluiceway.experiment.recipe import Model, Recipe
+from sluiceway.experiment.session import Session
+from sluiceway.split.compress import Compressor
+from sluiceway.split.networks import Conv4, resnet18, vgg11
+from sluiceway.strategies import Strategy
+from sluiceway.transport.local import chosen_device
+
+
+def parts_of(recipe: Recipe, found: TextData | ChoiceData | ImageData) -> Sequence[Any]:
+    """Row numbers of each client. Raises DataError."""
+    return partition(
+        recipe.data.partition,
+        found.train.labels,
+        recipe.data.clients,
+        recipe.run.seed,
+        alpha=recipe.data.alpha,
+        classes_per_client=recipe.data.classes_per_client,
+        groups=None if isinstance(found, ImageData) else found.train.groups,
+        column=recipe.data.group,
+    )
+
+
+def language_model(
+    recipe: Recipe, data: TextData | ChoiceData, session: Session
+) -> tuple[nn.Module, TextDataset, TextDataset, str]:
+    """The model that a recipe trains, train and test examples as its tokens, and its source.
+
+    Raises:
+        InputError, DataError: there is no such model, or it does not fit the data.
+    """
+    chosen = recipe.model
+    loaded = load_pretrained(
+        chosen.name,
+        language=chosen.answer == "likelihood",
+        dtype=chosen.dtype,
+        gguf=chosen.gguf,
+    )
+    train, test = session.encoded(recipe.data, data, loaded, chosen)
+    model = assembled(loaded, chosen, head_for(data, loaded, chosen), recipe.run.seed)
+    return model, train, test, loaded.source
+
+
+def head_for(
+    data: TextData | ChoiceData, loaded: Pretrained, model: Model
+) -> Callable[[nn.Module], nn.Module]:
+    """What puts the scoring module around the loaded model. Raises DataError, InputError."""
+    choices = isinstance(data, ChoiceData)
+    if model.answer == "head":
+        outputs = 1 if choices else len(data.label_names)
+        return lambda body: TextClassifier(body, loaded.hidden, outputs)
+    if choices:
+        return Endings
+    words = model.words or [name.replace("_", " ") for name in data.label_names]
+    if len(words) != len(data.label_names):
+        raise InputError(
+            f"model.words has {len(words)} words for {len(data.label_names)} classes: "
+            f"{', '.join(data.label_names)}"
+        )
+    before = model.prompt.rpartition("}")[2].strip() or "text"
+    if is_encoder_decoder(loaded.backbone):
+        before = "text"  # the decoder begins with the word
+    ids = word_tokens(words, loaded.tokenizer, before)
+    return lambda body: Words(body, ids)
+
+
+def network(
+    name: str, width: int, shape: Sequence[int], *, classes: int, seed: int
+) -> nn.Sequential:
+    """A network for images of shape (C, H, W), its values from the seed.
+
+    Args:
+        name: one of `recipe.NETWORKS`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "conv4":
+            return Conv4(shape[0], classes, width)
+        make = resnet18 if name == "resnet18" else vgg11
+        return make(width, shape[0], classes)
+
+
+def chosen_network(recipe: Recipe, shape: Sequence[int], classes: int) -> nn.Sequential:
+    """The network of a split recipe, for images of shape (C, H, W)."""
+    chosen = recipe.model
+    return network(chosen.name, chosen.width, shape, classes=classes, seed=recipe.run.seed)
+
+
+def chosen_strategy(recipe: Recipe) -> tuple[Strategy, Training]:
+    """What a federated recipe's [method] and [train] say. Raises InputError."""
+    strategy, training = recipe.built(), recipe.training()
+    assert isinstance(strategy, Strategy)
+    assert isinstance(training, Training)
+    return strategy, training
+
+
+def chosen_compressor(recipe: Recipe) -> Compressor:
+    """What a split recipe's [method] says. Raises InputError."""
+    method = recipe.built()
+    assert isinstance(method, Compressor)
+    return method
+
+
+def plan_of(recipe: Recipe) -> Rounds:
+    """How many rounds there are, and who takes part."""
+    return Rounds(
+        rounds=recipe.run.rounds,
+        participation=recipe.run.participation,
+        seed=recipe.run.seed,
+        min_clients=recipe.run.min_clients,
+        repeats=recipe.run.max_retries,
+    )
+
+
+def worker_count(recipe: Recipe, device: str) -> int:
+    """How many worker processes train clients."""
+    if device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(recipe.run.workers or cores or 1, recipe.data.clients)
+
+
+def usable_device(name: str) -> str:
+    """The device that a recipe names. Raises InputError if this machine does not have it."""
+    try:
+        device = chosen_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"run.device = {name!r} cannot be used here: {why}") from None
+    return device

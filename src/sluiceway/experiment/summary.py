@@ -1,0 +1,106 @@
+"""What summary.json holds: of a finished run, or of one as far as its rounds tell."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import sluiceway
+from sluiceway.core.round_loop import Result
+from sluiceway.experiment.recipe import Recipe
+from sluiceway.experiment.tables import with_old_keys
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result, and the data that it was trained on."""
+
+    result: Result
+    source: str
+    label_names: Sequence[str]
+
+
+def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
+    """The summary of a finished run."""
+    result = outcome.result
+    records = [record.as_dict() for record in result.records]
+    personal = {str(client): value for client, value in sorted(result.personal_accuracy.items())}
+    return with_old_keys(
+        summary_so_far(recipe.resolved(), records)
+        | {
+            "personal_accuracy": personal,
+            "mean_personal_accuracy": sum(personal.values()) / len(personal) if personal else None,
+            "seconds": seconds,
+            "empty_clients": result.empty,
+            "rejected_updates": result.refused,
+            "rejected": left_out(records, "refused"),
+            "failed_updates": result.failed,
+            "failed": left_out(records, "failed"),
+            "repeated_rounds": sum(record.repeats for record in result.records),
+            "data_source": outcome.source,
+            "label_names": list(outcome.label_names),
+            "label_counts": result.label_counts,
+            "engine": recipe.run.engine,
+            "device": device,
+            "versions": {
+                "sluiceway": sluiceway.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+        }
+    )
+
+
+def summary_so_far(
+    recipe: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the lines of metrics.jsonl tell.
+
+    Args:
+        recipe: its tables, defaults included; may lack any.
+        records: at least one.
+    """
+    accuracy = [record["accuracy"] for record in records]
+    return {
+        "recipe": recipe,
+        "method": recipe.get("method", {}).get("name", "unknown method"),
+        "seed": recipe.get("run", {}).get("seed", 0),
+        "rounds": len(records),
+        "accuracy": accuracy[-1],
+        "best_accuracy": max(accuracy),
+        "accuracy_by_round": accuracy,
+        "accuracy_by_client": records[-1].get("accuracy_by_client"),
+        "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
+        **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
+        "clients": recipe.get("data", {}).get("clients"),
+        **split_facts(records),
+    }
+
+
+def split_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a summary has of a split run alone; nothing of a federated one."""
+    if any(record.get("channels") is None for record in records):
+        return {}
+    return {
+        "accuracy_full": records[-1]["accuracy_full"],
+        "accuracy_full_by_round": [record["accuracy_full"] for record in records],
+        "kept_by_round": [record["kept"] for record in records],
+        "channels": records[-1]["channels"],
+        "scores_by_round": [record["scores"] for record in records],
+        "masks_by_round": [record["mask"] for record in records],
+    }
+
+
+def left_out(records: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Every client that a round did without, and why; `key` is "rejected" or "failed"."""
+    return [
+        {"round": record["round"], "client": int(client), "why": why}
+        for record in records
+        for client, why in record[key].items()
+    ]
