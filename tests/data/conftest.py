@@ -45,3 +45,10 @@ def build_wheel(bare_machine: Path) -> WheelBuilder:
         return path
 
     return build
+
+
+@pytest.fixture
+def data_folder(bare_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What SLUICEWAY_DATA names; it is not there yet."""
+    monkeypatch.setenv("SLUICEWAY_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"

@@ -65,14 +65,12 @@ def test_mirrors_half_of_the_images() -> None:
     assert abs(mirrored.float().mean() - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("padding", [0, 1, 4])
-@pytest.mark.parametrize("mirror", [True, False])
-@pytest.mark.parametrize("count", [0, 1, 6])
+@pytest.mark.parametrize(("count", "padding"), [(0, 4), (6, 0), (6, 1)])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
-def test_shape_and_type_stay(padding: int, mirror: bool, count: int, kind: torch.dtype) -> None:
+def test_shape_and_type_stay(count: int, padding: int, kind: torch.dtype) -> None:
     images = batch(count).to(kind)
     before = images.clone()
-    found = Augmentation(padding, mirror)(images, generator())
+    found = Augmentation(padding, mirror=True)(images, generator())
     assert (found.shape, found.dtype) == (images.shape, kind)
     assert torch.equal(images, before)
     assert set(found.unique().tolist()) <= {0, *images.unique().tolist()}

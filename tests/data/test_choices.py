@@ -1,13 +1,9 @@
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import constants
-from tests.data.pictures import label_counts
+from tests.data.helpers import hub_cache, label_counts, write_parquet
 
 from sluiceway.data import (
     CHOICE_NAMES,
@@ -18,24 +14,6 @@ from sluiceway.data import (
 )
 
 FOUR = ["one", "two", "three", "four"]
-
-
-@pytest.fixture
-def data_folder(bare_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SLUICEWAY_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
-def write(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(dict(columns)), path)
-
-
-def cached_on_the_hub(repo: str, file: str, columns: Mapping[str, Sequence[object]]) -> None:
-    root = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("abc")
-    write(root / "snapshots" / "abc" / file, columns)
 
 
 def mmlu_columns(rows: int = 10) -> dict[str, list[object]]:
@@ -64,7 +42,7 @@ def rows_of(data: ChoiceData) -> list[tuple[str, tuple[str, ...], int]]:
 
 
 def test_mmlu_from_the_data_folder(data_folder: Path) -> None:
-    write(data_folder / "mmlu" / "test.parquet", mmlu_columns())
+    write_parquet(data_folder / "mmlu" / "test.parquet", mmlu_columns())
     data = load_choices("mmlu")
     assert (data.name, data.label_names) == ("mmlu", ("A", "B", "C", "D"))
     assert data.source == "SLUICEWAY_DATA/mmlu (80/20 split of our own)"
@@ -81,17 +59,18 @@ def test_mmlu_from_the_data_folder(data_folder: Path) -> None:
 
 
 def test_mmlu_from_the_hubs_cache_is_the_same(data_folder: Path) -> None:
-    cached_on_the_hub("cais/mmlu", "all/test-00000-of-00001.parquet", mmlu_columns())
+    file = hub_cache("cais/mmlu", "all/test-00000-of-00001.parquet")
+    write_parquet(file, mmlu_columns())
     cached = load_choices("mmlu")
     assert cached.source == "hub cais/mmlu (80/20 split of our own)"
-    write(data_folder / "mmlu" / "test.parquet", mmlu_columns())
+    write_parquet(data_folder / "mmlu" / "test.parquet", mmlu_columns())
     assert rows_of(load_choices("mmlu")) == rows_of(cached)
 
 
 def test_hellaswag_from_the_data_folder(data_folder: Path) -> None:
     columns = hellaswag_columns()
     columns["ctx"][3] = "Rowing: an oar. he"
-    write(data_folder / "hellaswag" / "validation.parquet", columns)
+    write_parquet(data_folder / "hellaswag" / "validation.parquet", columns)
     data = load_choices("hellaswag")
     assert data.source == "SLUICEWAY_DATA/hellaswag (80/20 split of our own)"
     assert ("Sailing: boat 7: she", ("one 7", "two 7", "three 7", "four 7"), 3) in rows_of(data)
@@ -111,7 +90,8 @@ def test_hellaswag_from_the_hubs_cache_reads_as_its_evaluation_does(bare_machine
         "split_type": ["indomain"] * 5,
     }
     columns["endings"][0] = ["Swim [title] Dive. [substeps] Deep.", "[your town]", "c", "d"]
-    cached_on_the_hub("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", columns)
+    file = hub_cache("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
+    write_parquet(file, columns)
     data = load_choices("hellaswag")
     assert data.source == "hub Rowan/hellaswag (80/20 split of our own)"
     assert sorted(rows_of(data))[0] == (
@@ -134,7 +114,7 @@ def test_empty_and_repeated_rows_are_left_out_and_counted(data_folder: Path) -> 
     columns["answer"][8] = 1
     # The same question with another right choice is another question.
     columns["question"][9] = columns["question"][5]
-    write(data_folder / "mmlu" / "test.parquet", columns)
+    write_parquet(data_folder / "mmlu" / "test.parquet", columns)
     data = load_choices("mmlu")
     assert data.source == (
         "SLUICEWAY_DATA/mmlu (3 rows with an empty text left out; 1 repeated rows left out; "
@@ -158,26 +138,23 @@ def test_values_that_do_not_fit(
 ) -> None:
     columns = mmlu_columns()
     columns[column][2] = value
-    write(data_folder / "mmlu" / "test.parquet", columns)
+    write_parquet(data_folder / "mmlu" / "test.parquet", columns)
     with pytest.raises(DataError, match=message):
         load_choices("mmlu")
 
 
 def test_columns_of_another_type_or_name(data_folder: Path) -> None:
     path = data_folder / "mmlu" / "test.parquet"
-    write(path, mmlu_columns() | {"question": list(range(10))})
+    path.parent.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"there is no file .*mmlu/test\.parquet"):
+        load_choices("mmlu")
+    write_parquet(path, mmlu_columns() | {"question": list(range(10))})
     with pytest.raises(DataError, match=r"test\.parquet: 'question' holds int in row 1: texts"):
         load_choices("mmlu")
     columns = mmlu_columns()
     del columns["subject"]
-    write(path, columns)
+    write_parquet(path, columns)
     with pytest.raises(DataError, match=r"no column 'subject': the columns are question, choices"):
-        load_choices("mmlu")
-
-
-def test_a_folder_without_the_file_is_an_error(data_folder: Path) -> None:
-    (data_folder / "mmlu").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"there is no file .*mmlu/test\.parquet"):
         load_choices("mmlu")
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.pictures import label_counts
+from tests.data.helpers import label_counts
 
 from sluiceway.data import DataError, partition
 from sluiceway.data.partition import Parts, dirichlet, iid, natural, pathological
@@ -182,6 +182,7 @@ def test_impossible_requests(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_partition_that_would_take_hours_is_refused() -> None:
     labels = np.repeat(np.arange(120), 1000)
     with pytest.raises(DataError, match=r"100000 clients with 120 of 120 labels .* most 1000000"):

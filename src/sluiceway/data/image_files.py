@@ -25,6 +25,8 @@ Shape = tuple[int, int, int]
 
 #: What data sets call their column of images.
 IMAGE_COLUMNS = ("img", "image")
+#: Images that are read at once.
+_BATCH = 1000
 _IDX_BYTES = 0x08
 #: No IDX file here is nearly as large; a header that claims more is broken.
 _IDX_MOST = 1 << 30
@@ -146,7 +148,7 @@ def _encoded_images(file: pq.ParquetFile, path: Path) -> Iterable[bytes | None]:
     nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not (nested or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DataError(f"{path}: column {name!r} holds {kind}: it must hold PNG or JPEG bytes")
-    for batch in file.iter_batches(1000, columns=[f"{name}.bytes" if nested else name]):
+    for batch in file.iter_batches(_BATCH, columns=[f"{name}.bytes" if nested else name]):
         column = batch.column(0)
         yield from (column.field("bytes") if nested else column).to_pylist()
 
