@@ -15,6 +15,7 @@ from sluiceway.channels import (
     between,
     distinct,
     fisher,
+    merge_scores,
     similarity,
 )
 
@@ -158,12 +159,11 @@ class TestInvariants:
     @scorers
     @given(seed=seeds, cut=st.integers(0, 11))
     @few
-    def test_batches_and_clients_add_up(self, score: Score, seed: int, cut: int) -> None:
+    def test_batches_add_up(self, score: Score, seed: int, cut: int) -> None:
         z, y = make(seed)
         whole = score(ClassStatistics.of(z, y, 4))
         parts = [ClassStatistics.of(z[s], y[s], 4) for s in (slice(0, cut), slice(cut, None))]
         torch.testing.assert_close(score(parts[0].update(parts[1], decay=1.0)), whole)
-        torch.testing.assert_close(score(ClassStatistics.merge(parts)), whole)
 
     @scorers
     @given(seed=seeds)
@@ -285,3 +285,41 @@ class TestDistinct:
         found, scatter = distinct(stats), between(stats)
         assert bool((found <= scatter).all())
         assert float(found.max()) == pytest.approx(float(scatter.max()))
+
+
+class TestMergeScores:
+    """No client's scale dominates."""
+
+    @given(seed=seeds, scale=st.floats(1e-200, 1e200))
+    @few
+    def test_scale_of_a_client_does_not_matter(self, seed: int, scale: float) -> None:
+        scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)).double()
+        weights = torch.tensor([1.0, 2.0, 3.0])
+        expected = merge_scores(scores, weights)
+        scores[1] *= scale
+        torch.testing.assert_close(merge_scores(scores, weights), expected)
+
+    def test_scale_by_hand(self) -> None:
+        scores = torch.tensor([[1.0, 3.0], [100.0, 0.0], [0.0, 0.0]])
+        merged = merge_scores(scores, torch.tensor([2.0, 1.0, 1.0]))
+        torch.testing.assert_close(merged, torch.tensor([(2 * 0.5 + 2) / 4, 2 * 1.5 / 4]).double())
+
+    def test_largest_floats(self) -> None:
+        scores = torch.tensor([[1.7e308, 1.7e308, 0]], dtype=torch.float64)
+        merged = merge_scores(scores, torch.ones(1))
+        torch.testing.assert_close(merged, torch.tensor([1.5, 1.5, 0]).double())
+
+    def test_client_without_weight_is_not_heard(self) -> None:
+        scores = torch.tensor([[1.0, 2.0], [9.0, 1.0]])
+        alone = merge_scores(scores[:1], torch.ones(1))
+        torch.testing.assert_close(merge_scores(scores, torch.tensor([4.0, 0.0])), alone)
+
+    def test_errors(self) -> None:
+        scores = torch.ones(2, 3)
+        for weights in (torch.zeros(2), torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan])):
+            with pytest.raises(ValueError, match="weights"):
+                merge_scores(scores, weights)
+        with pytest.raises(ValueError, match="weights"):
+            merge_scores(scores, torch.ones(3))
+        with pytest.raises(ValueError, match="finite"):
+            merge_scores(scores * math.nan, torch.ones(2))

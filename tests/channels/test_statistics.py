@@ -30,7 +30,6 @@ class TestStatistics:
         a, b = ClassStatistics.of(z, y, 4), ClassStatistics.of(z + 1, y, 4)
         before = {name: tensor.clone() for name, tensor in a.to_tensors().items()}
         a.update(b, 0.5)
-        ClassStatistics.merge([a, b])
         assert all(torch.equal(before[name], t) for name, t in a.to_tensors().items())
 
     def test_unlabelled_examples_are_left_out(self) -> None:
@@ -95,10 +94,6 @@ class TestStatistics:
             stats.update(stats, 1.5)
         with pytest.raises(ValueError, match="shape"):
             stats.update(ClassStatistics.of(z, y, 5))
-        with pytest.raises(ValueError, match="shape"):
-            ClassStatistics.merge([stats, ClassStatistics.of(z, y, 5)])
-        with pytest.raises(ValueError, match="parts"):
-            ClassStatistics.merge([])
 
 
 class TestPooled:

@@ -12,7 +12,8 @@ reconstruction.
 
 Read in the order of a round: `pooled` and `ClassStatistics` (statistics), `fisher` and its like
 (scoring; what rivals do is in rivals), `fraction` and its like (pruning), `ChannelChooser`
-(chooser). Shapes are checked everywhere (ValueError); scores are detached, float64 and finite.
+(chooser). Shapes, ranges and finiteness of arguments are checked everywhere (ValueError); scores
+are detached, float64 and finite.
 """
 
 from sluiceway.channels.chooser import ChannelChooser, Rule

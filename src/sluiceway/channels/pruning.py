@@ -10,7 +10,6 @@ counted from 1. Masks lie on the device of the scores.
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,9 +29,6 @@ def top(scores: Tensor, count: int) -> Tensor:
 
     Returns:
         Keep mask, [C] bool, with exactly `count` channels.
-
-    Raises:
-        ValueError: the shape does not fit, a score is not finite, or `count` is out of range.
     """
     scores = as_scores(scores, "C")
     _require_count(count, len(scores))
@@ -47,9 +43,6 @@ def share_count(share: float, channels: int) -> int:
     Args:
         share: in [0, 1].
         channels: C, at least 1.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
     _require_share("share", share)
     if channels < 1:
@@ -66,9 +59,6 @@ def fraction(scores: Tensor, share: float) -> Tensor:
 
     Returns:
         Keep mask, [C] bool.
-
-    Raises:
-        ValueError: the shape does not fit, a score is not finite, or `share` is out of range.
     """
     return top(scores, share_count(share, len(as_scores(scores, "C"))))
 
@@ -86,9 +76,6 @@ def cumulative(scores: Tensor, tau: float) -> Tensor:
 
     Returns:
         Keep mask, [C] bool.
-
-    Raises:
-        ValueError: the shape does not fit, a score is not finite, or `tau` is out of range.
     """
     scores = as_scores(scores, "C")
     _require_share("tau", tau)
@@ -112,9 +99,6 @@ def threshold(scores: Tensor, kappa: float) -> Tensor:
 
     Returns:
         Keep mask, [C] bool; the best channel alone if none reaches the threshold.
-
-    Raises:
-        ValueError: the shape does not fit, or a number is not finite.
     """
     scores = as_scores(scores, "C")
     if not math.isfinite(kappa):
@@ -136,59 +120,44 @@ def budget(scores: Tensor, bytes_available: float, round_bytes: Callable[[int], 
 
     Returns:
         Keep mask, [C] bool.
-
-    Raises:
-        ValueError: the shape does not fit, or a score is not finite.
     """
     counts = range(1, len(scores) + 1)
     return top(scores, max((k for k in counts if round_bytes(k) <= bytes_available), default=1))
 
 
-def schedule(
-    round: int,
-    warmup: int,
-    final_share: float,
-    ramp_rounds: int,
-    shape: Literal["cosine", "linear"] = "cosine",
-) -> float:
+def schedule(round: int, warmup: int, final_share: float, ramp_rounds: int) -> float:
     """Share of the channels kept in a round: all in the warm-up, then ever fewer  [ours]::
 
         t = (round - warmup) / (ramp_rounds + 1), clipped to [0, 1]
-        cosine:  share = final + (1 - final) * (1 + cos(pi t)) / 2
-        linear:  share = final + (1 - final) * (1 - t)
+        share = final + (1 - final) * (1 + cos(pi t)) / 2
 
     Rounds 1 to `warmup` keep all, the next `ramp_rounds` lie between, all later ones keep the final
-    share. Cosine is the default: over the ramp both shapes send as many bytes, but cosine slows
-    down at the end, where each channel dropped is a larger part of what is left.
+    share. The cosine slows down at the end, where each channel dropped is a larger part of what is
+    left.
 
     Args:
         round: at least 1.
         warmup: rounds that send everything, at least 0.
         final_share: in [0, 1].
         ramp_rounds: rounds of gradual pruning, at least 0; 0 prunes at once.
-        shape: "cosine" or "linear".
 
     Returns:
         The share, in [final_share, 1]; never rises from round to round.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
     _require_share("final_share", final_share)
-    for name, value, least in (("round", round, 1), ("warmup", warmup, 0)):
+    for name, value, least in (
+        ("round", round, 1),
+        ("warmup", warmup, 0),
+        ("ramp_rounds", ramp_rounds, 0),
+    ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if ramp_rounds < 0:
-        raise ValueError(f"ramp_rounds: expected at least 0, got {ramp_rounds}")
-    if shape not in ("cosine", "linear"):
-        raise ValueError(f'shape: expected "cosine" or "linear", got {shape!r}')
     t = (round - warmup) / (ramp_rounds + 1)
     if t <= 0:
         return 1.0
     if t >= 1:
         return float(final_share)
-    left = (1 + math.cos(math.pi * t)) / 2 if shape == "cosine" else 1 - t
-    return final_share + (1 - final_share) * left
+    return final_share + (1 - final_share) * (1 + math.cos(math.pi * t)) / 2
 
 
 def rechoose(round: int, every: int = 1, growth: float = 1.0) -> bool:
@@ -201,9 +170,6 @@ def rechoose(round: int, every: int = 1, growth: float = 1.0) -> bool:
         round: counted from 1, at the end of the warm-up; below 1 there is no choice.
         every: first gap, at least 1.
         growth: at least 1; 1 means a choice every `every` rounds, for ever.
-
-    Raises:
-        ValueError: `every` or `growth` is out of range.
     """
     if every < 1:
         raise ValueError(f"every: expected at least 1, got {every}")
@@ -236,9 +202,6 @@ def hysteresis(previous: Tensor, scores: Tensor, count: int, margin: float) -> T
 
     Returns:
         Keep mask, [C] bool, with exactly `count` channels.
-
-    Raises:
-        ValueError: a shape does not fit, a score is not finite, or a number is out of range.
     """
     scores = as_scores(scores, "C")
     require_shape("previous", previous, len(scores))

@@ -20,9 +20,6 @@ def random_scores(channels: int, generator: torch.Generator) -> Tensor:
 
     Returns:
         Scores, [C], in [0, 1), float64, on the CPU.
-
-    Raises:
-        ValueError: `channels` is below 1.
     """
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
@@ -35,9 +32,6 @@ def l1(A: Tensor) -> Tensor:
 
     Returns:
         Scores, [C], at least 0, float64, on the device of A.
-
-    Raises:
-        ValueError: A has no channel dimension.
     """
     return _mean(_by_example(_values(A).abs()))
 
@@ -50,9 +44,6 @@ def std(A: Tensor) -> Tensor:
 
     Returns:
         Scores, [C], at least 0, float64, on the device of A.
-
-    Raises:
-        ValueError: A has no channel dimension.
     """
     values = _values(A)
     if values.numel() == 0:
@@ -78,9 +69,6 @@ def entropy(A: Tensor, bins: int = 64) -> Tensor:
     Returns:
         Scores in nats, [C], in [0, log bins], float64, on the device of A; a constant channel has 0
         entropy.
-
-    Raises:
-        ValueError: A has no channel dimension, or `bins` is below 2.
     """
     if bins < 2:
         raise ValueError(f"bins: expected at least 2, got {bins}")
@@ -113,9 +101,6 @@ def taylor(A: Tensor, grad: Tensor) -> Tensor:
     Returns:
         Scores, [C], at least 0, float64, on the device of A. They scale with the gradient: compare
         channels of one batch only, or merge by `merge_scores`.
-
-    Raises:
-        ValueError: A has no channel dimension, or the shapes differ.
     """
     if A.shape != grad.shape:
         raise ValueError(f"grad: expected shape {list(A.shape)}, got {list(grad.shape)}")

@@ -6,7 +6,7 @@ client and before pruning: it has the labels, and a channel that is never sent w
 be rated again [ours]. Marks: docs/methods.md.
 """
 
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -146,58 +146,30 @@ def similarity(stats: ClassStatistics) -> Tensor:
 
 
 @torch.no_grad()
-def merge_scores(
-    scores: Tensor, weights: Tensor, how: Literal["scale", "rank"] = "scale"
-) -> Tensor:
+def merge_scores(scores: Tensor, weights: Tensor) -> Tensor:
     """One score per channel from those of all clients  [ours]::
 
         merged(c) = sum_i weight_i t_i(c) / sum_i weight_i
+        t_i(c)    = s_i(c) / mean over channels of |s_i|, 0 where all are 0
 
-        scale:  t_i(c) = s_i(c) / mean over channels of |s_i|, 0 where all are 0
-        rank:   t_i(c) = share of the other channels that s_i(c) beats, ties counting half
-
-    so that no client's scale dominates. "scale" is the default since the rules `cumulative` and
-    `threshold` read how far scores are apart, which ranks forget; "rank" bounds a client with an
-    outlier.
+    so that no client's scale dominates.
 
     Args:
         scores: s, [N, C], finite, any scale.
         weights: [N], at least 0, not all 0, such as example counts.
-        how: "scale" or "rank".
 
     Returns:
-        Merged scores, [C], float64; in [-C, C] for "scale", in [0, 1] for "rank" (0.5 if C = 1).
-
-    Raises:
-        ValueError: a shape does not fit, a number is not finite, the weights are negative or all 0,
-            or `how` is unknown.
+        Merged scores, [C], float64, in [-C, C].
     """
     scores = as_scores(scores, "N", "C")
     weights = as_scores(weights, scores.shape[0], name="weights").to(scores.device)
     if bool((weights < 0).any()) or not bool((weights > 0).any()):
         raise ValueError("weights: expected at least 0 and not all 0")
-    if how == "scale":
-        # The largest first: the mean of numbers near the largest float would overflow.
-        scores = scores / scores.abs().amax(1, keepdim=True).clamp(min=_tiny(scores))
-        size = scores.abs().mean(1, keepdim=True)
-        terms = scores / size.clamp(min=_tiny(scores))
-    elif how == "rank":
-        terms = _ranks(scores)
-    else:
-        raise ValueError(f'how: expected "scale" or "rank", got {how!r}')
+    # The largest first: the mean of numbers near the largest float would overflow.
+    scores = scores / scores.abs().amax(1, keepdim=True).clamp(min=_tiny(scores))
+    scores = scores / scores.abs().mean(1, keepdim=True).clamp(min=_tiny(scores))
     weights = weights / weights.max()
-    return (weights / weights.sum()) @ terms
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Mid-ranks within each row, scaled to [0, 1]; 0.5 for a channel that is alone."""
-    ordered = scores.sort(dim=1).values
-    below = torch.searchsorted(ordered, scores.contiguous(), right=False)
-    upto = torch.searchsorted(ordered, scores.contiguous(), right=True)
-    # Other channels: those below, and half of the equals but for the channel itself.
-    beaten = (below + upto - 1).double() / 2
-    others = scores.shape[1] - 1
-    return beaten / others if others else torch.full_like(scores, 0.5)
+    return (weights / weights.sum()) @ scores
 
 
 def _between_sum(stats: ClassStatistics) -> Tensor:

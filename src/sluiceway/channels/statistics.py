@@ -1,11 +1,11 @@
 """What LCIS scores are computed from: smashed data pooled small, and summed class by class.
 
-The sums of one batch are `ClassStatistics.of`. Sums of batches are pooled by `update`, so that a
-batch which lacks classes is no loss; sums of clients by `merge`. Everything here is [ours]; the
-paper's formulas are not public. Marks: docs/methods.md.
+The sums of one batch are `ClassStatistics.of`; those of several batches are added up by `update`,
+so that a batch which lacks classes loses nothing. Everything here is [ours]; the paper's formulas
+are not public. Marks: docs/methods.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -166,24 +166,6 @@ class ClassStatistics:
             merged[name] = mine.to(fresh.device) * factor.view(-1, *[1] * (mine.dim() - 1)) + fresh
         return ClassStatistics(**merged)
 
-    @staticmethod
-    def merge(parts: "Sequence[ClassStatistics]") -> "ClassStatistics":
-        """The statistics of all clients' examples together, each example by its own weight.
-
-        Args:
-            parts: at least one, of the same sizes, on one device.
-
-        Raises:
-            ValueError: there is none, or sizes differ.
-        """
-        if not parts:
-            raise ValueError("parts: expected at least one, got none")
-        for part in parts:
-            require_shape("part.sums", part.sums, *parts[0].sums.shape)
-        tensors = [part.to_tensors() for part in parts]
-        # Summed one after another: the order of clients, not the hardware, decides the rounding.
-        return ClassStatistics(**{name: _sum_in_order(tensors, name) for name in tensors[0]})
-
     def to_tensors(self) -> dict[str, Tensor]:
         """The six tensors by name, not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -204,14 +186,6 @@ class ClassStatistics:
         for name, shape in zip(names, shapes, strict=True):
             require_shape(name, tensors[name], *shape)
         return cls(**{name: tensors[name].detach().double() for name in names})
-
-
-def _sum_in_order(tensors: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
-    """Sum of the tensors called `name`, first to last."""
-    total = tensors[0][name].clone()
-    for more in tensors[1:]:
-        total += more[name]
-    return total
 
 
 def _finite(z: Tensor) -> Tensor:
