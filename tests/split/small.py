@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.evaluation import label_counts
-from sluiceway.core.round_loop import Record, Rounds
+from sluiceway.core.round_loop import Record, Result, Rounds
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
-from sluiceway.split import Compressor, Conv4, SplitRecord
+from sluiceway.split import Compressor, Conv4, SplitRecord, split_train
 from sluiceway.split.client import SplitClient
 from sluiceway.split.rounds import SplitLoop
 from sluiceway.split.setup import SharedSetup, SplitSettings
@@ -97,6 +97,27 @@ def unsplit(
                 functional.cross_entropy(model(images[part]), labels[part]).backward()
                 optimiser.step()
     return model.eval()
+
+
+def train(
+    method: Compressor | str = "sl",
+    sets: Sequence[TensorDataset] | None = None,
+    *,
+    model: nn.Module | None = None,
+    test: TensorDataset | None = None,
+    schedule: str = "parallel",
+    **changed: Any,
+) -> Result:
+    """`split_train` on small networks and pictures."""
+    settings: dict[str, Any] = {"cut_at": "conv1", "tail_at": tail_of(schedule), "rounds": 3}
+    return split_train(
+        normed() if model is None else model,
+        clients=clients() if sets is None else sets,
+        test=test or Pictures(9, 1),
+        method=method,
+        schedule=schedule,
+        **settings | changed,
+    )
 
 
 def set_up(

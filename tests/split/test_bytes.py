@@ -15,7 +15,7 @@ from tests.split.small import (
     clients,
     normed,
     records,
-    tail_of,
+    train,
 )
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from sluiceway.split import (
     Compressor,
     L1Channels,
     cut,
-    split_train,
 )
 from sluiceway.strategies import FedAvg, Scaffold, Strategy
 
@@ -55,16 +54,7 @@ def test_bytes_are_the_lengths_of_all_messages(name: str, schedule: str) -> None
         closing |= {"loss/examples": torch.tensor(1), "loss/sum": torch.tensor(1.0).double()}
     sets, method = [*clients()], METHODS[name]()
     sets[1] = Pictures(2, 5)  # one example alone would be left out in two of the forms
-    result = split_train(
-        model,
-        "conv1",
-        sets,
-        sets[0],
-        method,
-        schedule=schedule,
-        tail_at=tail_of(schedule),
-        rounds=3,
-    )
+    result = train(method, sets, model=model, schedule=schedule)
     crossing = name in ("acp-sl", "l1", "std", "entropy", "taylor")
     for number, record in enumerate(records(result.records), 1):
         up = down = 0
@@ -87,7 +77,7 @@ def test_bytes_are_the_lengths_of_all_messages(name: str, schedule: str) -> None
 
 def test_warm_up_sends_everything_and_the_schedule_shrinks() -> None:
     method = ACPSL(share=0.25, warmup=2, ramp_rounds=3)
-    result = split_train(normed(), "conv1", clients(), Pictures(9, 1), method, rounds=8)
+    result = train(method, rounds=8)
     kept = [record.kept for record in records(result.records)]
     assert kept[:2] == [8, 8]
     assert all(a >= b for a, b in pairwise(kept))
@@ -104,16 +94,7 @@ def test_without_a_warm_up_nothing_crosses_unpruned(
 ) -> None:
     method = ACPSL(share=0.25, warmup=0, ramp_rounds=0, masks=masks)
     sets = [*clients(), Pictures(0, 1)]
-    result = split_train(
-        normed(),
-        "conv1",
-        sets,
-        Pictures(9, 1),
-        method,
-        schedule=schedule,
-        tail_at=tail_of(schedule),
-        rounds=3,
-    )
+    result = train(method, sets, schedule=schedule)
     found = records(result.records)
     assert [record.kept for record in found] == [2, 2, 2]
     # What the clients' scores of the first front take up is in the first round alone.
@@ -137,7 +118,7 @@ def test_the_first_mask_is_that_of_the_untrained_front() -> None:
     scores, weights = zip(*rated, strict=True)
     merged = merge_scores(torch.stack(scores), torch.tensor(weights))
     method = ACPSL(share=0.25, warmup=0, ramp_rounds=0)
-    result = split_train(normed(), "conv1", sets, Pictures(9, 1), method, rounds=1)
+    result = train(method, sets, rounds=1)
     (first,) = records(result.records)
     assert first.mask == top(merged, 2).tolist()
 
@@ -146,7 +127,7 @@ def test_methods_of_equal_settings_send_equal_bytes() -> None:
     sent = {}
     for name in ("acp-sl", "l1", "std", "entropy", "taylor", "random"):
         method = METHODS[name](share=0.25, quantize="int8")  # type: ignore[call-arg]
-        result = split_train(normed(), "conv1", clients(), Pictures(9, 1), method, rounds=6)
+        result = train(method, rounds=6)
         sent[name] = [(record.bytes_up, record.bytes_down) for record in result.records]
     fixed = sent.pop("random")
     assert len({tuple(found) for found in sent.values()}) == 1
@@ -174,19 +155,9 @@ def test_a_budget_holds_once_the_ramp_is_over(
     sets = [Pictures(30, 1), Pictures(1, 2), Pictures(0, 3), Pictures(17, 4), Pictures(33, 5)]
 
     def run(method: ACPSL, rounds: int) -> list[Record]:
-        return split_train(
-            normed(),
-            "conv1",
-            sets,
-            Pictures(9, 1),
-            method,
-            schedule=schedule,
-            tail_at=tail_of(schedule),
-            client_aggregation=strategy(),
-            rounds=rounds,
-            participation=participation,
-            training=SGD,
-        ).records
+        settings: dict[str, Any] = {"participation": participation, "training": SGD}
+        settings |= {"client_aggregation": strategy(), "schedule": schedule}
+        return train(method, sets, rounds=rounds, **settings).records
 
     least, most = (
         max(r.bytes_up + r.bytes_down for r in run(ACPSL(share=share, ramp_rounds=0), 4)[1:])
@@ -206,4 +177,4 @@ def test_a_budget_holds_once_the_ramp_is_over(
 def test_a_budget_below_one_channel_is_refused() -> None:
     method = L1Channels(rule="budget", budget_mb=1e-3)
     with pytest.raises(ValueError, match=r"method.budget_mb = 0.001: a round with one channel"):
-        split_train(normed(), "conv1", clients(), Pictures(9, 1), method)
+        train(method)

@@ -13,6 +13,7 @@ from tests.split.small import (
     normed,
     records,
     set_up,
+    train,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +24,6 @@ from sluiceway.split import (
     L1Channels,
     Quantized,
     cut,
-    split_train,
 )
 from sluiceway.split.mask_selector import ALL
 
@@ -52,7 +52,7 @@ def test_the_mask_of_training_is_the_mask_of_evaluation() -> None:
 def test_rounding_is_judged_and_the_full_accuracy_is_without() -> None:
     test, model = Pictures(300, 6), normed()
     method = Quantized(quantize="int4", quantize_gradient="int8")
-    result = split_train(model, "conv1", [Pictures(60, 1)], test, method, rounds=2, training=SGD)
+    result = train(method, [Pictures(60, 1)], model=model, test=test, rounds=2, training=SGD)
     last = records(result.records)[-1]
     front, back = cut(model, "conv1")
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.split.small import Pictures, normed, records, set_up
+from tests.split.small import Pictures, normed, records, set_up, train
 from torch import Tensor
 
 from sluiceway import channels
@@ -16,7 +16,6 @@ from sluiceway.split import (
     L1Channels,
     RandomChannels,
     TaylorChannels,
-    split_train,
 )
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.scorers import ChannelScorer
@@ -174,7 +173,7 @@ def test_clients_of_one_class_each_are_pruned_all_the_same() -> None:
         pictures = Pictures(20, label)
         pictures.labels.fill_(label)
         sets.append(pictures)
-    result = split_train(normed(), "conv1", sets, sets[0], ACPSL(share=0.25), rounds=7)
+    result = train(ACPSL(share=0.25), sets, rounds=7)
     kept = [record.kept for record in records(result.records)]
     assert kept[0] == 8
     assert kept[-1] == 2

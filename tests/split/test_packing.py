@@ -23,10 +23,23 @@ from sluiceway.split import (
     unpack_smashed,
 )
 from sluiceway.split.quantise import CODECS
+from sluiceway.split.selection import Selection
 
 some = settings(max_examples=60, deadline=None)
 many = settings(max_examples=300, deadline=None)
 ID = BatchId(3, 7, 11)
+
+
+def everything(channels: int) -> KeptChannels:
+    return KeptChannels(torch.ones(channels, dtype=torch.bool))
+
+
+def crossed(A: Tensor, codec: str = "none", selection: Selection | None = None) -> Tensor:
+    """What arrives of smashed data."""
+    selection = everything(A.shape[1]) if selection is None else selection
+    return unpack_smashed(pack_smashed(A, selection, ID, codec)[0]).values
+
+
 shapes = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 19)),
     st.tuples(st.integers(1, 5), st.integers(1, 19), st.integers(1, 6)),
@@ -107,7 +120,7 @@ class TestRoundTrip:
         self, data: st.DataObject, context: BatchContext, name: str
     ) -> None:
         A = data.draw(tensors(context.shape))
-        opened = unpack_smashed(pack_smashed(A, context.selection, ID, name)[0]).values
+        opened = crossed(A, name, context.selection)
         kept = kept_mask(context)
         assert bool((opened[~kept] == 0).all())
         levels = {"int8": 127, "int4": 7, "int8-affine": 255, "int4-affine": 15}[name]
@@ -126,7 +139,7 @@ class TestRoundTrip:
     @some
     def test_half_precision(self, data: st.DataObject, context: BatchContext) -> None:
         A = data.draw(tensors(context.shape))
-        opened = unpack_smashed(pack_smashed(A, context.selection, ID, "fp16")[0]).values
+        opened = crossed(A, "fp16", context.selection)
         kept = kept_mask(context)
         largest = A.abs().amax([0, *range(2, A.dim())], keepdim=True)
         largest = A.abs().max() if elements(context) else largest
@@ -135,28 +148,19 @@ class TestRoundTrip:
 
     def test_values_that_a_codec_can_say_come_back_exactly(self) -> None:
         halves = torch.tensor([[1.0, -2.5, 0.125, 1024.0], [3e-5, 0.0, 2.0**-20, 1.0]]).half()
-        everything = KeptChannels(torch.ones(4, dtype=torch.bool))
         for codec in ("fp16", "none"):
-            opened = unpack_smashed(pack_smashed(halves, everything, ID, codec)[0]).values
-            assert torch.equal(opened, halves.float())
+            assert torch.equal(crossed(halves, codec), halves.float())
         column = torch.arange(-7, 8).float().view(-1, 1) * 0.5
-        one = KeptChannels(torch.ones(1, dtype=torch.bool))
-        for codec in ("int4", "int4-affine"):
-            opened = unpack_smashed(pack_smashed(column[1:], one, ID, codec)[0]).values
-            assert float((opened - column[1:]).abs().max()) <= (0 if codec == "int4" else 0.24)
-        assert torch.equal(unpack_smashed(pack_smashed(column, one, ID, "int4")[0]).values, column)
+        assert torch.equal(crossed(column, "int4"), column)
+        assert torch.equal(crossed(column[1:], "int4"), column[1:])
+        assert float((crossed(column[1:], "int4-affine") - column[1:]).abs().max()) <= 0.24
+        bits = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]])
+        assert torch.equal(crossed(bits).view(torch.int32), bits.view(torch.int32))
 
     @pytest.mark.parametrize("codec", sorted(CODECS))
     def test_the_smallest_floats(self, codec: str) -> None:
         A = torch.tensor([[1e-45, -1e-40, 0.0], [0.0, 1e-38, 0.0]])
-        opened = unpack_smashed(pack_smashed(A, KeptChannels(torch.ones(3) > 0), ID, codec)[0])
-        assert torch.allclose(opened.values, A, rtol=0, atol=0.5 * 1.2e-38)
-
-    def test_every_bit_crosses_without_a_codec(self) -> None:
-        A = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]])
-        message, _ = pack_smashed(A, KeptChannels(torch.ones(4, dtype=torch.bool)), ID)
-        bits = unpack_smashed(message).values.view(torch.int32)
-        assert torch.equal(bits, A.view(torch.int32))
+        assert torch.allclose(crossed(A, codec), A, rtol=0, atol=0.5 * 1.2e-38)
 
     def test_memory_layout_does_not_matter(self) -> None:
         A = torch.randn(3, 4, 5, 6)
@@ -167,17 +171,16 @@ class TestRoundTrip:
             == pack_smashed(last, selection, ID, "int8")[0]
         )
 
-    def test_large_batches_are_encoded_in_pieces_alike(self) -> None:
+    @pytest.mark.parametrize("codec", ["int8", "int8-affine", "int4", "int4-affine"])
+    def test_large_batches_are_encoded_in_pieces_alike(self, codec: str) -> None:
         A = torch.randn(40, 8, 32, 32)  # more than one piece
-        all_of_it = KeptChannels(torch.ones(8, dtype=torch.bool))
-        for codec in ("int8", "int8-affine", "int4", "int4-affine"):
-            opened = unpack_smashed(pack_smashed(A, all_of_it, ID, codec)[0]).values
-            for first in range(0, 40, 7):  # the extremes in every part: the same step
-                part = torch.cat([A[first : first + 7], A])[: 7 + 40]
-                alone = unpack_smashed(pack_smashed(part, all_of_it, ID, codec)[0]).values
-                assert torch.equal(alone[: len(A[first : first + 7])], opened[first : first + 7])
+        whole = crossed(A, codec)
+        for first in range(0, 40, 7):  # the extremes in every part: the same step
+            part = A[first : first + 7]
+            alone = crossed(torch.cat([part, A]), codec)
+            assert torch.equal(alone[: len(part)], whole[first : first + 7])
 
-    def test_a_ticket_does_not_follow_the_mask(self) -> None:
+    def test_a_context_does_not_follow_the_mask(self) -> None:
         mask = torch.tensor([True, False])
         _, context = pack_smashed(torch.ones(1, 2), KeptChannels(mask), ID)
         mask.logical_not_()
@@ -275,33 +278,24 @@ class TestRefusals:
             (0, "I", [0], "magic"),
             (4, "B", [2], "version 2, this side reads 1"),
             (5, "B", [0], "unknown kind"),
-            (5, "B", [5], "unknown kind"),
             (5, "B", [2], "selection code|bytes, its header"),
             (5, "B", [3], "gradient has no labels"),
             (6, "B", [6], "unknown kind, codec"),
-            (6, "B", [0], "its header asks for"),
             (7, "B", [0], "selection code 1, got 0"),
-            (7, "B", [9], "selection code 1, got 9"),
             (8, "B", [3], "label size"),
-            (8, "B", [2], "its header asks for"),
             (9, "B", [1], "2 to 4 sizes"),
-            (9, "B", [5], "2 to 4 sizes"),
             (9, "B", [3], "2 to 4 sizes"),
             (10, "H", [1], "header"),
             (24, "I", [0], "at least 1"),
             (24, "I", [2], "its header asks for"),
             (24, "4I", [2**32 - 1] * 4, "exceed"),
             (24, "4I", [2**16] * 4, "exceed"),  # 2^64, 0 if it wrapped
-            (28, "I", [2**31], "exceed"),
             (40, "I", [0], "1 to 10 kept"),
             (40, "I", [11], "1 to 10 kept"),
-            (40, "I", [3], "its header asks for"),
             (47, "B", [0b11], "4 bits set"),
             (48, "B", [0b110], "zeros after the last bit"),
             (49, "f", [float("nan")], "scales"),
-            (49, "f", [float("inf")], "scales"),
             (49, "f", [0.0], "scales"),
-            (49, "f", [-1.0], "scales"),
             (49, "f", [3.4e38], "scales"),  # finite, but 127 steps are not
         ],
     )
@@ -313,49 +307,42 @@ class TestRefusals:
         with pytest.raises(WireError, match=why):
             unpack_smashed(patched(message, offset, form, *values))
 
-    @pytest.mark.parametrize(
-        ("indices", "why"),
-        [((7, 7), "increasing"), ((7, 0), "increasing"), ((0, 40), "below 40")],
-    )
-    def test_of_indices(self, indices: tuple[int, int], why: str) -> None:
+    def test_of_selections_of_elements(self) -> None:
         message, _ = example(single=True)
         assert message[7] == 2
-        with pytest.raises(WireError, match=why):
-            unpack_smashed(patched(message, 47, "HH", *indices))
-
-    def test_of_element_bits(self) -> None:
-        A = torch.randn(2, 12)
+        for indices, why in {
+            (7, 7): "increasing",
+            (7, 0): "increasing",
+            (0, 40): "below 40",
+        }.items():
+            with pytest.raises(WireError, match=why):
+                unpack_smashed(patched(message, 47, "HH", *indices))
         points = KeptElements(torch.arange(11).repeat(2, 1))
-        message, _ = pack_smashed(A, points, ID)
+        message, _ = pack_smashed(torch.randn(2, 12), points, ID)
         assert message[7] == 1
-        assert torch.equal(unpack_smashed(message).context.selection.indices, points.indices)  # type: ignore[attr-defined]
-        with pytest.raises(WireError, match="11 bits set"):
-            unpack_smashed(patched(message, 44, "4B", 255, 15, 255, 3))
-        with pytest.raises(WireError, match="after the last bit"):
-            unpack_smashed(patched(message, 44, "4B", 255, 23, 255, 7))
+        found = unpack_smashed(message).context.selection
+        assert isinstance(found, KeptElements)
+        assert torch.equal(found.indices, points.indices)
+        for bits, why in {
+            (255, 15, 255, 3): "11 bits set",
+            (255, 23, 255, 7): "the last bit",
+        }.items():
+            with pytest.raises(WireError, match=why):
+                unpack_smashed(patched(message, 44, "4B", *bits))
 
-    def test_of_affine_scales(self) -> None:
-        A = torch.tensor([[-1.0], [1.0]])
-        message, _ = pack_smashed(A, KeptChannels(torch.tensor([True])), ID, "int8-affine")
+    def test_of_affine_scales_padding_and_labels(self) -> None:
+        message, _ = pack_smashed(torch.tensor([[-1.0], [1.0]]), everything(1), ID, "int8-affine")
         assert unpack_smashed(patched(message, 44, "ff", 1e36, -2e38)).values.isfinite().all()
+        inf, nan = float("inf"), float("nan")
         # The last spans more than float32 holds, though both its ends are finite.
-        for step, low in (
-            (1.0, float("inf")),
-            (1.0, float("nan")),
-            (1e36, 2e38),
-            (2.6e36, -3.4e38),
-        ):
+        for step, low in ((1.0, inf), (1.0, nan), (1e36, 2e38), (2.6e36, -3.4e38)):
             with pytest.raises(WireError, match="scales"):
                 unpack_smashed(patched(message, 44, "ff", step, low))
-
-    def test_of_padding_and_labels(self) -> None:
-        message, _ = pack_smashed(torch.randn(3, 1), KeptChannels(torch.tensor([True])), ID, "int4")
-        unpack_smashed(message)
+        message, _ = pack_smashed(torch.randn(3, 1), everything(1), ID, "int4")
         with pytest.raises(WireError, match="unused half"):
             unpack_smashed(patched(message, len(message) - 1, "B", message[-1] | 16))
-        message, _ = pack_smashed(
-            torch.randn(2, 1), KeptChannels(torch.tensor([True])), ID, labels=torch.tensor([3, 256])
-        )
+        labels = torch.tensor([3, 256])
+        message, _ = pack_smashed(torch.randn(2, 1), everything(1), ID, labels=labels)
         with pytest.raises(WireError, match="one byte each"):
             unpack_smashed(patched(message, 44, "HH", 3, 255))
 
@@ -463,26 +450,19 @@ class TestRefusals:
 
 
 class TestBadArguments:
-    everything = KeptChannels(torch.ones(2, dtype=torch.bool))
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("codec", [name for name in CODECS if name != "none"])
-    def test_not_finite(self, codec: str, value: float) -> None:
-        A = torch.ones(3, 2)
-        A[1, 1] = value
-        with pytest.raises(ValueError, match="values: expected finite"):
-            pack_smashed(A, self.everything, ID, codec)
+    def test_not_finite(self, codec: str) -> None:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(ValueError, match="values: expected finite"):
+                crossed(torch.tensor([[1.0, 1.0], [1.0, value], [1.0, 1.0]]), codec)
 
     def test_range_beyond_float32(self) -> None:
         A = torch.tensor([[3e38, 1.0], [-3e38, 1.0]])
-        with pytest.raises(ValueError, match="range"):
-            pack_smashed(A, self.everything, ID, "int8-affine")
-        opened = unpack_smashed(pack_smashed(A, self.everything, ID, "int8")[0]).values
-        assert torch.allclose(opened, A)
-        with pytest.raises(ValueError, match="range"):
-            pack_smashed(A, self.everything, ID, "fp16")
-        opened = unpack_smashed(pack_smashed(A / 2, self.everything, ID, "fp16")[0]).values
-        assert torch.allclose(opened, A / 2, rtol=2**-11)
+        for codec in ("int8-affine", "fp16"):
+            with pytest.raises(ValueError, match="range"):
+                crossed(A, codec)
+        assert torch.allclose(crossed(A, "int8"), A)
+        assert torch.allclose(crossed(A / 2, "fp16"), A / 2, rtol=2**-11)
 
     @pytest.mark.parametrize(
         ("A", "batch", "labels", "why"),
@@ -502,7 +482,7 @@ class TestBadArguments:
     )
     def test_of_packing(self, A: Tensor, batch: BatchId, labels: Tensor | None, why: str) -> None:
         with pytest.raises(ValueError, match=why):
-            pack_smashed(A, self.everything, batch, labels=labels)
+            pack_smashed(A, everything(2), batch, labels=labels)
 
     def test_of_places(self) -> None:
         for mask in (torch.zeros(3, dtype=torch.bool), torch.ones(3), torch.ones(2, 2) > 0):
@@ -511,10 +491,9 @@ class TestBadArguments:
         for indices in ([[1, 1]], [[2, 1]], [[-1, 1]], [[]], [1, 2]):
             with pytest.raises(ValueError, match="indices: expected"):
                 KeptElements(torch.tensor(indices, dtype=torch.int64))
-        with pytest.raises(ValueError, match="selection: does not fit"):
-            pack_smashed(torch.ones(1, 4), KeptElements(torch.tensor([[0, 4]])), ID)
-        with pytest.raises(ValueError, match="selection: does not fit"):
-            pack_smashed(torch.ones(2, 4), KeptElements(torch.tensor([[0, 3]])), ID)
-        _, context = pack_smashed(torch.ones(1, 2), self.everything, ID)
+        for shape, indices in (((1, 4), [[0, 4]]), ((2, 4), [[0, 3]])):
+            with pytest.raises(ValueError, match="selection: does not fit"):
+                crossed(torch.ones(shape), selection=KeptElements(torch.tensor(indices)))
+        _, context = pack_smashed(torch.ones(1, 2), everything(2), ID)
         with pytest.raises(ValueError, match="grad: expected shape"):
             pack_gradient(torch.ones(2, 1), context)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.split.small import SGD, Pictures, normed, tail_of
+from tests.split.small import SGD, Pictures, train
 from torch import Tensor, nn
 
 from sluiceway.core.guards import TooFewUpdates
 from sluiceway.core.round_loop import Result
-from sluiceway.split import split_train
 from sluiceway.split.schedules import SCHEDULES
 
 
@@ -25,10 +24,8 @@ class Broken(Pictures):
 
 
 def run(sets: list[Pictures], **changed: Any) -> Result:
-    settings: dict[str, Any] = {"method": "acp-sl", "training": SGD, "rounds": 3} | changed
-    schedule = settings.get("schedule", "parallel")
-    return split_train(
-        normed(), "conv1", sets, Pictures(40, 99), tail_at=tail_of(schedule), **settings
+    return train(
+        **{"method": "acp-sl", "sets": sets, "test": Pictures(40, 99), "training": SGD} | changed
     )
 
 

@@ -9,14 +9,13 @@ from tests.split.small import (
     ADAMW,
     SGD,
     Pictures,
-    clients,
     flat_normed,
     local,
     normed,
     numbers,
     same,
     set_up,
-    tail_of,
+    train,
 )
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from sluiceway.split import (
     SCHEDULES,
     Compressor,
     Quantized,
-    split_train,
 )
 from sluiceway.strategies import FedAdam, FedAvg, FedProx, Scaffold, Strategy
 
@@ -37,19 +35,7 @@ schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_in_every_form_repeats_itself(name: str, schedule: str) -> None:
     def run() -> list[dict[str, Any]]:
-        result = split_train(
-            normed(),
-            "conv1",
-            clients(),
-            Pictures(40, 9),
-            name,
-            schedule=schedule,
-            tail_at=tail_of(schedule),
-            rounds=3,
-            participation=0.7,
-            seed=3,
-            training=ADAMW,
-        )
+        result = train(name, schedule=schedule, participation=0.7, seed=3, training=ADAMW)
         assert result.empty == [2]
         assert all(value.isfinite().all() for value in result.tensors.values())
         return numbers(result.records)
@@ -63,10 +49,7 @@ def test_every_method_in_every_form_repeats_itself(name: str, schedule: str) -> 
 
 def test_error_feedback_of_one_run_is_not_in_the_next() -> None:
     method = Quantized(quantize="int4", error_feedback=True)
-    runs = [
-        split_train(normed(), "conv1", clients(), Pictures(9, 1), method, rounds=2)
-        for _ in range(2)
-    ]
+    runs = [train(method, rounds=2) for _ in range(2)]
     assert numbers(runs[0].records) == numbers(runs[1].records)
     assert same(runs[0].tensors, runs[1].tensors)
     assert method.state_dict() == {}
@@ -76,19 +59,8 @@ def test_error_feedback_of_one_run_is_not_in_the_next() -> None:
 @pytest.mark.parametrize("other", [FedAvg, FedProx, Scaffold, FedAdam])
 def test_fronts_are_averaged_by_a_strategy(schedule: str, other: type[Strategy]) -> None:
     def run(strategy: Strategy) -> dict[str, Tensor]:
-        return split_train(
-            normed(),
-            "conv1",
-            clients(),
-            Pictures(9, 1),
-            "acp-sl",
-            schedule=schedule,
-            tail_at=tail_of(schedule),
-            client_aggregation=strategy,
-            rounds=3,
-            participation=0.7,
-            training=SGD,
-        ).tensors
+        settings: dict[str, Any] = {"client_aggregation": strategy, "training": SGD}
+        return train("acp-sl", schedule=schedule, participation=0.7, **settings).tensors
 
     plainly, found = run(FedAvg()), run(other())
     assert same(plainly, found) == (other is FedAvg)
@@ -99,10 +71,7 @@ def test_fedprox_holds_fronts_back() -> None:
     start = normed().state_dict()["conv1.conv.weight"]
     moved = []
     for mu in (0.0, 1.0):
-        result = split_train(
-            normed(), "conv1", clients(), Pictures(9, 1), rounds=1, training=SGD,
-            client_aggregation=FedProx(mu=mu),
-        )  # fmt: skip
+        result = train(rounds=1, training=SGD, client_aggregation=FedProx(mu=mu))
         moved.append(float((result.tensors["conv1.conv.weight"] - start).norm()))
     assert moved[1] < moved[0]
 
@@ -115,10 +84,10 @@ def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_left_out(
     # 9 and 17 leave one example over at batch size 8; client 2 has no more than one.
     sets = [Pictures(9, 1), Pictures(17, 2), Pictures(1, 3)]
     model = flat_normed()
-    result = split_train(
-        model, "lin1", sets, Pictures(20, 4), name, schedule=schedule, rounds=3, training=SGD,
-        tail_at="lin2" if schedule == "u" else None,
-    )  # fmt: skip
+    tail_at = "lin2" if schedule == "u" else None
+    result = train(
+        name, sets, model=model, schedule=schedule, training=SGD, cut_at="lin1", tail_at=tail_at
+    )
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert [len(record.clients) for record in result.records] == [3, 3, 3]
 
@@ -144,9 +113,7 @@ def test_frozen_layers_stay_as_they_are() -> None:
         model = normed()
         model.get_submodule(frozen).requires_grad_(False)
         before = {n: v.clone() for n, v in model.get_submodule(frozen).state_dict().items()}
-        result = split_train(
-            model, "conv1", clients(), Pictures(9, 1), "acp-sl", rounds=2, training=SGD
-        )
+        result = train("acp-sl", model=model, rounds=2, training=SGD)
         assert same(before, dict(model.get_submodule(frozen).state_dict()))
         assert not any(name.startswith(frozen) for name in result.tensors)
 
@@ -185,8 +152,6 @@ def test_a_front_that_is_not_finite_is_left_out() -> None:
     sets = [Pictures(16, 1), Pictures(8, 2)]
     images = sets[1].tensors[0]
     images[3] = float("nan")
-    result = split_train(
-        normed(), "conv1", sets, Pictures(9, 1), schedule="copies", rounds=1, training=SGD
-    )
+    result = train(sets=sets, schedule="copies", rounds=1, training=SGD)
     assert result.records[0].refused == {1: "NaN or Inf in the smashed data (batch 0)"}
     assert all(v.isfinite().all() for n, v in result.tensors.items() if n.startswith("conv1"))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
-from tests.split.small import Pictures, clients, local, normed, plain, same, set_up, tail_of
+from tests.split.small import Pictures, local, normed, plain, same, set_up, tail_of, train
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,10 +25,10 @@ from sluiceway.split import (
     Compressor,
     TaylorChannels,
     WireError,
-    split_train,
 )
 from sluiceway.split.client import SplitClient
 from sluiceway.split.rounds import SplitLoop
+from sluiceway.split.schedules import spread
 
 STEP = Optimisation(lr=0.1, batch_size=8, optimizer="sgd")
 #: Equal sizes, so that a swap would fit by shape; and one that is smaller.
@@ -192,10 +192,7 @@ def test_labels_stay_in_a_u_shape_and_all_that_crosses_is_counted(
     schedule: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post, method = Post(monkeypatch), METHODS[name]()
-    result = split_train(
-        normed(), "conv1", clients(), Pictures(9, 1), method, schedule=schedule,
-        tail_at=tail_of(schedule), rounds=3, training=STEP,
-    )  # fmt: skip
+    result = train(method, schedule=schedule, training=STEP)
     for message in (*post.between_down, *post.between_up):
         parts = {key.split("/")[0] for key in load(message)}
         assert parts <= {"model", "mask", "scores", "counts", "loss"}
@@ -211,10 +208,8 @@ def test_labels_stay_in_a_u_shape_and_all_that_crosses_is_counted(
 
 def test_a_u_shape_rates_channels_with_labels_as_the_others_do() -> None:
     def run(schedule: str) -> list[Any]:
-        result = split_train(
-            normed(), "conv1", [Pictures(30, 1)], Pictures(9, 1), ACPSL(share=0.25),
-            schedule=schedule, tail_at=tail_of(schedule), rounds=5, training=STEP,
-        )  # fmt: skip
+        method, sets = ACPSL(share=0.25), [Pictures(30, 1)]
+        result = train(method, sets, schedule=schedule, rounds=5, training=STEP)
         return [(r.scores, r.mask) for r in result.records]  # type: ignore[attr-defined]
 
     assert run("u") == run("parallel")
@@ -248,8 +243,26 @@ def test_a_layer_that_works_in_place_may_follow_a_cut() -> None:
     for place in (nn.ReLU(inplace=True), nn.ReLU()):
         model = plain(0)
         model.relu1 = place
-        result = split_train(model, "conv1", clients(), Pictures(9, 1), rounds=2, training=STEP)
+        result = train(model=model, rounds=2, training=STEP)
         found = result.tensors
         if place.inplace:
             expected = found
     assert same(expected, found)
+
+
+def test_which_clients_step_by_hand() -> None:
+    assert list(spread([4, 2, 0, 1])) == [[0], [0, 1], [0], [0, 1, 3]]
+    assert list(spread([])) == list(spread([0, 0])) == []
+
+
+@given(st.lists(st.integers(0, 30), max_size=8))
+def test_every_batch_once_and_evenly(counts: list[int]) -> None:
+    steps = list(spread(counts))
+    assert len(steps) == max(counts, default=0)
+    for i, count in enumerate(counts):
+        taken = [i in step for step in steps]
+        assert sum(taken) == count
+        if not steps:
+            continue
+        for half in (taken[: len(taken) // 2], taken[len(taken) // 2 :]):
+            assert abs(sum(half) - count * len(half) / len(steps)) <= 1

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.split.small import ADAMW, SGD, Pictures, clients, normed, plain, tail_of
+from tests.split.small import ADAMW, SGD, Pictures, plain, train
 from torch import nn
 
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.core.settings import Training
-from sluiceway.split import split_train
 from sluiceway.split.methods import ACPSL, METHODS
 from sluiceway.split.schedules import SCHEDULES
 from sluiceway.strategies import Scaffold
@@ -37,19 +36,8 @@ def history(
             raise Ended
 
     settings: dict[str, Any] = {"method": "acp-sl", "training": SGD, "participation": 0.7}
-    settings |= changed
-    schedule = settings.get("schedule", "parallel")
-    return split_train(
-        normed() if model is None else model,
-        "conv1",
-        clients(),
-        Pictures(40, 99),
-        tail_at=tail_of(schedule),
-        rounds=rounds,
-        checkpoint=checkpoint,
-        on_round=maybe_stop,
-        **settings,
-    )
+    settings |= {"rounds": rounds, "checkpoint": checkpoint, "on_round": maybe_stop} | changed
+    return train(test=Pictures(40, 99), model=model, **settings)
 
 
 def require_equal(one: Result, other: Result) -> None:

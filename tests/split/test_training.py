@@ -23,7 +23,7 @@ from tests.split.small import (
     records,
     same,
     set_up,
-    tail_of,
+    train,
     unsplit,
 )
 from torch import nn
@@ -55,16 +55,7 @@ def test_one_client_trains_the_unsplit_network(
 ) -> None:
     data, test = Pictures(37, 5), Pictures(40, 6)
     model = network()
-    result = split_train(
-        model,
-        "conv1",
-        [data],
-        test,
-        schedule=schedule,
-        tail_at=tail_of(schedule),
-        rounds=3,
-        training=training,
-    )
+    result = train(sets=[data], model=model, test=test, schedule=schedule, training=training)
     wanted = unsplit(network(), data, 3, training)
     assert same(model.state_dict(), wanted.state_dict())
     right = (wanted(test.tensors[0]).argmax(1) == test.labels).float().mean()
@@ -78,16 +69,7 @@ def test_a_parallel_step_is_one_on_the_batches_together(schedule: str) -> None:
     sets = [Pictures(3, 1), Pictures(12, 2), Pictures(7, 3)]
     step = Optimisation(lr=0.1, batch_size=16, optimizer="sgd")
     model, wanted = plain(dropout=0), plain(dropout=0)
-    split_train(
-        model,
-        "conv1",
-        sets,
-        sets[0],
-        schedule=schedule,
-        tail_at=tail_of(schedule),
-        rounds=1,
-        training=step,
-    )
+    train(sets=sets, model=model, schedule=schedule, rounds=1, training=step)
     optimiser = step.optimiser(list(wanted.parameters()))
     images, labels = (torch.cat(parts) for parts in zip(*(s.tensors for s in sets), strict=True))
     functional.cross_entropy(wanted(images), labels).backward()
@@ -101,7 +83,7 @@ def test_batch_norm_of_the_server_sees_all_batches_of_a_step_together() -> None:
     sets = [Pictures(3, 1), Pictures(12, 2), Pictures(7, 3)]
     model = normed()
     step = Optimisation(lr=0.1, batch_size=16, optimizer="sgd")
-    split_train(model, "conv1", sets, sets[0], rounds=1, training=step)
+    train(sets=sets, model=model, rounds=1, training=step)
     front, back = cut(normed(), "conv1")
     smashed = torch.cat([front.train()(s.tensors[0]) for s in sets])
     back.train()(smashed)
@@ -112,12 +94,12 @@ def test_batch_norm_of_the_server_sees_all_batches_of_a_step_together() -> None:
 def test_copies_of_clients_alone_are_averaged() -> None:
     sets = [Pictures(30, 1), Pictures(10, 2)]
     model = normed()
-    split_train(model, "conv1", sets, sets[0], schedule="copies", rounds=1, training=SGD)
+    train(sets=sets, model=model, schedule="copies", rounds=1, training=SGD)
     alone = []
     for number, data in enumerate(sets):
         only = normed()
         empty = [Pictures(0, 9)] * number
-        split_train(only, "conv1", [*empty, data], data, rounds=1, training=SGD)
+        train(sets=[*empty, data], model=only, rounds=1, training=SGD)
         alone.append(only.state_dict())
     for name, value in model.state_dict().items():
         if value.is_floating_point():
@@ -129,10 +111,10 @@ def test_sequential_clients_hand_on_front_and_back() -> None:
     sets = [Pictures(30, 1), Pictures(10, 2)]
     step = Optimisation(lr=0.05, batch_size=8, optimizer="sgd")
     model = normed()
-    split_train(model, "conv1", sets, sets[0], schedule="sequential", rounds=1, training=step)
+    train(sets=sets, model=model, schedule="sequential", rounds=1, training=step)
     second = normed()
-    split_train(second, "conv1", sets[:1], sets[0], rounds=1, training=step)
-    split_train(second, "conv1", [Pictures(0, 1), sets[1]], sets[0], rounds=1, training=step)
+    train(sets=sets[:1], model=second, rounds=1, training=step)
+    train(sets=[Pictures(0, 1), sets[1]], model=second, rounds=1, training=step)
     assert same(
         {n: p.detach() for n, p in model.named_parameters()},
         {n: p.detach() for n, p in second.named_parameters()},
@@ -143,18 +125,9 @@ def test_sequential_clients_hand_on_front_and_back() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_pruned_run_trains_the_network_with_the_mask_in_it(method: str, schedule: str) -> None:
     # BatchNorm behind the cut sees the masked tensor, and gradients are those behind the mask.
-    data, test, model = Pictures(37, 5), Pictures(40, 6), normed()
-    result = split_train(
-        model,
-        "conv1",
-        [data],
-        test,
-        METHODS[method](share=0.3, ramp_rounds=1),  # type: ignore[call-arg]
-        schedule=schedule,
-        tail_at=tail_of(schedule),
-        rounds=4,
-        training=SGD,
-    )
+    data, model = Pictures(37, 5), normed()
+    chosen = METHODS[method](share=0.3, ramp_rounds=1)  # type: ignore[call-arg]
+    result = train(chosen, [data], model=model, schedule=schedule, rounds=4, training=SGD)
     masks = [torch.tensor(record.mask) for record in records(result.records)]
     assert [int(mask.sum()) for mask in masks] == [8, 5, 2, 2]
     front, back = cut(normed(), "conv1")
@@ -168,33 +141,21 @@ def test_a_pruned_run_trains_the_network_with_the_mask_in_it(method: str, schedu
 
 
 def test_another_seed_gives_other_numbers() -> None:
-    run = lambda seed: split_train(  # noqa: E731
-        normed(), "conv1", clients(), Pictures(9, 1), rounds=1, seed=seed
-    )
-    assert not same(run(1).tensors, run(2).tensors)
+    assert not same(train(rounds=1, seed=1).tensors, train(rounds=1, seed=2).tensors)
 
 
 def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(5)
     model, method = plain(), Bottleneck()
     before = torch.get_rng_state()
-    split_train(model, "conv1", clients(), Pictures(9, 1), method, rounds=2)
+    train(method, model=model, rounds=2)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @schedules
 def test_the_model_holds_the_global_network(schedule: str) -> None:
     model, test = normed(), Pictures(100, 9)
-    result = split_train(
-        model,
-        "conv1",
-        clients(),
-        test,
-        schedule=schedule,
-        tail_at=tail_of(schedule),
-        rounds=2,
-        training=SGD,
-    )
+    result = train(model=model, test=test, schedule=schedule, rounds=2, training=SGD)
     assert result.accuracy == accuracy_of(model, test)
     names = {n for n, t in model.state_dict().items() if t.is_floating_point()}
     assert result.tensors.keys() == names
@@ -203,7 +164,7 @@ def test_the_model_holds_the_global_network(schedule: str) -> None:
 
 def test_layers_of_the_bottleneck_are_in_the_result() -> None:
     method = Bottleneck(share=0.25)
-    result = split_train(normed(), "conv1", clients(), Pictures(9, 1), method, rounds=1)
+    result = train(method, rounds=1)
     assert result.tensors["narrow.weight"].shape == (2, 8, 1, 1)
     last = records(result.records)[-1]
     assert (last.kept, last.channels) == (2, 8)
@@ -236,15 +197,15 @@ def test_bad_arguments_are_named(changed: dict[str, Any], why: str) -> None:
 def test_batches_of_one_for_batch_norm_are_refused() -> None:
     ones = Optimisation(batch_size=1)
     with pytest.raises(ValueError, match="batch_size = 1: BatchNorm"):
-        split_train(flat_normed(), "lin1", clients(), Pictures(9, 1), training=ones)
-    split_train(plain(), "conv1", clients(), Pictures(9, 1), rounds=1, training=ones)
+        train(model=flat_normed(), cut_at="lin1", training=ones)
+    train(model=plain(), rounds=1, training=ones)
 
 
 def test_a_network_of_another_precision_is_refused() -> None:
     sets = [Pictures(9, 1)]
     sets[0].tensors = (sets[0].tensors[0].double(), sets[0].labels)
     with pytest.raises(ValueError, match=r"expected torch.float32"):
-        split_train(normed().double(), "conv1", sets, sets[0])
+        train(sets=sets, model=normed().double())
 
 
 def test_random_channels_need_no_rating() -> None:
