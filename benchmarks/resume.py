@@ -45,7 +45,7 @@ KEYS = ("accuracy_by_round", "bytes_by_round", "personal_accuracy", "accuracy_by
 
 
 @dataclass
-class UpdateFilter:
+class Counts:
     """What became of the kills.
 
     Attributes:
@@ -87,7 +87,7 @@ def whole_run(arguments: Sequence[str], out: Path) -> tuple[dict[str, Any], floa
 
 def kill_and_resume(
     arguments: Sequence[str], kills: int, folder: Path, seed: int = 0, wait: float | None = None
-) -> UpdateFilter:
+) -> Counts:
     """Kill runs `kills` times in all, and compare every one that comes to its end.
 
     Args:
@@ -97,7 +97,7 @@ def kill_and_resume(
         seed: of the moments.
         wait: seconds a run may live at most; None takes the time of a whole run.
     """
-    rng, tally = random.Random(seed), UpdateFilter()
+    rng, counts = random.Random(seed), Counts()
     wanted, took = whole_run(arguments, folder / "whole")
     out = folder / "killed"
     while True:
@@ -109,29 +109,29 @@ def kill_and_resume(
             start_new_session=True,
         )
         try:
-            last = tally.kills >= kills
+            last = counts.kills >= kills
             _, said = process.communicate(timeout=None if last else rng.uniform(0, wait or took))
         except subprocess.TimeoutExpired:
-            if tally.kills % 2:
+            if counts.kills % 2:
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
             process.communicate()
-            tally.kills += 1
+            counts.kills += 1
             saved = list((out / "checkpoints").glob("round-*"))
-            tally.between += bool(saved)
-            tally.before += not saved
-            tally.half += bool(list((out / "checkpoints").glob(".*")))
+            counts.between += bool(saved)
+            counts.before += not saved
+            counts.half += bool(list((out / "checkpoints").glob(".*")))
             continue
         if process.returncode:
-            tally.differences.append(f"exit code {process.returncode}: {said.strip()[-500:]}")
+            counts.differences.append(f"exit code {process.returncode}: {said.strip()[-500:]}")
         else:
             found = state(out)
-            tally.differences += [key for key in wanted if found.get(key) != wanted[key]]
-            tally.finished += 1
+            counts.differences += [key for key in wanted if found.get(key) != wanted[key]]
+            counts.finished += 1
         shutil.rmtree(out)
-        if tally.kills >= kills:
-            return tally
+        if counts.kills >= kills:
+            return counts
 
 
 def main() -> None:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-from pages import Runs, final, gaps, level, pooled, pools, reached, spent, table
+from pages import Runs, Value, final, gaps, level, mean, pooled, pools, reached, spent, table
 from pictures import by_megabytes, panels
-
-
-def tenths(value: float) -> str:
-    """One decimal."""
-    return f"{value:.1f}"
 
 
 def federated(runs: Runs, docs: Path) -> str:
@@ -41,7 +35,7 @@ def federated(runs: Runs, docs: Path) -> str:
     parts += [
         "Rounds until FedMoE's mean accuracy of the second half of the rounds is reached (one more "
         "than there were, if it never was):",
-        table_by_target(runs, skewed, "fedmoe", 1.0, reached),
+        by_target(runs, skewed, methods_of(runs), "fedmoe", 1.0, reached),
     ]
     return "\n\n".join(parts)
 
@@ -106,23 +100,9 @@ def split(runs: Runs, docs: Path) -> str:
         pools(compressed, ours, [name for name in names if name != "sl"], level),
         "Megabytes, both directions, until 95 % of the level of `sl` is reached (the mean over "
         "seeds; inf: not by all):",
-        costs(by_group(runs), list(groups), lines),
+        by_target(by_group(runs), list(groups), lines, "sl 1x", 0.95, spent),
     ]
     return "\n\n".join(parts)
-
-
-def costs(runs: Runs, groups: Sequence[str], names: Sequence[str]) -> str:
-    """What it costs to come near uncompressed training, by setting."""
-    columns = []
-    for group in groups:
-        whole = runs[group].get("sl 1x")
-        if not whole:
-            continue
-        target = 0.95 * float(np.mean([level(run) for run in whole.values()]))
-        columns.append(
-            table(runs, [group], names, spent(target), "sl 1x", tenths, best=min, spread=False)
-        )
-    return side_by_side(columns)
 
 
 LEVELS = ("1x", "8x", "32x", "128x")
@@ -137,43 +117,22 @@ def by_group(runs: Runs) -> Runs:
     return found  # type: ignore[return-value]
 
 
-def table_by_target(
+def by_target(
     runs: Runs,
     settings: Sequence[str],
+    methods: Sequence[str],
     reference: str,
     share: float,
-    measure: Callable[[float], Callable[..., float]],
+    measure: Callable[[float], Value],
 ) -> str:
-    """A table whose measure has a target of each setting: a share of the reference's level."""
-    known = [s for s in settings if runs[s].get(reference)]
-    columns = [
-        table(
-            runs,
-            [setting],
-            methods_of(runs),
-            measure(
-                share * float(np.mean([level(run) for run in runs[setting][reference].values()]))
-            ),
-            reference,
-            tenths,
-            best=min,
-            spread=False,
-        )
-        for setting in known
-    ]
-    return side_by_side(columns)
-
-
-def side_by_side(tables: Sequence[str]) -> str:
-    """Tables of the same rows as one."""
-    rows: dict[str, list[str]] = {}
-    if not tables:
-        return ""
-    for place, text in enumerate(tables):
-        for line in text.splitlines():
-            name, cell = (part.strip(" |") for part in line[1:].split("|", 1))
-            rows.setdefault(name, [""] * len(tables))[place] = cell
-    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+    """A table of a measure with a target of each setting: a share of the reference's level."""
+    targets = {
+        setting: share * mean(level, found)
+        for setting in settings
+        if (found := runs[setting].get(reference))
+    }
+    values = {setting: measure(target) for setting, target in targets.items()}
+    return table(runs, list(targets), methods, values, reference, in_steps=True)
 
 
 def methods_of(runs: Runs) -> list[str]:

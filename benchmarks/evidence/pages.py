@@ -51,47 +51,50 @@ def spent(target: float) -> Value:
     return megabytes
 
 
+def mean(value: Value, runs: Mapping[int, Mapping[str, Any]]) -> float:
+    """Of the runs of all seeds."""
+    return float(np.mean([value(run) for run in runs.values()]))
+
+
 def table(
     runs: Runs,
     settings: Sequence[str],
     methods: Sequence[str],
-    value: Value,
+    value: Value | Mapping[str, Value],
     against: str,
-    form: Callable[[float], str] = lambda x: f"{x:.3f}".lstrip("0"),
-    best: Callable[[list[float]], float] = max,
-    spread: bool = True,
+    in_steps: bool = False,
 ) -> str:
     """Markdown: a row a method, a column a setting, mean and 95 % interval over seeds.
 
     A star marks a difference to `against`, paired by seed, whose 95 % interval leaves out zero; the
-    best of a column is bold.
+    best of a column is bold. `value` may be one for each setting. `in_steps`: values count rounds
+    or megabytes instead of shares: one decimal, without an interval, and the least is the best.
     """
     lines = [f"| | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
-    means = {
-        setting: {
-            method: float(np.mean([value(run) for run in runs[setting][method].values()]))
-            for method in methods
-            if runs.get(setting, {}).get(method)
-        }
-        for setting in settings
-    }
+    values = value if isinstance(value, Mapping) else dict.fromkeys(settings, value)
+    known = {setting: {m: r for m, r in runs.get(setting, {}).items() if r} for setting in settings}
+    means = {s: [mean(values[s], r) for m, r in known[s].items() if m in methods] for s in settings}
     for method in methods:
         cells = []
         for setting in settings:
-            mine = runs.get(setting, {}).get(method)
-            if not mine:
+            mine = known[setting].get(method)
+            if mine is None:
                 cells.append("")
                 continue
-            found = Interval.of([value(run) for run in mine.values()])
-            text = form(found.mean)
-            if spread:
-                text += f" ± {form(found.half)}"
-            if means[setting][method] == best(list(means[setting].values())):
+            found = Interval.of([values[setting](run) for run in mine.values()])
+            text = f"{found.mean:.1f}" if in_steps else f"{share(found.mean)} ± {share(found.half)}"
+            best = min(means[setting]) if in_steps else max(means[setting])
+            if mean(values[setting], mine) == best:
                 text = f"**{text}**"
-            cells.append(text + starred(mine, runs[setting].get(against), value))
+            cells.append(text + starred(mine, known[setting].get(against), values[setting]))
         if any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def share(value: float) -> str:
+    """.123"""
+    return f"{value:.3f}".lstrip("0")
 
 
 def starred(

@@ -8,11 +8,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from pages import Runs
 
 from sluiceway.experiment.compare import Interval
 
-#: A run by setting, method and seed.
-Runs = Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]
 Points = Callable[[Mapping[int, Mapping[str, Any]]], tuple[Any, Any]]
 
 
