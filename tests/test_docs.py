@@ -2,43 +2,116 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from tests.worlds import TinyClassifier, TinyText
-
-from sluiceway.transport.local import federate
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = """
-from typing import ClassVar
-from pydantic.dataclasses import dataclass
-from torch import Tensor
-from sluiceway.moe import ParamSlice
-from sluiceway.strategies import FedAvg, Update
-from sluiceway.strategies.base import PARAMETERS
+
+#: The additions of CONTRIBUTING.md, used from Python.
+USED = """
+import torch, transformers
+import sluiceway
+from sluiceway.data import load_text
+from sluiceway.moe import moe_layout
+from sluiceway.split import Conv4
+from tests.moe.conftest import FAMILIES, as_released
+from tests.worlds import TinyClassifier, TinyText
+from torch.utils.data import TensorDataset
+
+clients = [TinyText(8, 1), TinyText(40, 2)]
+strategy = sluiceway.Uniform()
+result = sluiceway.federate(TinyClassifier(), clients, TinyText(20, 3), strategy, rounds=1)
+assert len(result.records) == 1 and not result.records[0].refused, result.records
+
+images = TensorDataset(torch.randn(12, 1, 8, 8), torch.arange(12) % 3)
+sent = []
+for method in (sluiceway.FirstChannels(share=0.25), sluiceway.FirstChannels(share=1)):
+    network = Conv4(1, 3, width=4)
+    result = sluiceway.split_train(network, "conv1", [images], images, method, rounds=1)
+    sent.append(result.bytes_up)
+assert sent[0] < sent[1] / 2, sent
+
+block = moe_layout(as_released("flex_olmo")).blocks[0]
+assert (block.family.name, block.num_experts, block.top_k) == ("flex_olmo", 4, 3), block
+data = load_text("imdb")
+assert data.label_names == ("bad", "good") and data.source == "SLUICEWAY_DATA/imdb", data
 """
 
 
-def test_the_documented_strategy_runs(text_test: TinyText) -> None:
-    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(IMPORTS + code, names)
-    clients = [TinyText(8, 1), TinyText(40, 2)]
-    uniform = federate(
-        TinyClassifier(),
-        clients,
-        text_test,
-        names["Uniform"](),
-        rounds=1,
-        device="cpu",  # type: ignore[operator]
+def blocks(page: str, language: str) -> list[str]:
+    """The code of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def insert(path: Path, after: str, line: str) -> None:
+    """Put a line after the first line that begins with these words."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(rf"^{re.escape(after)}.*\n", text, re.MULTILINE)
+    assert found, f"{path} has no line {after!r}"
+    path.write_text(text[: found.end()] + line + text[found.end() :], encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_contributing_is_enough_to_add_each_kind(tmp_path: Path, recipe: Path) -> None:
+    """A copy of the sources, the steps of CONTRIBUTING.md taken in it."""
+    package = tmp_path / "src" / "sluiceway"
+    shutil.copytree(ROOT / "src" / "sluiceway", package)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    strategy, import_strategy, _, compressor, import_compressor, family, model, data = blocks(
+        "CONTRIBUTING.md", "python"
     )
-    assert uniform.records[0].refused == {}
+    assert len(strategy.splitlines()) < 30
+    (package / "strategies" / "uniform.py").write_text(strategy, encoding="utf-8")
+    strategies = package / "strategies" / "__init__.py"
+    insert(strategies, "from sluiceway.strategies.usage", import_strategy)
+    insert(strategies, "        FedAlignMoE,", "        Uniform,\n")
+    (package / "split" / "first_channels.py").write_text(compressor, encoding="utf-8")
+    insert(package / "split" / "methods.py", "from sluiceway.split.elements", import_compressor)
+    insert(package / "split" / "methods.py", "        Bottleneck,", "        FirstChannels,\n")
+    insert(package / "moe" / "families.py", '        Family("mixtral"', family)
+    insert(tmp_path / "tests" / "moe" / "conftest.py", '    "mixtral":', model)
+    insert(package / "data" / "text.py", "TEXT_SETS = {", data)
+    folder = tmp_path / "data" / "imdb"
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        frame = pd.DataFrame({"text": ["fine", "dull"] * 3, "label": ["good", "bad"] * 3})
+        frame.to_parquet(folder / f"{part}.parquet")
+    paths = {"PYTHONPATH": f"{tmp_path / 'src'}{os.pathsep}{tmp_path}"}
+    environment = os.environ | paths | {"SLUICEWAY_DATA": str(tmp_path / "data")}
+    run = ["run", str(recipe), "--set", "run.rounds=1", "--out", str(tmp_path / "run")]
+    for command in (
+        ["-c", USED],
+        ["-m", "sluiceway.cli", *run, "--set", "method.name=uniform", "--set", "method.power=0.5"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    summary = (tmp_path / "run" / "summary.json").read_text(encoding="utf-8")
+    assert '"uniform"' in summary
 
 
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target and target != "recipe-keys.md":
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "own_model.py"))
     shown = capsys.readouterr().out

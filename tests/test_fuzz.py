@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = "benchmarks/fuzz.py"
 
 
+@pytest.mark.slow
 def test_broken_inputs_are_read_or_refused_in_a_line() -> None:
     found = subprocess.run(
         [sys.executable, SCRIPT, "--inputs", "600", "--seed", "11"],

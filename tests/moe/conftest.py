@@ -35,6 +35,7 @@ DEEPSEEK = {
 }
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 3, "pad_token_id": 0, "eos_token_id": 1}
 SWITCH = {
     "vocab_size": 50,
     "d_model": 16,
@@ -81,10 +82,7 @@ BERT = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"} | dict.fro
 # The model class in transformers, and its settings.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralModel", SMALL | LOCAL),
-    "olmoe": (
-        "OlmoeModel",
-        SMALL | {"num_experts": 4, "num_experts_per_tok": 3, "pad_token_id": 0, "eos_token_id": 1},
-    ),
+    "olmoe": ("OlmoeModel", SMALL | OLMOE),
     "qwen2": ("Qwen2MoeModel", SMALL | ROUTED | {"shared_expert_intermediate_size": 12}),
     "qwen3": ("Qwen3MoeModel", SMALL | ROUTED | {"head_dim": 8}),
     "deepseek_v2": ("DeepseekV2Model", SMALL | DEEPSEEK | {"n_group": 1, "topk_method": "greedy"}),
