@@ -1,12 +1,13 @@
-"""What it costs that clients are elsewhere: a server and two sites over TLS on this machine.
+"""The cost of clients elsewhere with NVFlare: a server and two sites over TLS on this machine.
 
-    python benchmarks/deployed.py                 all of it, about six minutes on 2 cores
-    python benchmarks/deployed.py --only line     one of: rounds, line, large
+    python benchmarks/deployed.py                     all of it, about six minutes on 2 cores
+    python benchmarks/deployed.py --only connections  one of: rounds, connections, large
 
-rounds: the same recipe embedded, with a worker a client, and deployed; the numbers must be equal,
-and what the server's port carried (as the kernel counts it, TLS and all) within 5 % of what the run
-says. line: frames of 128 KB each way on a line of split learning; at least 100 a second a client.
-large: one ask and its answer, of a site that does nothing, and one answer of 2.5 GB.
+rounds: the same recipe on the local engine, with a worker a client, and deployed; the numbers must
+be equal, and the bytes on the server's port (as the kernel counts them, TLS included) within 5 % of
+those that the run counts. connections: frames of 128 KB each way on connections of split learning;
+at least 100 a second a client. large: a request and its response of a site that does nothing, and
+one response of 2.5 GB.
 """
 
 from __future__ import annotations
@@ -14,32 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from measuring import Memory, repeated, report
 from sluiceway.deploy.nvflare.admin import opened
 from sluiceway.deploy.nvflare.job import write_job
 from sluiceway.deploy.nvflare.kits import CLASSES
-from sluiceway.deploy.nvflare.local_deployment import (
-    STARTING,
-    Deployment,
-    family_of,
-    running,
-    site_files,
-)
+from sluiceway.deploy.nvflare.local_deployment import START_TIMEOUT, Deployment
 from sluiceway.deploy.nvflare.submit import JobSpec, submit
+from sluiceway.deploy.site_file import write_site_file
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.transport.tls import Connection, TlsServer
@@ -48,85 +41,59 @@ ROOT = Path(__file__).resolve().parent.parent
 SITES = ["site-1", "site-2"]
 PARTS = "benchmarks.deployed_parts"
 RECIPE = ["data.clients=2", "data.limit=240", "data.test_limit=100", "run.device=cpu"]
-#: Limits: bytes on the socket beyond those that are counted, as a share; frames a second a client.
+#: Limits: bytes on the socket beyond the counted ones, as a share; frames a second a client.
 BEYOND, RATE = 0.05, 100
 FRAME, FRAMES = 128 << 10, 1000
 LARGE = 2_500_000_000
-#: Bytes of a few asks of next to nothing, and of a few updates of an upcycled MiniLM.
+#: Bytes of a few messages of next to nothing, and of a few updates of an upcycled MiniLM.
 SMALL, UPDATE = [1000] * 5, [38_000_000] * 3
-
-Row = tuple[str, str, bool]
 
 
 @dataclass
-class Wire:
-    """What the kernel says that connections at a port carried, those that have ended too.
+class Socket:
+    """What the kernel says that connections at a port carried, ended ones included.
 
     Attributes:
         port: of the server.
     """
 
     port: int
-    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
 
     def look(self) -> None:
         """Note what each connection has carried so far."""
         command = ["ss", "-tinHO", "sport", "=", f":{self.port}"]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for text in found.splitlines():
-            sent, got = (re.search(rf"{key}:(\d+)", text) for key in ("_sent", "_received"))
             ends = " ".join(re.findall(r"\S+:\d+(?=\s)", text)[:2])
-            self.seen[ends] = (int(sent[1]) if sent else 0, int(got[1]) if got else 0)
-
-    @property
-    def total(self) -> int:
-        return sum(map(sum, self.seen.values()))
+            self.seen[ends] = sum(map(int, re.findall(r"bytes_(?:sent|received):(\d+)", text)))
 
 
-@contextmanager
-def watched(look: Callable[[], None], every: float) -> Iterator[None]:
-    """Look again and again while it lasts."""
-    over = threading.Event()
-
-    def loop() -> None:
-        while not over.wait(every):
-            look()
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def rounds(deployment: Deployment, folder: Path) -> list[Row]:
-    """The same recipe embedded and deployed."""
-    settings = [*RECIPE, "run.rounds=4"]
-    local = load_recipe("quickstart", [*settings, "run.workers=2"])
-    _, embedded = run(local, folder / "local")
-    recipe = load_recipe("quickstart", [*settings, "run.workers=2", "run.engine=nvflare"])
-    wire = Wire(deployment.admin.address[1])
-    with opened(deployment.admin, STARTING) as desk:
-        desk.await_sites(SITES, STARTING, print)
-        wire.look()
-        before = wire.total
-        with watched(wire.look, 0.1):
-            submit(desk, JobSpec(recipe, "rounds", SITES), folder / "home", print)
-    summary = json.loads((folder / "home" / "summary.json").read_text())
+def rounds(deployment: Deployment, folder: Path) -> dict[str, Any]:
+    """The same recipe on the local engine and deployed."""
+    settings = [*RECIPE, "run.rounds=4", "run.workers=2"]
+    _, local = run(load_recipe("quickstart", settings), folder / "local")
+    recipe = load_recipe("quickstart", [*settings, "run.engine=nvflare"])
+    socket = Socket(deployment.admin.address[1])
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        session.wait_for_sites(SITES, START_TIMEOUT, print)
+        socket.look()
+        before = sum(socket.seen.values())
+        with repeated(socket.look, 0.1):
+            submit(session, JobSpec(recipe, "rounds", SITES), folder / "deployed", print)
+    summary = json.loads((folder / "deployed" / "summary.json").read_text())
     counted = summary["bytes_up"] + summary["bytes_down"]
-    beyond = (wire.total - before) / counted - 1
-    here, there = seconds_in(folder / "local"), seconds_in(folder / "home")
-    same = summary["accuracy_by_round"] == embedded["accuracy_by_round"]
-    return [
-        ("accuracy by round as embedded", "yes" if same else "no", same),
-        ("seconds a round, embedded, two workers", f"{here:.2f}", True),
-        ("seconds a round, deployed", f"{there:.2f}", True),
-        ("MB up and down, counted", f"{counted / 1e6:.1f}", True),
-        ("MB on the socket", f"{(wire.total - before) / 1e6:.1f}", True),
-        ("beyond what is counted (limit 5 %)", f"{beyond:.1%}", abs(beyond) <= BEYOND),
-    ]
+    carried = sum(socket.seen.values()) - before
+    assert summary["accuracy_by_round"] == local["accuracy_by_round"]
+    assert abs(carried / counted - 1) <= BEYOND, (carried, counted)
+    return {
+        "accuracy by round as with the local engine": "yes",
+        "seconds a round, local, two workers": seconds_in(folder / "local"),
+        "seconds a round, deployed": seconds_in(folder / "deployed"),
+        "MB up and down, counted": counted / 1e6,
+        "MB on the socket": carried / 1e6,
+        "more on the socket, %": 100 * (carried / counted - 1),
+    }
 
 
 def seconds_in(folder: Path) -> float:
@@ -135,32 +102,30 @@ def seconds_in(folder: Path) -> float:
     return statistics.median(float(json.loads(text)["seconds"]) for text in lines[1:])
 
 
-def line(deployment: Deployment, folder: Path) -> list[Row]:
-    """Frames on lines of split learning, one client and then two at once."""
-    rows = []
+def connections(deployment: Deployment, folder: Path) -> dict[str, Any]:
+    """Frames on connections of split learning, one client and then two at once."""
+    rows = {}
     for count in (1, 2):
         sites = SITES[:count]
-        with TlsServer(deployment.kits["server"].keys, sites, "127.0.0.1") as gate:
-            homes = [subprocess.Popen(dialling(deployment, site, gate.port)) for site in sites]
+        with TlsServer(deployment.kits["server"].keys, sites, "127.0.0.1") as server:
+            echo = [sys.executable, "-m", PARTS, "echo"]
+            ends = [
+                subprocess.Popen([*echo, deployment.kits[site].folder, str(server.port)])
+                for site in sites
+            ]
             try:
-                rate = slowest([gate.line(site, STARTING) for site in sites])
+                rate = slowest([server.connection(site, START_TIMEOUT) for site in sites])
             finally:
-                for home in homes:
-                    home.kill()
-                    home.wait()
-        what = f"mini-batches a second a client, 128 KB each way, {count} at once (limit {RATE})"
-        rows.append((what, f"{rate:.0f}", rate >= RATE))
+                for end in ends:
+                    end.kill()
+                    end.wait()
+        assert rate >= RATE, rate
+        rows[f"mini-batches a second a client, 128 KB each way, {count} at once"] = rate
     return rows
 
 
-def dialling(deployment: Deployment, site: str, port: int) -> list[str]:
-    """What starts a site that sends back what comes."""
-    kit = str(deployment.kits[site].folder)
-    return [sys.executable, "-m", PARTS, "echo", kit, str(port)]
-
-
-def slowest(lines: list[Connection]) -> float:
-    """Frames a second on the slowest of some lines, all used at once."""
+def slowest(connections: list[Connection]) -> float:
+    """Frames a second on the slowest of some connections, all used at once."""
     rates: list[float] = []
 
     def use(one: Connection) -> None:
@@ -172,86 +137,65 @@ def slowest(lines: list[Connection]) -> float:
                 raise RuntimeError("another frame came back")
         rates.append(FRAMES / (time.perf_counter() - began))
 
-    threads = [threading.Thread(target=use, args=(one,)) for one in lines]
+    threads = [threading.Thread(target=use, args=(one,)) for one in connections]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return min(rates) if len(rates) == len(lines) else 0.0
+    return min(rates) if len(rates) == len(connections) else 0.0
 
 
-def large(deployment: Deployment, folder: Path) -> list[Row]:
-    """One answer of 2.5 GB, and the memory of the processes that it passes."""
-    peaks: dict[str, int] = {}
+def large(deployment: Deployment, folder: Path) -> dict[str, Any]:
+    """Small and large messages, and the memory of the processes that they pass."""
+    memory = Memory(deployment)
     write_job(
         folder / "job",
         "large",
         SITES[:1],
         {"both": [*SMALL, *UPDATE], "back": [LARGE]},
-        conductor=f"{PARTS}.Clock",
-        relay=f"{PARTS}.BytesRelay",
+        controller=f"{PARTS}.Clock",
+        executor=f"{PARTS}.BytesExecutor",
     )
-    with opened(deployment.admin, STARTING) as desk:
-        desk.await_sites(SITES[:1], STARTING, print)
-        with watched(lambda: note(deployment, peaks), 0.2):
-            job = desk.submit(folder / "job")
-            desk.watch(job, print)
-        brought = desk.fetch(job, folder / "brought")
-    if brought is None:
-        return [("2.5 GB", "did not arrive", False)]
-    times = json.loads((brought / "times.json").read_text())
-    small, update = times["both"][: len(SMALL)], times["both"][len(SMALL) :]
-    rows: list[Row] = [
-        (
-            "seconds of a client's turn beyond its work, 1 KB",
-            f"{statistics.median(small):.3f}",
-            True,
-        ),
-        ("the same, 38 MB each way", f"{statistics.median(update):.2f}", True),
-        ("seconds for an answer of 2.5 GB", f"{times['back'][0]:.0f}", True),
-    ]
-    named = {"server": "the server", SITES[0]: "the site"}
-    return rows + [
-        (f"peak MB of a process of {who}", f"{peaks[name] / 1e6:.0f}", peaks[name] < LARGE / 2)
-        for name, who in named.items()
-    ]
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        session.wait_for_sites(SITES[:1], START_TIMEOUT, print)
+        with repeated(memory.look, 0.2):
+            job = session.submit(folder / "job")
+            session.watch(job, print)
+        result = session.fetch(job, folder / "result")
+    assert result is not None
+    times = json.loads((result / "times.json").read_text())
+    peaks = {name: memory.peaks[name] for name in ("server", SITES[0])}
+    assert max(peaks.values()) < LARGE / 2, peaks
+    return {
+        "seconds of a request beyond its work, 1 KB": statistics.median(times["both"][:5]),
+        "the same, 38 MB each way": statistics.median(times["both"][5:]),
+        "seconds for a response of 2.5 GB": times["back"][0],
+        **{f"peak MB of a process of {name}": peak / 1e6 for name, peak in peaks.items()},
+    }
 
 
-def note(deployment: Deployment, peaks: dict[str, int]) -> None:
-    """Keep the largest resident memory of one process of each party."""
-    for name, process in list(deployment.started.items()):
-        for member in family_of(process.pid):
-            try:
-                peaks[name] = max(peaks.get(name, 0), member.memory_info().rss)
-            except psutil.Error:
-                continue
-
-
-def main() -> int:
-    parts: dict[str, Callable[[Deployment, Path], list[Row]]]
-    parts = {"rounds": rounds, "line": line, "large": large}
+def main() -> None:
+    parts: dict[str, Callable[[Deployment, Path], dict[str, Any]]]
+    parts = {"rounds": rounds, "connections": connections, "large": large}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(parts))
     chosen = parser.parse_args().only
-    folder = Path(tempfile.mkdtemp(prefix="deployed-"))
-    rows: list[Row] = []
-    try:
-        files = site_files(folder / "homes", folder / "kept", SITES)
-        classes = [*CLASSES, f"{PARTS}.Clock", f"{PARTS}.BytesRelay"]
-        more: dict[str, Any] = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        deployment = Deployment(folder / "kits", SITES, folder / "runs", classes, more)
-        with running(deployment, files):
-            for name, measure in parts.items():
-                if chosen in (None, name):
-                    (folder / name).mkdir()
-                    rows += measure(deployment, folder / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print("\n| | |\n|---|---:|")
-    for what, found, fine in rows:
-        print(f"| {what} | {found}{'' if fine else ' (!)'} |")
-    return 0 if all(fine for _, _, fine in rows) else 1
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="deployed-") as name:
+        folder = Path(name)
+        with Deployment(
+            folder=folder / "kits",
+            sites={site: write_site_file(folder / site, "cpu") for site in SITES},
+            runs=folder / "runs",
+            classes=[*CLASSES, f"{PARTS}.Clock", f"{PARTS}.BytesExecutor"],
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        ) as deployment:
+            for part, measure in parts.items():
+                if chosen in (None, part):
+                    (folder / part).mkdir()
+                    rows |= measure(deployment, folder / part)
+    report(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

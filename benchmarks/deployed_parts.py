@@ -1,4 +1,4 @@
-"""Parts of a deployment that `benchmarks/deployed.py` measures: a site that answers with bytes."""
+"""Parts of a deployment that `benchmarks/deployed.py` measures: a site that responds with bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from nvflare.collab import collab
 
 from sluiceway.deploy.nvflare.executor import ClientExecutor
 from sluiceway.deploy.nvflare.kits import read_kit
-from sluiceway.deploy.nvflare.names import BROUGHT, typed
-from sluiceway.deploy.nvflare.plain import refuse_tensors
+from sluiceway.deploy.nvflare.names import RESULT, refuse_tensors, typed
 from sluiceway.deploy.nvflare.transport import NvflareTransport
-from sluiceway.deploy.nvflare.worker import serve
-from sluiceway.transport.protocol import Request, Response
+from sluiceway.deploy.site_process import serve
+from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.tls import TlsClient
 
 refuse_tensors()
@@ -27,12 +26,12 @@ refuse_tensors()
 BLOCK = 1 << 20
 
 
-class Bytes:
-    """A site that answers with a message of the length it is asked for."""
+class Bytes(ClientHandler):
+    """A site that responds with a message of the requested length."""
 
-    def answer(self, ask: Request, folder: Path) -> Response:
+    def handle(self, request: Request, folder: Path) -> Response:
         """Write `size` bytes, no two blocks of which are the same."""
-        left, path = int(ask.facts["size"]), folder / "answer"
+        left, path = int(request.facts["size"]), folder / "bytes"
         block = os.urandom(BLOCK)
         with path.open("wb") as file:
             while left:
@@ -41,70 +40,59 @@ class Bytes:
         return Response({}, path)
 
 
-class BytesRelay(ClientExecutor):
-    """Hands asks to `Bytes`."""
+class BytesExecutor(ClientExecutor):
+    """Has `Bytes` handle requests."""
 
-    def command(self) -> list[str]:
+    def command(self, folder: Path) -> list[str]:
         """What starts it."""
-        return [sys.executable, "-m", "benchmarks.deployed_parts"]
+        module = "benchmarks.deployed_parts"
+        return [sys.executable, "-m", module, "site", str(folder), str(os.getpid())]
 
 
 class Clock:
-    """Asks the first site for messages of some lengths, and notes how long each took.
+    """Sends messages of some lengths to the first site, and notes how long each took.
 
     Args:
-        both: bytes of messages that go there, and of answers that come back.
-        back: bytes of answers to asks without a message.
+        both: bytes of requests, and of their responses.
+        back: bytes of responses to requests without a message.
     """
 
     def __init__(self, both: list[int], back: list[int]) -> None:
         self.both, self.back = both, back
 
     @typed(collab.main)
-    def conduct(self) -> None:
+    def main(self) -> None:
         """Called by NVFlare."""
         proxy = collab.clients[0]
-        brought = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / BROUGHT
-        brought.mkdir(exist_ok=True)
-        asked(proxy, 1, there=False)  # the site's process is up from here on
+        result = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / RESULT
+        result.mkdir(exist_ok=True)
+        seconds(proxy, 1, there=False)  # the site's process is up from here on
         found = {
-            "both": [asked(proxy, size, there=True) for size in self.both],
-            "back": [asked(proxy, size, there=False) for size in self.back],
+            "both": [seconds(proxy, size, there=True) for size in self.both],
+            "back": [seconds(proxy, size, there=False) for size in self.back],
         }
-        (brought / "times.json").write_text(json.dumps(found), encoding="utf-8")
+        (result / "times.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def asked(proxy: Any, size: int, there: bool) -> float:
-    """Seconds until a message of that length is here, after one went there or not."""
+def seconds(proxy: Any, size: int, there: bool) -> float:
+    """Seconds until a response of that length is here; the request is as long, or has no file."""
     transport = NvflareTransport([proxy], [str(proxy.name)])
     with tempfile.TemporaryDirectory() as folder:
-        message = Path(folder) / "ask"
+        message = Path(folder) / "request"
         message.write_bytes(bytes(size if there else 0))
-        ask = Request("bytes", {"size": size}, message if there else None)
+        request = Request("bytes", {"size": size}, message if there else None)
         began = time.perf_counter()
-        for _, answer in transport.ask({0: ask}, Path(folder)):
-            if not isinstance(answer, Response) or answer.message is None:
-                raise RuntimeError(f"{size} bytes: {answer}")
-            if answer.message.stat().st_size != size:
-                raise RuntimeError(f"{size} bytes came as {answer.message.stat().st_size}")
+        [(_, found)] = transport.send({0: request}, Path(folder))
+        if not isinstance(found, Response) or found.message is None:
+            raise RuntimeError(f"{size} bytes: {found}")
+        if found.message.stat().st_size != size:
+            raise RuntimeError(f"{size} bytes came as {found.message.stat().st_size}")
         return time.perf_counter() - began
 
 
-def echo(kit: Path, port: int) -> None:
-    """Dial the gate at a port of this machine, and send back what comes, until ended."""
-    answered = TlsClient(read_kit(kit).keys, "localhost", port, lambda facts, body: (facts, body))
-    answered.thread.join()
-
-
-def bring() -> None:
-    """Be a site's process that answers with bytes."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(Bytes(), sys.stdin, answers)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["echo"]:
-        echo(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        bring()
+    what, place, number = sys.argv[1:]
+    if what == "echo":  # send back every frame, until this process is killed
+        keys = read_kit(Path(place)).keys
+        TlsClient(keys, "localhost", int(number), lambda facts, body: (facts, body)).thread.join()
+    serve(Bytes(), Path(place), int(number))

@@ -1,4 +1,4 @@
-"""An app whose one client answers with a file of many bytes; `benchmarks/flower.py big` runs it."""
+"""An app whose one client responds with a large file; `benchmarks/flower.py big` runs it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from sluiceway.core.files import write_atomically
 from sluiceway.deploy.flower.client import site_app
-from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.protocol import ClientHandler, Request, Response
 
 
-class Giver:
-    """A site whose answer's message is a copy of a file."""
+class FileSite(ClientHandler):
+    """A site that responds with a copy of a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def answer(self, ask: Request, folder: Path) -> Response:
+    def handle(self, request: Request, folder: Path) -> Response:
         """Copy the file."""
         return Response(message=Path(shutil.copy(self.path, folder / "copy")))
 
 
 client = site_app(
-    lambda context: Giver(Path(str(context.node_config["file"]))),
+    lambda context: FileSite(Path(str(context.node_config["file"]))),
     lambda context: Path(str(context.node_config["room"])),
 )
 server = ServerApp()
@@ -34,16 +35,14 @@ server = ServerApp()
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Ask for the file, and note how long it took."""
+    """Request the file, and note how long it took."""
     from sluiceway.deploy.flower.transport import GridTransport
 
     config = context.run_config
-    transport = GridTransport(grid, 1, piece=int(config["piece-mb"]) << 20)
+    transport = GridTransport(grid, 1, chunk=int(config["piece-mb"]) << 20)
     folder = Path(str(config["out"]))
     began = time.perf_counter()
-    [(_, found)] = transport.ask({0: Request("give")}, folder)
+    [(_, found)] = transport.send({0: Request("give")}, folder)
     seconds = time.perf_counter() - began
     size = found.message.stat().st_size if isinstance(found, Response) and found.message else 0
-    fresh = folder / "found.new"
-    fresh.write_text(json.dumps({"seconds": seconds, "bytes": size}))
-    fresh.rename(folder / "found.json")
+    write_atomically(folder / "found.json", json.dumps({"seconds": seconds, "bytes": size}))

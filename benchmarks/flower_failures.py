@@ -1,14 +1,13 @@
-"""What happens when a part of a Flower deployment dies: prints what was seen.
+"""What happens when a part of a Flower deployment dies: prints what was observed.
 
-    python benchmarks/flower_failures.py [node link key trial]
+    python benchmarks/flower_failures.py [node link command]
 
 Every case is a run of the quickstart on two clients, on a deployment of its own:
 
     node       a SuperNode is killed in round 2, and started again after 70 s: before that the
-               SuperLink takes it for alive, and lets no second one in
+               SuperLink takes it for alive, and rejects a second one
     link       the SuperLink is killed in round 2 and started again with its database
-    key        a SuperNode with a key that nobody registered
-    trial      `sluiceway run --engine flower` itself is killed with -9
+    command    `sluiceway run --engine flower` itself is killed with -9
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sluiceway.core.round_loop import Record
-from sluiceway.deploy.flower import trial
-from sluiceway.deploy.flower.certificates import new_node_key
-from sluiceway.deploy.flower.deployment import Deployment, command
+from sluiceway.deploy.flower import local_deployment
+from sluiceway.deploy.flower.deployment import Deployment, program
 from sluiceway.experiment.progress import described, line
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
@@ -47,18 +45,18 @@ def small(engine: str) -> Recipe:
 def disturbed(disturb: Callable[[Deployment], None]) -> dict[str, Any]:
     """A run over Flower that is disturbed in its second round; its summary and rounds' times."""
     over = threading.Event()
-    seconds: list[float] = []
-    follow = trial.followed
+    seconds: list[str] = []
+    plain = local_deployment.follow
 
-    def followed(flower: Deployment, run: str, told: Path, progress: Progress) -> None:
+    def follow(flower: Deployment, run: str, log: Path, progress: Progress) -> None:
         def on_round(record: Record) -> None:
-            seconds.append(record.seconds)
+            seconds.append(f"{record.seconds:.0f}")
             line(described(record))
             if record.round == 1:
                 threading.Timer(LATER, disturb_and_stay, [flower]).start()
 
         try:
-            follow(flower, run, told, Progress(say=line, on_round=on_round))
+            plain(flower, run, log, Progress(say=line, on_round=on_round))
         finally:
             over.set()
 
@@ -66,17 +64,17 @@ def disturbed(disturb: Callable[[Deployment], None]) -> dict[str, Any]:
         disturb(flower)
         over.wait()  # what a thread started ends with it
 
-    trial.followed = followed
+    local_deployment.follow = follow
     try:
         with tempfile.TemporaryDirectory() as name:
-            out = Path(name) / "out"
-            summary = trial.run_trial(small("flower"), out, progress=Progress(say=line))
+            out, progress = Path(name) / "out", Progress(say=line)
+            summary = local_deployment.run_locally(small("flower"), out, progress=progress)
     finally:
-        trial.followed = follow
-    return {**summary, "seconds_by_round": seconds}
+        local_deployment.follow = plain
+    return {**summary, "seconds_by_round": ", ".join(seconds)}
 
 
-def node(here: list[float]) -> str:
+def node() -> str:
     """A SuperNode that comes back after a while."""
 
     def disturb(flower: Deployment) -> None:
@@ -85,11 +83,11 @@ def node(here: list[float]) -> str:
         flower.start_node("site-1", flower.configs["site-1"])
 
     found = disturbed(disturb)
-    rounds = [f"{seconds:.0f}" for seconds in found["seconds_by_round"]]
-    return f"rounds took {', '.join(rounds)} s; left out: {json.dumps(found['failed'])}"
+    failed = json.dumps(found["failed"])
+    return f"rounds took {found['seconds_by_round']} s; left out: {failed}"
 
 
-def link(here: list[float]) -> str:
+def link() -> str:
     """A SuperLink that comes back."""
 
     def disturb(flower: Deployment) -> None:
@@ -97,39 +95,22 @@ def link(here: list[float]) -> str:
         time.sleep(5)
         flower.start_link()
 
-    return compared(disturbed(disturb), here)
-
-
-def compared(found: dict[str, Any], here: list[float]) -> str:
-    """How a disturbed run ended, beside the embedded one that was not."""
+    here = run(small("local"))[0].accuracy_by_round
+    found = disturbed(disturb)
     same = "the same accuracies" if found["accuracy_by_round"] == here else "OTHER accuracies"
-    rounds = [f"{seconds:.0f}" for seconds in found["seconds_by_round"]]
-    return f"{same} as embedded; rounds took {', '.join(rounds)} s; left out: {found['failed']}"
+    times = found["seconds_by_round"]
+    return f"{same} as the local engine; rounds took {times} s; left out: {found['failed']}"
 
 
-def key(here: list[float]) -> str:
-    """A SuperNode that nobody knows."""
-    with tempfile.TemporaryDirectory() as name, Deployment(Path(name)) as flower:
-        flower.start_link()
-        flower.register("site-0")
-        private, _ = new_node_key(flower.folder, "unknown")
-        flower.start_node("stranger", {}, private)
-        stranger = flower.processes.pop("stranger")
-        stranger.wait(120)
-        said = flower.log("stranger").read_text(errors="replace")
-        reason = [
-            text for text in said.splitlines() if "[code:" in text or "Failed to init" in text
-        ]
-        return f"a stranger ended with code {stranger.returncode}: {' '.join(reason)}"
-
-
-def killed_trial(here: list[float]) -> str:
+def killed_command() -> str:
     """The command itself is killed."""
     with tempfile.TemporaryDirectory() as name:
         words = [word for text in SMALL for word in ("--set", text)]
-        end = ["--engine", "flower", "--out", f"{name}/out"]
         process = subprocess.Popen(
-            [command("sluiceway"), "run", "quickstart", *words, *end],
+            [
+                *(program("sluiceway"), "run", "quickstart", *words),
+                *("--engine", "flower", "--out", f"{name}/out"),
+            ],
             env={**os.environ, "TMPDIR": name},
             stderr=subprocess.PIPE,
             text=True,
@@ -160,18 +141,15 @@ def of_folder(folder: Path) -> list[int]:
     return found
 
 
-CASES = {"node": node, "link": link, "key": key, "trial": killed_trial}
+CASES = {"node": node, "link": link, "command": killed_command}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES), choices=list(CASES))
-    args = parser.parse_args()
-    here = run(small("local"))[0].accuracy_by_round if "link" in args.cases else []
-    for name in args.cases:
+    for name in parser.parse_args().cases:
         began = time.perf_counter()
-        said = CASES[name](here)
-        print(f"{name} ({time.perf_counter() - began:.0f} s): {said}", flush=True)
+        print(f"{name}: {CASES[name]()} ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

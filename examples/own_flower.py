@@ -3,11 +3,12 @@
 python examples/own_flower.py
 
 `server` and `client` are what an app's pyproject.toml names, and all that Flower needs. The rest
-tries them out: a SuperLink and two SuperNodes on this machine, over TLS, gone at the end.
+runs them: a SuperLink and two SuperNodes on this machine, over TLS, which end with the run.
 """
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -46,13 +47,13 @@ def points(seed: int, classes: range) -> TensorDataset:
     return TensorDataset(found[ours][:400], labels[ours][:400])
 
 
-def home(context: Context) -> ClientSetup:
+def setup(context: Context) -> ClientSetup:
     """A client's model, and its data: each sees two of the four classes."""
     part = int(context.node_config["partition-id"])
     return ClientSetup(Classifier(), points(part, range(2 * part, 2 * part + 2)))
 
 
-client = client_app(home)
+client = client_app(setup)
 server = ServerApp()
 
 
@@ -74,11 +75,20 @@ def main(grid: Grid, context: Context) -> None:
 
 
 if __name__ == "__main__":
-    from sluiceway.deploy.flower.deployment import try_app, write_app
+    from sluiceway.deploy.flower.deployment import Deployment, write_app
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, Deployment(folder=Path(name)) as flower:
         app = Path(name) / "app"
         write_app(app, "own_flower:server", "own_flower:client", {})
         shutil.copy(__file__, app / "own_flower.py")
-        said = try_app(app, [{"partition-id": 0}, {"partition-id": 1}], Path(name) / "flower")
-        print("\n".join(line for line in said.splitlines() if line.startswith("round")))
+        flower.start_link()
+        flower.start_executor()
+        flower.register("node-0", "node-1")
+        for part in range(2):
+            flower.start_node(f"node-{part}", {"partition-id": part})
+        run = flower.run(app, {})
+        while not (status := flower.status(run)[0]).startswith("finished"):
+            time.sleep(1)
+        print(status)
+        lines = flower.logged(run).splitlines()
+        print("\n".join(line for line in lines if line.startswith("round")))

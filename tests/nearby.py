@@ -5,59 +5,61 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import trustme
 
-from sluiceway.deploy.site import HomeSite, open_site
-from sluiceway.transport.protocol import ClientHandler, Request, Response
-from sluiceway.transport.tls import Credentials
-from sluiceway.transport.worker_pool import TaskFailure, described
+from sluiceway.deploy.site import Site, open_site
+from sluiceway.errors import described
+from sluiceway.transport.protocol import ClientHandler, Request, Response, TaskFailure
+from sluiceway.transport.tls import Credentials, Endpoint
 
 
-class Nearby:
-    """A carrier to sites of this process; answers come in the reverse order.
+class NearbyTransport:
+    """A transport to sites of this process; responses come in the reverse order.
 
     Attributes:
-        away: sites that do not answer.
-        asked: what was asked, of whom.
+        away: clients that do not answer.
+        requests: name and client of each request.
     """
 
     def __init__(self, sites: Mapping[str, ClientHandler], place: Path) -> None:
         self.sites: Sequence[str] = list(sites)
-        self.homes = dict(sites)
+        self.handlers = dict(sites)
         self.place = place
         self.away: set[int] = set()
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
 
-    def ask(
-        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    def send(
+        self, requests: Mapping[int, Request], folder: Path, timeout: float = 0
     ) -> Iterator[tuple[int, Response | TaskFailure]]:
-        for number in reversed(list(asks)):
-            self.asked.append((asks[number].what, number))
+        for number in reversed(list(requests)):
+            self.requests.append((requests[number].what, number))
             if number in self.away:
                 yield number, TaskFailure("it is away")
             else:
-                yield number, self.one(number, asks[number], folder)
+                yield number, self.one(number, requests[number], folder)
 
-    def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
+    def one(self, number: int, request: Request, folder: Path) -> Response | TaskFailure:
         room = self.place / f"room-{number}"
         shutil.rmtree(room, ignore_errors=True)
-        room.mkdir(parents=True)
-        message = None if ask.message is None else Path(shutil.copy(ask.message, room / "in"))
         out = room / "out"
-        out.mkdir()
+        out.mkdir(parents=True)
+        message = None
+        if request.message is not None:
+            message = Path(shutil.copy(request.message, room / "in"))
+        facts = json.loads(json.dumps(request.facts))
         try:
-            found = self.homes[self.sites[number]].answer(
-                Request(ask.what, json.loads(json.dumps(ask.facts)), message), out
+            found = self.handlers[self.sites[number]].handle(
+                Request(request.what, facts, message), out
             )
         except Exception as error:
             return TaskFailure(described(error))
+        facts = json.loads(json.dumps(found.facts))
         if found.message is None:
-            return Response(json.loads(json.dumps(found.facts)))
-        back = folder / f"answer-{number}"
-        shutil.copy(found.message, back)
-        return Response(json.loads(json.dumps(found.facts)), back)
+            return Response(facts)
+        return Response(facts, Path(shutil.copy(found.message, folder / f"response-{number}")))
 
 
 class Authority:
@@ -74,17 +76,15 @@ class Authority:
         self.ca.cert_pem.write_to_path(place / "root.pem")
 
     def keys(self, name: str) -> Credentials:
-        """Of a party with this common name, at this machine."""
+        """Credentials for this common name, at this machine."""
         issued = self.ca.issue_cert("localhost", common_name=name)
-        paths = self.place / f"{name}.pem", self.place / f"{name}.key"
-        for blob, path in zip(
-            (issued.cert_chain_pems[0], issued.private_key_pem), paths, strict=True
-        ):
-            blob.write_to_path(path)
-        return Credentials(*paths, self.place / "root.pem")
+        certificate, key = self.place / f"{name}.pem", self.place / f"{name}.key"
+        issued.cert_chain_pems[0].write_to_path(certificate)
+        issued.private_key_pem.write_to_path(key)
+        return Credentials(certificate, key, self.place / "root.pem")
 
 
-def sharing(place: Path, count: int, authority: Authority | None = None) -> dict[str, HomeSite]:
+def sharing(place: Path, count: int, authority: Authority | None = None) -> dict[str, Site]:
     """Sites that share the recipe's own data, with a file and keys each."""
     sites = {}
     for number in range(count):
@@ -94,3 +94,15 @@ def sharing(place: Path, count: int, authority: Authority | None = None) -> dict
         keys = authority.keys(f"site-{number}") if authority else None
         sites[f"site-{number}"] = open_site(folder / "site.toml", keys)
     return sites
+
+
+@contextmanager
+def nearby(place: Path, count: int = 3) -> Iterator[tuple[NearbyTransport, Endpoint]]:
+    """Sites with keys, the transport that reaches them, and the server's endpoint."""
+    authority = Authority(place / "keys")
+    sites = sharing(place, count, authority)
+    try:
+        yield NearbyTransport(sites, place), Endpoint(authority.keys("server"), "localhost")
+    finally:
+        for site in sites.values():
+            site.close()

@@ -21,6 +21,13 @@ class InputError(SluicewayError, ValueError):
     exit_code = BAD_INPUT
 
 
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of an error that has ended a run."""
+    if isinstance(error, SluicewayError):
+        return error.exit_code
+    return STOPPED if isinstance(error, KeyboardInterrupt) else FAILED
+
+
 def outcome_of(action: Callable[[], None]) -> tuple[int, str]:
     """Call `action`; returns the exit code and the line that says why, "" if it went well.
 
@@ -57,3 +64,9 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: its type, and the first line of its message."""
+    kind, first = type(error).__name__, first_line(error)
+    return kind if first == kind else line(f"{kind}: {first}")

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from tests.nearby import Nearby
+from tests.nearby import NearbyTransport
 
 from sluiceway.core.guards import RunFailed
 from sluiceway.deploy.site import open_site
@@ -49,19 +49,19 @@ def test_a_missing_site_file(tmp_path: Path) -> None:
 def test_nothing_is_done_before_joining(tmp_path: Path) -> None:
     site = open_site(written(tmp_path, "[data]\nshare = true\n"))
     with pytest.raises(SiteError, match="has not joined"):
-        site.answer(Request("train"), tmp_path)
+        site.handle(Request("train"), tmp_path)
 
 
 @pytest.mark.parametrize("facts", [{}, {"recipe": {}}, {"recipe": 3, "label_names": ["a"]}])
 def test_an_invitation_that_is_none(tmp_path: Path, facts: dict[str, object]) -> None:
     site = open_site(written(tmp_path, "[data]\nshare = true\n"))
     with pytest.raises(InputError):
-        site.answer(Request("join", facts), tmp_path)
+        site.handle(Request("join", facts), tmp_path)
 
 
 @pytest.mark.parametrize("value", [None, -1, 1.0, True, "1"])
 def test_facts_that_are_no_whole_numbers(value: object) -> None:
-    with pytest.raises(SiteError, match="based must be a whole number"):
+    with pytest.raises(SiteError, match="based must be an integer"):
         whole({"based": value}, "based")
 
 
@@ -92,7 +92,7 @@ def test_sites_train_on_files_of_their_own(recipe: Path, csv_file: Path, tmp_pat
     chosen = load_recipe(
         recipe, ["data.clients=2", "run.rounds=2", f"data.path={test}", f"data.test_path={test}"]
     )
-    found, _ = run(chosen, transport=Nearby(sites, tmp_path / "rooms"))
+    found, _ = run(chosen, transport=NearbyTransport(sites, tmp_path / "rooms"))
     with parts[0].open() as file:
         held = len(list(csv.reader(file))) - 1
     assert sum(found.label_counts[0]) == held
@@ -107,10 +107,10 @@ def test_a_class_that_the_run_does_not_have(recipe: Path, csv_file: Path, tmp_pa
     site = open_site(written(tmp_path / "s", f'[data]\npath = "{own}"\n'))
     chosen = load_recipe(recipe, ["data.clients=1"])
     with pytest.raises(RunFailed, match=r"site s did not join: DataError: .*strange"):
-        run(chosen, transport=Nearby({"s": site}, tmp_path / "rooms"))
+        run(chosen, transport=NearbyTransport({"s": site}, tmp_path / "rooms"))
 
 
 def test_as_many_sites_as_clients(recipe: Path, tmp_path: Path) -> None:
     site = open_site(written(tmp_path, "[data]\nshare = true\n"))
     with pytest.raises(InputError, match=r"data\.clients = 4, but there are 1 sites"):
-        run(load_recipe(recipe), transport=Nearby({"s": site}, tmp_path / "rooms"))
+        run(load_recipe(recipe), transport=NearbyTransport({"s": site}, tmp_path / "rooms"))

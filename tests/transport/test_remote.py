@@ -1,4 +1,4 @@
-"""Federated rounds across sites: the embedded engine's numbers, and what happens when one fails."""
+"""Federated rounds across sites: the numbers of the local engine, and sites that fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.nearby import Nearby, sharing
+from tests.nearby import NearbyTransport, sharing
 
 from sluiceway.core.guards import RunFailed, TooFewUpdates
 from sluiceway.core.handshake import HandshakeError, ModelSignature
@@ -17,24 +17,23 @@ from sluiceway.deploy.site import open_site
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
-from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.protocol import Request, Response, TaskFailure
 from sluiceway.transport.remote import counts_of, in_order
-from sluiceway.transport.worker_pool import TaskFailure
-
-STRATEGIES = ("fedavg", "fedalign-moe", "scaffold", "non-expert", "fedmoe")
 
 
 def small(recipe: Path, *more: str) -> Recipe:
     return load_recipe(recipe, ["run.rounds=3", "data.clients=3", *more])
 
 
-def transport(place: Path, count: int = 3) -> Nearby:
-    return Nearby(sharing(place, count), place)
+def transport(place: Path, count: int = 3) -> NearbyTransport:
+    return NearbyTransport(sharing(place, count), place)
 
 
-@pytest.mark.parametrize("method", STRATEGIES)
-@pytest.mark.parametrize("participation", [1.0, 0.5])
-def test_sites_give_the_embedded_numbers(
+@pytest.mark.parametrize(
+    ("method", "participation"),
+    [("fedalign-moe", 1.0), ("scaffold", 0.5), ("non-expert", 1.0), ("fedmoe", 0.5)],
+)
+def test_sites_give_the_local_numbers(
     recipe: Path, tmp_path: Path, method: str, participation: float
 ) -> None:
     chosen = small(recipe, f"method.name={method}", f"run.participation={participation}")
@@ -62,7 +61,7 @@ def test_a_restarted_server_and_restarted_sites_go_on(
         pass
 
     def stop(done: int, of: int) -> None:
-        if first.asked.count(("train", 0)) == 2 and done == 2:
+        if first.requests.count(("train", 0)) == 2 and done == 2:
             raise Broken
 
     with pytest.raises(Broken):
@@ -78,11 +77,11 @@ def test_a_site_that_was_restarted_between_rounds_goes_on(recipe: Path, tmp_path
     whole, _ = run(chosen)
     place = tmp_path / "sites"
 
-    class Forgetful(Nearby):
-        def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
+    class Forgetful(NearbyTransport):
+        def one(self, number: int, request: Request, folder: Path) -> Response | TaskFailure:
             name = self.sites[number]
-            self.homes[name] = open_site(place / name / "site.toml")
-            return super().one(number, ask, folder)
+            self.handlers[name] = open_site(place / name / "site.toml")
+            return super().one(number, request, folder)
 
     found, _ = run(chosen, transport=Forgetful(sharing(place, 3), place))
     assert found.accuracy_by_round == whole.accuracy_by_round
@@ -110,16 +109,16 @@ def test_all_sites_away(recipe: Path, tmp_path: Path) -> None:
         )
 
 
-class Spoiling(Nearby):
+class Spoiling(NearbyTransport):
     """The second site's updates are changed on the way."""
 
     def __init__(self, place: Path, spoil: Any) -> None:
         super().__init__(sharing(place, 3), place)
         self.spoil = spoil
 
-    def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
-        found = super().one(number, ask, folder)
-        if ask.what == "train" and number == 1:
+    def one(self, number: int, request: Request, folder: Path) -> Response | TaskFailure:
+        found = super().one(number, request, folder)
+        if request.what == "train" and number == 1:
             assert isinstance(found, Response)
             assert found.message is not None
             self.spoil(found.message)
@@ -149,18 +148,18 @@ def test_a_spoiled_update_is_left_out(recipe: Path, tmp_path: Path, spoil: Any, 
 
 
 def test_a_site_with_other_shapes_is_refused(recipe: Path, tmp_path: Path) -> None:
-    class Older(Nearby):
-        def one(self, number: int, ask: Request, folder: Path) -> Response | TaskFailure:
-            found = super().one(number, ask, folder)
+    class Older(NearbyTransport):
+        def one(self, number: int, request: Request, folder: Path) -> Response | TaskFailure:
+            found = super().one(number, request, folder)
             assert isinstance(found, Response)
             if number != 2:
                 return found
-            card = ModelSignature.from_json(found.facts["card"])
+            card = ModelSignature.from_json(found.facts["signature"])
             name = next(iter(card.tensors))
             other = ModelSignature(
                 {**card.tensors, name: "float32 [3]"}, {**card.versions, "peft": "0.1"}
             )
-            return Response({**found.facts, "card": other.to_json()})
+            return Response({**found.facts, "signature": other.to_json()})
 
     place = tmp_path / "sites"
     with pytest.raises(HandshakeError, match=r"site site-2: .*float32 \[3\].*peft 0\.1"):
@@ -171,13 +170,13 @@ def test_a_site_with_other_shapes_is_refused(recipe: Path, tmp_path: Path) -> No
 def test_a_site_that_cannot_join_is_named(recipe: Path, tmp_path: Path) -> None:
     reach = transport(tmp_path / "sites")
     (tmp_path / "sites" / "site-1" / "site.toml").write_text('[data]\npath = "none.csv"\n')
-    reach.homes["site-1"] = open_site(tmp_path / "sites" / "site-1" / "site.toml")
+    reach.handlers["site-1"] = open_site(tmp_path / "sites" / "site-1" / "site.toml")
     with pytest.raises(RunFailed, match=r"site site-1 did not join: .*none\.csv"):
         run(small(recipe), transport=reach)
 
 
 @pytest.mark.parametrize("said", [None, "12", [1.5], [-1], [True], [10**13]])
-def test_label_counts_that_cannot_be(said: Any) -> None:
+def test_impossible_label_counts(said: Any) -> None:
     with pytest.raises(HandshakeError, match="site x: its label counts"):
         counts_of(Response({"label_counts": said}), "x")
 

@@ -1,25 +1,23 @@
-"""Split training across sites: the embedded numbers over real lines, and what happens without."""
+"""Split training across sites: the numbers of the local engine, and connections that break."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.nearby import Authority, Nearby, sharing
+from tests.nearby import Authority, nearby
 
 from sluiceway.core.guards import RunFailed
-from sluiceway.deploy.site import HomeSite, open_site
+from sluiceway.deploy.site import open_site
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
 from sluiceway.split.client import SplitClient
 from sluiceway.transport import remote_split
-from sluiceway.transport.tls import Credentials, Endpoint
+from sluiceway.transport.tls import Credentials
 
 RECIPES = {
     "parallel": [],
@@ -39,24 +37,12 @@ def small(split_recipe: Path, *more: str) -> Recipe:
     return load_recipe(split_recipe, ["run.rounds=3", *more])
 
 
-@contextmanager
-def deployed(place: Path, count: int = 3) -> Iterator[tuple[Nearby, Endpoint]]:
-    """Sites with keys, the carrier that reaches them, and the server's doorway."""
-    authority = Authority(place / "keys")
-    sites = sharing(place, count, authority)
-    try:
-        yield Nearby(sites, place), Endpoint(authority.keys("server"), "localhost")
-    finally:
-        for site in sites.values():
-            site.close()
-
-
 @pytest.mark.parametrize("kind", RECIPES)
-def test_sites_give_the_embedded_numbers(split_recipe: Path, tmp_path: Path, kind: str) -> None:
+def test_sites_give_the_local_numbers(split_recipe: Path, tmp_path: Path, kind: str) -> None:
     chosen = small(split_recipe, *RECIPES[kind])
     here, _ = run(chosen)
-    with deployed(tmp_path) as (transport, doorway):
-        there, summary = run(chosen, transport=transport, endpoint=doorway)
+    with nearby(tmp_path) as (transport, endpoint):
+        there, summary = run(chosen, transport=transport, endpoint=endpoint)
     assert [r.as_dict() | {"seconds": 0} for r in there.records if kind != "own masks"] == [
         r.as_dict() | {"seconds": 0} for r in here.records if kind != "own masks"
     ]
@@ -79,7 +65,7 @@ def test_a_restarted_server_goes_on(
     chosen = small(split_recipe, *RECIPES[kind])
     whole, _ = run(chosen)
     out = tmp_path / "out"
-    with deployed(tmp_path) as (transport, doorway):
+    with nearby(tmp_path) as (transport, endpoint):
         with monkeypatch.context() as patch:
             received = remote_split.RemoteClient.receive
 
@@ -90,49 +76,43 @@ def test_a_restarted_server_goes_on(
 
             patch.setattr(remote_split.RemoteClient, "receive", receive)
             with pytest.raises(Broken):
-                run(chosen, out, transport=transport, endpoint=doorway)
-        again, _ = run(chosen, out, resume=True, transport=transport, endpoint=doorway)
+                run(chosen, out, transport=transport, endpoint=endpoint)
+        again, _ = run(chosen, out, resume=True, transport=transport, endpoint=endpoint)
     assert again.accuracy_by_round == whole.accuracy_by_round
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
-
-
-def hang_up(site: HomeSite) -> None:
-    """The site's process is gone, as far as the server can see."""
-    site.close()
 
 
 def test_a_site_that_is_gone_for_a_while(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies in round 2, is away in round 3, and is back in round 4, with what it kept."""
-    monkeypatch.setattr(remote_split, "LATER", 0.2)
     chosen = load_recipe(split_recipe, ["run.rounds=4", *RECIPES["acp-sl"]])
     place = tmp_path
-    with deployed(place) as (transport, doorway):
-        homes = transport.homes
+    with nearby(place) as (transport, endpoint):
+        handlers = transport.handlers
         received = remote_split.RemoteClient.receive
-        keys = homes["site-1"].keys
+        keys = handlers["site-1"].keys
 
         def receive(party: remote_split.RemoteClient, name: Any, message: bytes) -> None:
             if party.number == 1 and (name.round, name.batch) == (2, 1):
-                hang_up(homes["site-1"])
+                handlers["site-1"].close()
             received(party, name, message)
 
         def back(record: Any) -> None:
             if record.round == 3:
-                homes["site-1"] = open_site(place / "site-1" / "site.toml", keys)
-                homes["site-1"].resume()
+                handlers["site-1"] = open_site(place / "site-1" / "site.toml", keys)
+                handlers["site-1"].resume()
 
         monkeypatch.setattr(remote_split.RemoteClient, "receive", receive)
-        monkeypatch.setattr(remote_split, "LATER", 1.0)
+        monkeypatch.setattr(remote_split, "ROUND_WAIT", 1.0)
         found, _ = run(
-            chosen, transport=transport, endpoint=doorway, progress=Progress(on_round=back)
+            chosen, transport=transport, endpoint=endpoint, progress=Progress(on_round=back)
         )
-        homes["site-1"].close()
+        handlers["site-1"].close()
     assert [list(record.refused) for record in found.records] == [[], [1], [1], []]
-    assert "the line is down" in found.records[1].refused[1]
-    assert "no line to the server" in found.records[2].refused[1]
+    assert "the connection is down" in found.records[1].refused[1]
+    assert "not connected to the server" in found.records[2].refused[1]
 
 
 def test_a_client_that_sends_nan_sits_out(
@@ -147,8 +127,8 @@ def test_a_client_that_sends_nan_sits_out(
         return sending(side, name, batch)
 
     monkeypatch.setattr(SplitClient, "send", send)
-    with deployed(tmp_path) as (transport, doorway):
-        found, _ = run(small(split_recipe), transport=transport, endpoint=doorway)
+    with nearby(tmp_path) as (transport, endpoint):
+        found, _ = run(small(split_recipe), transport=transport, endpoint=endpoint)
     assert [list(record.refused) for record in found.records] == [[], [2], []]
     assert "NaN or Inf" in found.records[1].refused[2]
 
@@ -156,15 +136,15 @@ def test_a_client_that_sends_nan_sits_out(
 def test_a_site_with_a_strange_certificate_does_not_get_in(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_split, "AT_FIRST", 1.0)
-    with deployed(tmp_path) as (transport, doorway):
+    monkeypatch.setattr(remote_split, "FIRST_WAIT", 1.0)
+    with nearby(tmp_path) as (transport, endpoint):
         strange = Authority(tmp_path / "strange").keys("site-1")
-        own = transport.homes["site-1"].keys
+        own = transport.handlers["site-1"].keys
         assert own is not None
         # Its own root, so that it takes the server for good; the server must refuse it.
-        transport.homes["site-1"].keys = Credentials(strange.certificate, strange.key, own.root)
-        with pytest.raises(RunFailed, match="site site-1: it has no line to the server"):
-            run(small(split_recipe), tmp_path / "out", transport=transport, endpoint=doorway)
+        transport.handlers["site-1"].keys = Credentials(strange.certificate, strange.key, own.root)
+        with pytest.raises(RunFailed, match="site site-1: it is not connected to the server"):
+            run(small(split_recipe), tmp_path / "out", transport=transport, endpoint=endpoint)
     assert not (tmp_path / "out").exists()
 
 
@@ -178,20 +158,20 @@ def test_other_layers_are_refused(
     def other(trainer: SplitTrainer, facts: dict[str, Any], body: bytes) -> Any:
         found, rest = opening(trainer, facts, body)
         if trainer.number == 1:
-            found["card"] = found["card"].replace("float32 [8]", "float32 [9]")
+            found["signature"] = found["signature"].replace("float32 [8]", "float32 [9]")
         return found, rest
 
     monkeypatch.setattr(SplitTrainer, "open", other)
     with (
-        deployed(tmp_path) as (transport, doorway),
+        nearby(tmp_path) as (transport, endpoint),
         pytest.raises(ValueError, match=r"site site-1: .*float32 \[9\]"),
     ):
-        run(small(split_recipe), transport=transport, endpoint=doorway)
+        run(small(split_recipe), transport=transport, endpoint=endpoint)
 
 
-def test_no_doorway_is_one_line(split_recipe: Path, tmp_path: Path) -> None:
+def test_no_endpoint_is_one_line(split_recipe: Path, tmp_path: Path) -> None:
     with (
-        deployed(tmp_path) as (transport, _),
+        nearby(tmp_path) as (transport, _),
         pytest.raises(InputError, match="carries no split run"),
     ):
         run(small(split_recipe), transport=transport)

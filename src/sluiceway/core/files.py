@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import uuid
@@ -46,3 +47,24 @@ def remove_if_unused(folder: Path) -> None:
 def lock_of(folder: Path) -> Path:
     """The lock beside a folder."""
     return folder.with_name(f"{folder.name}.lock")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A draft to write, which replaces `path` at the end of the block; removed if it raises.
+
+    So that a reader sees the old file or the new one, and never half of one.
+    """
+    draft = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a text file through `replacing`; `mode` as of `open`."""
+    with replacing(path) as draft:
+        draft.touch(mode)
+        draft.write_text(text, encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -26,7 +25,7 @@ from sluiceway.experiment.command_line import (
 )
 
 #: Engines besides the local one: the extra's name, and the packages that it brings.
-EXTRAS: Final = {"nvflare": ("nvflare", "psutil"), "flower": ("flwr", "cryptography")}
+EXTRAS: Final = {"nvflare": ("nvflare", "psutil"), "flower": ("flwr", "trustme", "psutil")}
 #: The port that NVFlare's own kits use.
 PORT: Final = 8002
 ADMIN: Final = "admin@sluiceway.local"
@@ -46,7 +45,7 @@ def part_of(engine: str, module: str) -> Any:
 
 def trial_of(engine: str) -> Callable[..., dict[str, Any]]:
     """What runs a recipe on a deployment of this machine and returns the summary."""
-    trial: Callable[..., dict[str, Any]] = part_of(engine, "local_deployment").run_trial
+    trial: Callable[..., dict[str, Any]] = part_of(engine, "local_deployment").run_locally
     return trial
 
 
@@ -88,21 +87,13 @@ def start(
     ] = None,
 ) -> None:
     """Start the server or a site from its kit, the folder KIT; runs until it is ended."""
+    from sluiceway.deploy.site_file import toml_of
+
     starting, kits = part_of("nvflare", "start"), part_of("nvflare", "kits")
     found = kits.read_kit(kit)
     if site is not None:
-        check_site(site)
+        toml_of(site)
     starting.start_here(found, starting.environment_of(found, site, runs, gate))
-
-
-def check_site(path: Path) -> None:
-    """Raise InputError unless a site's file can be read as TOML."""
-    try:
-        tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
 
 
 @nvflare.command()

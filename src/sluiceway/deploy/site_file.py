@@ -1,27 +1,30 @@
-"""What a site says of itself, and what it is told when it joins.
+"""The settings of a site, and what the server sends when it joins.
 
 [data]                      one of three:
 path = "notes.parquet"      the site's own file, with text_column and label_column
 name = "agnews"             the training part of a data set that has a name
-share = true                this client's part of the recipe's own partition, for trials
+share = true                this client's part of the recipe's own partition, to try a deployment
 """
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import TABLE, Recipe, Text, recipe_from
 
 
-class Own(BaseModel):
-    """[data] of a site file: whose examples are trained on.
+class OwnData(BaseModel):
+    """[data] of a site file: the examples to train on.
 
     path: a file of texts, with text_column and label_column; test_path: held-out texts of the
-    site, by which its own model is judged. name: a data set by name. share: the client's part of
+    site, on which its own model is evaluated. name: a data set by name. share: the client's part of
     the recipe's partition. limit: cap on the examples, stratified, 0 for none.
     """
 
@@ -35,21 +38,21 @@ class Own(BaseModel):
     limit: int = Field(default=0, ge=0, le=10**12)
 
     @model_validator(mode="after")
-    def one_source(self) -> Own:
+    def one_source(self) -> OwnData:
         if (self.path is not None) + (self.name is not None) + self.share != 1:
             raise ValueError("give one of path, name and share = true")
         return self
 
 
 class SiteFile(BaseModel):
-    """What a site says of itself.
+    """The settings of a site.
 
-    data: see `Own`. folder: where it keeps what outlives a round, beside the file if relative.
+    data: see `OwnData`. folder: for client states, relative to the file.
     device: where it trains. model: the model's folder here, in place of the recipe's model.name.
     """
 
     model_config = TABLE
-    data: Own
+    data: OwnData
     folder: Text = "kept"
     device: Text = "auto"
     model: Text | None = None
@@ -57,19 +60,19 @@ class SiteFile(BaseModel):
 
 @dataclass(frozen=True)
 class Invitation:
-    """What a site is told when it joins.
+    """What the server sends when a site joins.
 
     Attributes:
         recipe: of the run.
         label_names: the classes' names, in the order of their codes.
         client: the site's number.
-        gate: host and port to dial in a split run.
+        endpoint: host and port of the server in a split run.
     """
 
     recipe: Recipe
     label_names: tuple[str, ...]
     client: int
-    gate: tuple[str, int] | None
+    endpoint: tuple[str, int] | None
 
 
 def invitation(facts: dict[str, Any]) -> Invitation:
@@ -82,14 +85,33 @@ def invitation(facts: dict[str, Any]) -> Invitation:
     checked = recipe_from(recipe)
     if type(client) is not int or not 0 <= client < checked.data.clients:
         raise InputError(f"the server calls this client {client!r}")
-    return Invitation(checked, tuple(names), client, gate_of(facts.get("gate")))
+    return Invitation(checked, tuple(names), client, endpoint_of(facts.get("endpoint")))
 
 
-def gate_of(found: Any) -> tuple[str, int] | None:
+def endpoint_of(found: Any) -> tuple[str, int] | None:
     """Host and port, if the server names any. Raises InputError."""
     if found is None:
         return None
     host, port = (found.get(k) for k in ("host", "port")) if isinstance(found, dict) else (0, 0)
     if not isinstance(host, str) or type(port) is not int or not 0 < port < 1 << 16:
-        raise InputError("the server sent no address that can be dialled")
+        raise InputError("the server sent no host and port")
     return host, port
+
+
+def toml_of(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises InputError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+
+
+def write_site_file(folder: Path, device: str) -> Path:
+    """Write a file for a site whose data are its client's part of the recipe's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "site.toml"
+    tables = {"device": device, "data": {"share": True}}
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sluiceway.core.files import write_atomically
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.recipe import (
     Recipe,
@@ -20,7 +21,7 @@ from sluiceway.experiment.recipe import (
     require_few,
 )
 from sluiceway.experiment.run import run
-from sluiceway.experiment.run_directory import write_json, write_text
+from sluiceway.experiment.run_directory import write_json
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.tables import (
     overridden_tables,
@@ -140,7 +141,7 @@ def compare(
     table = tabulate(combinations, summaries)
     if out:
         write_json(out / "compare.json", table)
-        write_text(out / "compare.md", markdown(table))
+        write_atomically(out / "compare.md", markdown(table))
     return table
 
 

@@ -1,4 +1,4 @@
-"""The server's side of a run whose clients are elsewhere."""
+"""The server's side of a run whose clients are at sites."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def serve_split(
     sites = required_sites(recipe, transport)
     if endpoint is None:
         raise InputError(
-            f"run.engine = {recipe.run.engine!r} carries no split run: it has no line for a "
-            "message a mini-batch; nvflare has"
+            f"run.engine = {recipe.run.engine!r} carries no split run: it has no "
+            "connection for a message a mini-batch; nvflare has"
         )
     pictures, train, test = session.images(recipe.data, progress.say)
     chosen = recipe.model
@@ -113,7 +113,7 @@ def serve_split(
 
 
 def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:
-    """What a site is told when it joins."""
+    """The facts that a site gets when it joins."""
     return {"recipe": recipe.resolved(), "label_names": list(label_names)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from sluiceway.core.checkpoints import StorageError
+from sluiceway.core.files import write_atomically
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, recipe_from
@@ -108,7 +108,7 @@ class RunDirectory:
         with self.writing():
             if self.force:
                 clear_folder(self.out)
-            write_text(self.out / "recipe.toml", tomli_w.dumps(self.recipe.resolved()))
+            write_atomically(self.out / "recipe.toml", tomli_w.dumps(self.recipe.resolved()))
             end_last_line(self.out / "metrics.jsonl")
 
     def add(self, record: Record) -> None:
@@ -123,7 +123,7 @@ class RunDirectory:
         """
         lines = "".join(json.dumps(record.as_dict()) + "\n" for record in result.records)
         with self.writing():
-            write_text(self.out / "metrics.jsonl", lines)
+            write_atomically(self.out / "metrics.jsonl", lines)
             write_json(self.out / "summary.json", summary)
 
     @contextlib.contextmanager
@@ -165,12 +165,5 @@ def end_last_line(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, see `write_text`."""
-    write_text(path, json.dumps(content, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name first, so that a reader never sees half a file."""
-    made = path.with_name(f".{path.name}")
-    made.write_text(text, encoding="utf-8")
-    os.replace(made, path)
+    """Write a JSON file that is never seen half written."""
+    write_atomically(path, json.dumps(content, indent=1))

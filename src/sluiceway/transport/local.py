@@ -30,11 +30,13 @@ from sluiceway.core.messages import (
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
+from sluiceway.errors import described
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies import strategy as strategy_of
-from sluiceway.transport.worker_pool import Pool, TaskFailure, described
+from sluiceway.transport.protocol import TaskFailure
+from sluiceway.transport.worker_pool import Pool
 
 #: Test examples that a worker is given at a time.
 PART = 256

@@ -1,24 +1,21 @@
-"""What a server asks of sites that are elsewhere, and what carries it there and back."""
+"""Requests of a server to clients elsewhere, and the transport that carries them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from sluiceway.transport.worker_pool import TaskFailure
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request to a site.
+    """A request to a client.
 
     Attributes:
         what: its name, such as "join" or "train".
-        facts: small values beside the message, ready for JSON.
-        message: file that goes along, of any length; None for none.
+        facts: small values, ready for JSON.
+        message: file that is sent along, of any length; None for none.
     """
 
     what: str
@@ -28,30 +25,45 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What a site answers; the fields are those of `Request`."""
+    """The response to a request; the fields are those of `Request`."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     message: Path | None = None
 
 
-class ClientHandler(Protocol):
-    """A party at home: does what it is asked with data that stay with it."""
+@dataclass(frozen=True)
+class TaskFailure:
+    """A task without a result.
 
-    def answer(self, ask: Request, folder: Path) -> Response:
-        """Do what is asked.
+    Attributes:
+        why: in a few words.
+        error: the exception it raised, if it did; its cause is the traceback in the worker.
+        trace: that traceback, as text.
+    """
+
+    why: str
+    error: BaseException | None = None
+    trace: str = ""
+
+
+class ClientHandler(Protocol):
+    """A client at its site: handles requests with data that stay with it."""
+
+    def handle(self, request: Request, folder: Path) -> Response:
+        """Handle a request.
 
         Args:
-            ask: its message is a file of this machine.
-            folder: empty, for the answer's message; whoever carries it removes it later.
+            request: its message is a file of this machine.
+            folder: empty, for the response's message; the transport removes it later.
 
         Raises:
-            Exception: the site cannot; the server is told in one line.
+            Exception: the site cannot; the server gets the error in one line.
         """
         ...
 
 
 class Transport(Protocol):
-    """Carries requests to sites and brings their answers.
+    """Sends requests to sites and returns their responses.
 
     Attributes:
         sites: names of the sites, by client number.
@@ -59,18 +71,18 @@ class Transport(Protocol):
 
     sites: Sequence[str]
 
-    def ask(
-        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    def send(
+        self, requests: Mapping[int, Request], folder: Path, timeout: float = 0
     ) -> Iterator[tuple[int, Response | TaskFailure]]:
-        """Ask several sites at once.
+        """Send requests to several sites at once.
 
         Args:
-            asks: by client number.
-            folder: where messages of answers are put, in files of any name.
+            requests: by client number.
+            folder: where messages of responses are put, in files of any name.
             timeout: seconds for all of them, 0 for any.
 
         Returns:
-            Each client's number with its answer, in any order, as they become ready; a
-            `TaskFailure` for a site that is away, could not do it, or took too long.
+            Each client's number with its response, in any order, as they become ready; a
+            `TaskFailure` for a site that is not connected, fails or takes too long.
         """
         ...

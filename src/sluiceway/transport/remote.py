@@ -1,4 +1,4 @@
-"""Federated rounds whose clients are elsewhere: what they are asked goes by a `Transport`."""
+"""The server's side of federated rounds whose clients are at sites, reached by a `Transport`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from sluiceway.errors import line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.transport.local import PART, answer, chosen_device, standing
-from sluiceway.transport.protocol import Request, Response, Transport
-from sluiceway.transport.worker_pool import TaskFailure
+from sluiceway.transport.protocol import Request, Response, TaskFailure, Transport
 
 #: Largest count of examples of a class, and most classes, that a site may claim.
 COUNT_LIMIT = 10**12
@@ -37,13 +36,13 @@ CLASSES_LIMIT = 10**6
 class RemoteEngine:
     """Clients at sites; the global model is evaluated here.
 
-    What clients keep lies with them. Here is a file for each, with the round from which on that
-    stands, so that a checkpoint knows what to ask for after a restart.
+    Client states stay at the sites. Here is a file for each client with the round of its newest
+    valid state, so that a checkpoint knows which one to request after a restart.
 
     Args:
-        carrier: reaches the sites.
+        transport: reaches the sites.
         worker: model and test set; its clients are empty.
-        keep: states that a site keeps, so that it can go back as far as a checkpoint does.
+        keep: states that a site keeps, enough to return to the oldest checkpoint.
         timeout: seconds for a round's training, 0 for any.
     """
 
@@ -77,7 +76,7 @@ class RemoteEngine:
         down = folder / "broadcast"
         self._down = write_broadcast(down, broadcast)
         self._kept = {}
-        asks = {
+        requests = {
             number: Request(
                 "train",
                 {
@@ -90,17 +89,17 @@ class RemoteEngine:
             )
             for number in clients
         }
-        incoming = self.transport.ask(asks, folder, self.timeout)
+        incoming = self.transport.send(requests, folder, self.timeout)
         for number, done in in_order(incoming, clients):
             path = done if isinstance(done, TaskFailure) else done.message
             if isinstance(done, Response) and done.facts.get("kept") is True:
                 self._kept[number] = broadcast.round
-            yield answer(number, path or TaskFailure("it answered without an update"))
+            yield answer(number, path or TaskFailure("the response has no update"))
             if not keep and isinstance(path, Path):
                 path.unlink()
 
     def based(self, number: int) -> int:
-        """The round from which on stands what a client keeps; 0 for none."""
+        """The round after which a client has its newest valid state; 0 for none."""
         noted = self.states / f"{number}"
         return int(noted.read_text()) if noted.exists() else 0
 
@@ -120,13 +119,13 @@ class RemoteEngine:
 
 
 def in_order(
-    coming: Iterator[tuple[int, Response | TaskFailure]], clients: Sequence[int]
+    arriving: Iterator[tuple[int, Response | TaskFailure]], clients: Sequence[int]
 ) -> Iterator[tuple[int, Response | TaskFailure]]:
-    """Answers in the order of `clients`, whatever the order in which they come."""
+    """Responses in the order of `clients`, whatever the order in which they arrive."""
     early: dict[int, Response | TaskFailure] = {}
     for number in clients:
         while number not in early:
-            found = next(coming, None)
+            found = next(arriving, None)
             if found is None:
                 early[number] = TaskFailure("no answer")
                 break
@@ -135,57 +134,63 @@ def in_order(
 
 
 def joined(
-    transport: Transport, facts: Mapping[str, Any], card: ModelSignature | None, timeout: float = 0
+    transport: Transport,
+    facts: Mapping[str, Any],
+    signature: ModelSignature | None,
+    timeout: float = 0,
 ) -> Tensor:
-    """Ask every site to join, and see that all exchange what the server does.
+    """Have every site join, and check that all exchange the server's tensors.
 
     Args:
-        facts: what a site must know, by which it prepares its model; ready for JSON.
-        card: the server's; None where the sites show none.
+        facts: what a site needs to prepare its model; ready for JSON.
+        signature: the server's; None where the sites send none.
         timeout: seconds for all of them, 0 for any.
 
     Returns:
-        Who holds what, [sites, classes] int64.
+        Examples by client and class, [sites, classes] int64.
 
     Raises:
-        RunFailed: a site is away or cannot join.
-        HandshakeError: a site exchanges other tensors, or says what cannot be.
+        RunFailed: a site is not connected or cannot join.
+        HandshakeError: a site exchanges other tensors, or reports impossible label counts.
     """
-    asks = {i: Request("join", {**facts, "client": i}) for i in range(len(transport.sites))}
+    requests = {i: Request("join", {**facts, "client": i}) for i in range(len(transport.sites))}
     counts: dict[int, list[int]] = {}
     with scratch_folder() as folder:
-        for number, found in transport.ask(asks, folder, timeout):
+        for number, found in transport.send(requests, folder, timeout):
             name = transport.sites[number]
             if isinstance(found, TaskFailure):
                 raise RunFailed(f"site {line(name, 80)} did not join: {line(found.why, 1000)}")
-            if card is not None:
-                try:
-                    check_joining(card, ModelSignature.from_json(str(found.facts.get("card"))))
-                except HandshakeError as error:
-                    raise HandshakeError(f"site {line(name, 80)}: {error}") from None
+            if signature is not None:
+                check_signature(signature, found.facts, name)
             counts[number] = counts_of(found, name)
-    if missing := [transport.sites[i] for i in asks if i not in counts]:
+    if missing := [transport.sites[i] for i in requests if i not in counts]:
         raise RunFailed(f"site {line(missing[0], 80)} did not join: no answer")
     width = max(map(len, counts.values()))
-    return torch.stack([widened(torch.tensor(counts[i]).long(), width) for i in asks])
+    return torch.stack([widened(torch.tensor(counts[i]).long(), width) for i in requests])
+
+
+def check_signature(own: ModelSignature, facts: Mapping[str, Any], site: str) -> None:
+    """Raise HandshakeError unless a site reports the server's model signature."""
+    try:
+        check_joining(own, ModelSignature.from_json(str(facts.get("signature"))))
+    except HandshakeError as error:
+        raise HandshakeError(f"site {line(site, 80)}: {error}") from None
 
 
 def states_needed(checkpoint: Checkpoint | None) -> int:
-    """States that a site must keep, so that it can go back as far as a checkpoint does."""
+    """States that a site must keep, enough to return to the oldest checkpoint."""
     return 2 + (checkpoint.every * checkpoint.keep if checkpoint else 0)
 
 
 def counts_of(found: Response, name: str) -> list[int]:
-    """Examples of each class that a site says it holds. Raises HandshakeError."""
+    """Examples of each class that a site reports. Raises HandshakeError."""
     counts = found.facts.get("label_counts")
     if (
         not isinstance(counts, list)
         or len(counts) > CLASSES_LIMIT
         or not all(type(n) is int and 0 <= n <= COUNT_LIMIT for n in counts)
     ):
-        raise HandshakeError(
-            f"site {line(name, 80)}: its label counts are not whole numbers from 0"
-        )
+        raise HandshakeError(f"site {line(name, 80)}: its label counts are not integers >= 0")
     return counts
 
 
@@ -210,11 +215,12 @@ def federate_remote(
 
     Args:
         model: prepared as the sites prepare theirs; has the global values at the end.
-        carrier: reaches the sites.
-        facts: what a site must know to join.
+        transport: reaches the sites.
+        facts: what a site needs to join.
         test: the global test set.
         plan, training, loss, device, on_start, on_round, on_update, checkpoint: as of `federate`.
-        timeout: seconds for the training of a round, 0 for any; who is late has failed.
+        timeout: seconds for the training of a round, 0 for any; a client that takes longer has
+            failed.
 
     Raises:
         RunFailed, HandshakeError: see `joined`; and as `federate`.

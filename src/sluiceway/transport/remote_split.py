@@ -1,9 +1,11 @@
-"""Split training whose clients are elsewhere: a line for each, a frame for every message."""
+"""The server's side of split training whose clients are at sites: one TLS connection each."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.guards import RunFailed
-from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
+from sluiceway.core.handshake import HandshakeError, ModelSignature
 from sluiceway.core.messages import WireError
 from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.core.settings import Optimisation
@@ -27,12 +29,12 @@ from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.split.training import run_rounds
 from sluiceway.strategies import FedAvg, Strategy
 from sluiceway.transport.protocol import Transport
-from sluiceway.transport.remote import joined, states_needed
+from sluiceway.transport.remote import check_signature, joined, states_needed
 from sluiceway.transport.tls import Connection, ConnectionBroken, Endpoint, TlsServer
 
-#: Seconds that a site has to dial before the run begins, and at the beginning of a round.
-AT_FIRST = 60.0
-LATER = 2.0
+#: Seconds to wait for a site's connection before the run begins, and at the start of a round.
+FIRST_WAIT = 60.0
+ROUND_WAIT = 2.0
 
 
 @dataclass
@@ -42,90 +44,89 @@ class RemoteClient:
     Attributes:
         number, size: see `ClientProxy`.
         site: its name.
-        gate: where its line ends.
-        terms: what it must know to build its layers, ready for JSON.
-        card: of the layers that it must have.
-        keep: states that it keeps, so that it can go back as far as a checkpoint does.
+        server: accepts its connection.
+        facts: what it needs to build its layers, ready for JSON.
+        signature: of the layers that it must have.
+        keep: states that it keeps, enough to return to the oldest checkpoint.
         timeout: seconds for an answer, 0 for any.
-        own: it has a mask of its own, which the server keeps; so its scores must cross.
+        own_mask: it has a mask of its own, which the server keeps; so its scores must cross.
         run: the run's name.
-        based: the round after which its state stands, 0 for none.
+        based: the round after which it has its newest valid state, 0 for none.
     """
 
     number: int
     size: int
     site: str
-    gate: TlsServer
-    terms: Mapping[str, Any]
-    card: ModelSignature
+    server: TlsServer
+    facts: Mapping[str, Any]
+    signature: ModelSignature
     keep: int
     timeout: float
-    own: bool
+    own_mask: bool
     run: str
     based: int = 0
-    _line: Connection | None = field(default=None, init=False)
+    _connection: Connection | None = field(default=None, init=False)
     _old: Connection | None = field(default=None, init=False)
 
-    # -- its line ------------------------------------------------------------------------------
-
-    def open(self, patience: float) -> None:
-        """Have a line, and on a new one see that the site has the layers that it must have.
+    def connect(self, wait: float) -> None:
+        """Take the site's connection, and on a new one check that it has the right layers.
 
         Raises:
-            Away: it has not dialled, or cannot build them. HandshakeError: it has others.
+            Away: it is not connected, or cannot build them. HandshakeError: it has others.
         """
-        if self._line is not None:
+        if self._connection is not None:
             return
+        with self._connected():
+            self._connection = self.server.connection(self.site, wait, self._old)
+        facts, _ = self.exchange({"what": "open", **self.facts})
         try:
-            self._line = self.gate.line(self.site, patience, self._old)
+            check_signature(self.signature, facts, self.site)
+        except HandshakeError:
+            self.disconnect()
+            raise
+
+    def disconnect(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection, self._old = None, self._connection or self._old
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Raise Away if the connection breaks in the block."""
+        try:
+            yield
         except ConnectionBroken as error:
+            self.disconnect()
             raise Away(f"site {self.site}: {error}") from None
-        facts, _ = self.asked({"what": "open", **self.terms})
-        try:
-            check_joining(self.card, ModelSignature.from_json(str(facts.get("card"))))
-        except HandshakeError as error:
-            self.drop()
-            raise HandshakeError(f"site {self.site}: {error}") from None
 
-    def drop(self) -> None:
-        """The line is of no use any more."""
-        if self._line is not None:
-            self._line.close()
-        self._line, self._old = None, self._line or self._old
-
-    def tell(self, facts: Mapping[str, Any], body: bytes = b"") -> None:
+    def send(self, facts: Mapping[str, Any], body: bytes = b"") -> None:
         """Send a frame. Raises Away."""
-        if self._line is None:
-            raise Away(f"site {self.site}: the line is down")
-        try:
-            self._line.send(facts, body)
-        except ConnectionBroken as error:
-            self.drop()
-            raise Away(f"site {self.site}: {error}") from None
+        with self._connected():
+            if self._connection is None:
+                raise ConnectionBroken("the connection is down")
+            self._connection.send(facts, body)
 
-    def told(self) -> tuple[dict[str, Any], bytes]:
-        """The next frame. Raises Away; WireError with what the site says went wrong there."""
-        if self._line is None:
-            raise Away(f"site {self.site}: the line is down")
-        try:
-            facts, body = self._line.receive(self.timeout)
-        except ConnectionBroken as error:
-            self.drop()
-            raise Away(f"site {self.site}: {error}") from None
+    def reply(self) -> tuple[dict[str, Any], bytes]:
+        """The next frame. Raises Away; WireError with the site's own error."""
+        with self._connected():
+            if self._connection is None:
+                raise ConnectionBroken("the connection is down")
+            facts, body = self._connection.receive(self.timeout)
         if "error" in facts:
             raise WireError(f"site {self.site}: {line(str(facts['error']), 1000)}")
         return facts, body
 
-    def asked(self, facts: Mapping[str, Any], body: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        """Send a frame and take the answer. Raises Away, WireError."""
-        self.tell(facts, body)
-        return self.told()
+    def exchange(self, facts: Mapping[str, Any], body: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        """Send a frame and receive the reply. Raises Away, WireError."""
+        self.send(facts, body)
+        return self.reply()
 
-    # -- a client ------------------------------------------------------------------------------
+    # What follows is the interface of `ClientProxy`.
 
     def rate(self) -> bytes:
-        self.open(LATER)
-        return self.asked({"what": "rate"})[1]
+        self.connect(ROUND_WAIT)
+        return self.exchange({"what": "rate"})[1]
 
     def begin(self, number: int, opening: bytes, mask: Tensor | None) -> None:
         facts = {
@@ -137,27 +138,27 @@ class RemoteClient:
             "mask": None if mask is None else mask.tolist(),
         }
         try:
-            self.open(LATER)
-            self.asked(facts, opening)
+            self.connect(ROUND_WAIT)
+            self.exchange(facts, opening)
         except Away:
             raise
-        except ValueError as error:  # it is there, and cannot take part
+        except ValueError as error:  # connected, but unable to take part
             raise Away(str(error)) from None
 
     def ask(self, name: BatchId, crosses: bool) -> None:
-        self.tell({"what": "send" if crosses else "pass", "batch": name.batch})
+        self.send({"what": "send" if crosses else "pass", "batch": name.batch})
 
     def sent(self, name: BatchId) -> bytes:
-        return self.told()[1]
+        return self.reply()[1]
 
     def finish(self, name: BatchId, message: bytes) -> bytes:
-        return self.asked({"what": "finish", "batch": name.batch}, message)[1]
+        return self.exchange({"what": "finish", "batch": name.batch}, message)[1]
 
     def receive(self, name: BatchId, message: bytes) -> None:
-        self.tell({"what": "receive", "batch": name.batch}, message)
+        self.send({"what": "receive", "batch": name.batch}, message)
 
     def end(self, number: int, crossing: bool) -> tuple[bytes, Tensor | None]:
-        _, message = self.asked({"what": "end", "scores": crossing or self.own})
+        _, message = self.exchange({"what": "end", "scores": crossing or self.own_mask})
         self.based = number
         return message, None
 
@@ -173,18 +174,15 @@ class RemoteClient:
 
     def leave(self) -> None:
         """Tell the site that the run has ended."""
-        if self._line is not None:
-            try:
-                self.tell({"what": "leave"})
-            except Away:
-                return
+        with contextlib.suppress(Away):
+            self.send({"what": "leave"})
 
 
 def split_remote(
     model: nn.Module,
     cut_at: str,
     transport: Transport,
-    doorway: Endpoint,
+    endpoint: Endpoint,
     facts: Mapping[str, Any],
     test: Examples,
     method: Compressor,
@@ -204,9 +202,9 @@ def split_remote(
     """Train a network that is cut between sites and this server; see `split_train`.
 
     Args:
-        carrier: reaches the sites, to ask them in.
-        doorway: where they dial, to talk once a mini-batch.
-        facts: what a site must know to join.
+        transport: reaches the sites, to have them join.
+        endpoint: where they connect, for the messages of mini-batches.
+        facts: what a site needs to join.
         timeout: seconds for an answer, 0 for any.
 
     Raises:
@@ -223,9 +221,9 @@ def split_remote(
         torch.device(device),
         plan.seed,
     )
-    with TlsServer(doorway.keys, transport.sites, doorway.listen, doorway.port) as gate:
-        door = {"host": doorway.host, "port": gate.port}
-        counts = joined(transport, {**facts, "gate": door}, None)
+    with TlsServer(endpoint.keys, transport.sites, endpoint.listen, endpoint.port) as server:
+        address = {"host": endpoint.host, "port": server.port}
+        counts = joined(transport, {**facts, "endpoint": address}, None)
         if not counts.shape[1]:
             raise ValueError("no client holds any example")
         example = Batch.of(test, torch.tensor([0]), settings.device)
@@ -235,7 +233,7 @@ def split_remote(
                 number,
                 int(counts[number].sum()),
                 site,
-                gate,
+                server,
                 {"classes": counts.shape[1]},
                 ModelSignature.of(setup.exchanged()),
                 states_needed(checkpoint),
@@ -247,7 +245,7 @@ def split_remote(
         ]
         try:
             for party in parties:
-                party.open(AT_FIRST)
+                party.connect(FIRST_WAIT)
         except WireError as error:
             raise RunFailed(str(error)) from None
         loop = SplitLoop(setup, plan, test, counts, parties)

@@ -1,8 +1,7 @@
-"""What a site does in a federated run: it trains on its own data and keeps what is its own."""
+"""A site in a federated run: it trains on its own data, and keeps its client state."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,23 +10,24 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sluiceway.core.files import replacing
 from sluiceway.core.messages import read_broadcast, write_update
 from sluiceway.federated.client import Worker
 from sluiceway.transport.protocol import Request, Response
 
-#: Runs of which a site keeps its states, beside the newest.
+#: Runs besides the newest whose states a site keeps.
 OTHER_RUNS = 3
 
 
 class SiteError(ValueError):
-    """What a site was asked for cannot be done; the message is one line."""
+    """A request that a site cannot fulfil; the message is one line."""
 
 
 class ClientStateStore:
-    """What a site keeps from round to round, in files by run and round.
+    """A client's state after each round, in files by run and round.
 
-    A round that the server did not use, or that it forgot when it was restarted, leaves no trace:
-    each request says from which round on the site's state stands.
+    A round that the server did not use, or that it forgot when it was restarted, has no effect:
+    each request says after which round's state the client continues.
 
     Args:
         folder: for the files.
@@ -37,10 +37,10 @@ class ClientStateStore:
         self.folder = folder
 
     def load(self, run: str, number: int) -> dict[str, Tensor]:
-        """The state as it was after round `number`. Raises SiteError."""
+        """The state after round `number`. Raises SiteError."""
         path = self.folder / run / f"{number}"
         if not path.is_file():
-            raise SiteError(f"what this site kept of round {number} is gone")
+            raise SiteError(f"this site has no state of round {number} any more")
         return load_file(path)
 
     def save(
@@ -49,19 +49,18 @@ class ClientStateStore:
         """Keep the state after round `number`.
 
         Args:
-            keep: how many of this run stay, >= 1; of other runs the newest stay whole.
-            needed: a round that stays in any case.
+            keep: how many states of this run stay, >= 1; the newest other runs stay whole.
+            needed: a round whose state stays in any case.
         """
-        room = self.folder / run
-        room.mkdir(parents=True, exist_ok=True)
-        fresh = room / "fresh"
-        save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, fresh)
-        os.replace(fresh, room / f"{number}")
-        rounds = sorted((int(p.name) for p in room.iterdir() if p.name.isdigit()), reverse=True)
+        folder = self.folder / run
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{number}") as draft:
+            save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, draft)
+        rounds = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
         for old in rounds[max(keep, 1) :]:
             if old not in (number, needed):
-                (room / f"{old}").unlink()
-        others = [other for other in self.folder.iterdir() if other != room]
+                (folder / f"{old}").unlink()
+        others = [other for other in self.folder.iterdir() if other != folder]
         for other in sorted(others, key=lambda p: p.stat().st_mtime)[:-OTHER_RUNS]:
             shutil.rmtree(other, ignore_errors=True)
 
@@ -70,46 +69,44 @@ class Trainer:
     """Trains as one client.
 
     Args:
-        worker: model and data; its clients but this one may be empty.
+        worker: model and data; the other clients' data may be empty.
         number: this client's.
-        kept: what it keeps from round to round.
+        states: of this client.
     """
 
-    def __init__(self, worker: Worker, number: int, kept: ClientStateStore) -> None:
+    def __init__(self, worker: Worker, number: int, states: ClientStateStore) -> None:
         self.worker = worker
         self.number = number
-        self.kept = kept
+        self.states = states
 
-    def train(self, ask: Request, folder: Path) -> Response:
+    def train(self, request: Request, folder: Path) -> Response:
         """Train from the packed broadcast to a packed update.
 
         Args:
-            ask: facts: "run", a name; "based", the round whose state stands, 0 for none;
-                "personal", whether to judge the client's own model; "keep", states to keep.
+            request: facts: "run", a name; "based", the round whose state to continue from, 0 for
+                none; "personal", whether to evaluate the client's own model; "keep", states to
+                keep.
             folder: for the update.
 
         Raises:
             SiteError: the state is not here. WireError: see `read_broadcast`.
         """
-        if ask.message is None:
+        if request.message is None:
             raise SiteError("asked to train without a model")
-        run, based, keep = (
-            name_of_run(ask.facts),
-            whole(ask.facts, "based"),
-            whole(ask.facts, "keep"),
-        )
-        state = self.kept.load(run, based) if based else {}
-        broadcast = read_broadcast(ask.message)
-        personal = bool(ask.facts.get("personal")) and len(self.worker.test) > 0
+        facts = request.facts
+        run, based, keep = run_name(facts), whole(facts, "based"), whole(facts, "keep")
+        state = self.states.load(run, based) if based else {}
+        broadcast = read_broadcast(request.message)
+        personal = bool(facts.get("personal")) and len(self.worker.test) > 0
         update = self.worker.train(self.number, broadcast, state, personal=personal)
         path = folder / "update"
         write_update(path, update)
         if state:
-            self.kept.save(run, broadcast.round, state, keep, based)
+            self.states.save(run, broadcast.round, state, keep, based)
         return Response({"kept": bool(state)}, path)
 
 
-def name_of_run(facts: Mapping[str, Any]) -> str:
+def run_name(facts: Mapping[str, Any]) -> str:
     """The run's name, which becomes a folder's. Raises SiteError."""
     name = facts.get("run")
     if not isinstance(name, str) or not name.isalnum() or len(name) > 64:
@@ -118,8 +115,8 @@ def name_of_run(facts: Mapping[str, Any]) -> str:
 
 
 def whole(facts: Mapping[str, Any], name: str) -> int:
-    """A fact that is a whole number from 0. Raises SiteError."""
+    """A fact that is an integer >= 0. Raises SiteError."""
     value = facts.get(name)
     if type(value) is not int or value < 0:
-        raise SiteError(f"{name} must be a whole number from 0")
+        raise SiteError(f"{name} must be an integer >= 0")
     return value

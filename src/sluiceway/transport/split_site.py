@@ -1,4 +1,4 @@
-"""What a site does in a split run: its front meets every batch here, and its state stays here."""
+"""A site in a split run: its front and its data stay here, frames cross a TLS connection."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sluiceway.split.config import joined
 from sluiceway.split.packing import BatchId
 from sluiceway.split.setup import SharedSetup
 from sluiceway.strategies.base import unprefixed
-from sluiceway.transport.site import ClientStateStore, SiteError, name_of_run, whole
+from sluiceway.transport.site import ClientStateStore, SiteError, run_name, whole
 
-#: Facts and body of an answer.
+#: Facts and body of a reply.
 Reply = tuple[dict[str, Any], bytes]
 
-#: Frames that are not answered: what goes wrong in them is told with the next answer.
-SILENT = ("pass", "receive")
+#: Frames without a reply: an error in them is sent with the next reply.
+WITHOUT_REPLY = ("pass", "receive")
 
 
 class SplitTrainer:
-    """A client behind a line: from frames to frames; see `remote_split.RemoteClient`.
+    """A client at the other end of a connection; see `remote_split.RemoteClient`.
 
     Args:
         number: this client's.
         examples: its data.
-        grounds: from the number of classes to what both sides make alike, made anew.
-        kept: what it keeps from round to round.
+        setup: from the number of classes to what both sides construct alike, constructed anew.
+        states: of the client.
         seed: of the whole run.
     """
 
@@ -39,23 +39,23 @@ class SplitTrainer:
         self,
         number: int,
         examples: Examples,
-        grounds: Callable[[int], SharedSetup],
-        kept: ClientStateStore,
+        setup: Callable[[int], SharedSetup],
+        states: ClientStateStore,
         seed: int,
     ) -> None:
-        self.number, self.examples, self.grounds = number, examples, grounds
-        self.kept, self.seed = kept, seed
+        self.number, self.examples, self.setup = number, examples, setup
+        self.states, self.seed = states, seed
         self.classes = 0
         self.fault: Exception | None = None
         self.between_rounds = True
-        #: The run and the round after which the client's state stands.
-        self.stands: tuple[str, int] = ("", 0)
+        #: The run and the round after which the client has its current state.
+        self.current: tuple[str, int] = ("", 0)
 
     def answer(self, facts: dict[str, Any], body: bytes) -> Reply | None:
-        """Do what a frame asks.
+        """Handle a frame.
 
         Raises:
-            Exception: it cannot be done, or one before that is not answered could not.
+            Exception: of this frame, or of an earlier one that had no reply.
         """
         what = facts.get("what")
         actions: dict[Any, Callable[[dict[str, Any], bytes], Reply]] = {
@@ -70,7 +70,7 @@ class SplitTrainer:
         }
         if what not in actions:
             raise SiteError(f"a split run has no {what!r}")
-        if what in SILENT:
+        if what in WITHOUT_REPLY:
             try:
                 actions[what](facts, body)
             except Exception as error:
@@ -83,35 +83,35 @@ class SplitTrainer:
         return actions[what](facts, body)
 
     def open(self, facts: dict[str, Any], _: bytes) -> Reply:
-        """Build the layers, and show which they are."""
+        """Build the layers, and report their signature."""
         self.fault = None
         self.classes = whole(facts, "classes")
-        self.anew()
-        return {"card": ModelSignature.of(self.both.exchanged()).to_json()}, b""
+        self.reset()
+        return {"signature": ModelSignature.of(self.both.exchanged()).to_json()}, b""
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         """The client as it was before the first round."""
-        self.both = self.grounds(self.classes)
+        self.both = self.setup(self.classes)
         self.side: SplitClient = self.both.client(self.number, self.examples)
-        self.stands, self.between_rounds = ("", 0), True
+        self.current, self.between_rounds = ("", 0), True
 
     def rate(self, _: dict[str, Any], __: bytes) -> Reply:
         """Rate channels before the first round."""
         return {}, self.side.rate()
 
     def begin(self, facts: dict[str, Any], opening: bytes) -> Reply:
-        """Begin a round, from the state that the server says stands."""
-        run, based = name_of_run(facts), whole(facts, "based")
+        """Begin a round, from the state after the round that the server names."""
+        run, based = run_name(facts), whole(facts, "based")
         self.keep, self.round = whole(facts, "keep"), whole(facts, "round")
-        if not self.between_rounds or (based and self.stands != (run, based)):
-            self.anew()
-        if based and self.stands != (run, based):
-            self.load(self.kept.load(run, based))
-        self.stands, self.between_rounds = (run, based), False
+        if not self.between_rounds or (based and self.current != (run, based)):
+            self.reset()
+        if based and self.current != (run, based):
+            self.load(self.states.load(run, based))
+        self.current, self.between_rounds = (run, based), False
         given = facts.get("mask")
         mask = None if given is None else torch.tensor(given, dtype=torch.bool)
         self.side.begin(self.round, opening, mask)
-        # Of layers that draw, as dropout does; data and channels are drawn by seeds of their own.
+        # For random layers such as dropout; data and channels have seeds of their own.
         torch.manual_seed(derive_seed(self.seed, self.round, self.number))
         return {}, b""
 
@@ -138,15 +138,15 @@ class SplitTrainer:
         return {}, b""
 
     def end(self, facts: dict[str, Any], _: bytes) -> Reply:
-        """Close the round, and keep what outlives it."""
+        """Close the round, and save the client's state."""
         message = self.side.end(self.round, facts.get("scores") is True)[0]
-        run, based = self.stands
-        self.kept.save(run, self.round, self.state(), self.keep, based)
-        self.stands, self.between_rounds = (run, self.round), True
+        run, based = self.current
+        self.states.save(run, self.round, self.state(), self.keep, based)
+        self.current, self.between_rounds = (run, self.round), True
         return {}, message
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What outlives a round here, what compression remembers among it."""
+        """The client's state between rounds, with the error feedback of compression."""
         config = self.both.config
         return joined(
             {

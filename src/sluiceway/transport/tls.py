@@ -1,19 +1,15 @@
-"""Lines between a server and its sites for many small messages: frames over mutual TLS.
+"""Connections between a server and its sites for many small messages: frames over mutual TLS.
 
-Split learning sends a message a mini-batch, too many for an engine's own calls. So the sites dial a
-port of the server, with the certificates that they were provisioned with, and keep the line open. A
-site is who its certificate says: the common name must be one of the run's.
-
-A frame is a fixed header, a JSON object and a body of bytes. Nothing is ever unpickled.
+Split learning sends a message a mini-batch, too many for an engine's own calls. So sites connect to
+a port of the server with the certificates that they were provisioned with, and stay connected. The
+certificate says which site it is: its common name must be one of the run's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import ssl
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -21,29 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-#: Of the frame layout; the other side refuses any other.
-MAGIC: Final = b"SLW1"
-HEADER: Final = struct.Struct(">4sIQ")
-#: Largest JSON object and largest body in bytes, 1 MiB and 4 GiB.
-FACTS_LIMIT: Final = 1 << 20
-BODY_LIMIT: Final = 4 << 30
-#: Bytes that are read at a time, so that a length alone takes no memory.
-PIECE: Final = 1 << 20
-#: Seconds for a stranger to prove who he is, and between a site's attempts to dial.
-HANDSHAKE: Final = 10.0
-PAUSE: Final = 0.5
+from sluiceway.transport.framing import HEADER, MAGIC, FrameError, encode, lengths, parse
+
+#: Most bytes that are read at a time, so that a length alone allocates no memory.
+READ_SIZE: Final = 1 << 20
+#: TLS handshake timeout (s), and pause between a site's attempts to connect (s).
+HANDSHAKE_TIMEOUT: Final = 10.0
+RECONNECT_PAUSE: Final = 0.5
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """Where a party's own certificate, its key, and the root that signed all of them are (PEM)."""
+    """Paths of a party's certificate, its private key, and the root certificate (PEM)."""
 
     certificate: Path
     key: Path
     root: Path
 
     def context(self, server: bool) -> ssl.SSLContext:
-        """For one end of a line; both ends must show a certificate of the root, TLS 1.3."""
+        """TLS 1.3, in which both ends must show a certificate that the root signed."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
@@ -54,11 +46,11 @@ class Credentials:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server opens a gate, and where sites find it.
+    """Where the server listens for split learning, and where sites find it.
 
     Attributes:
         keys: the server's.
-        host: that sites dial; the server's certificate must be for it.
+        host: that sites connect to; the server's certificate must be for it.
         port: 0 for any that is free.
         listen: address to listen on.
     """
@@ -70,14 +62,14 @@ class Endpoint:
 
 
 class ConnectionBroken(ConnectionError):
-    """A line that has ended, or on which something came that is no frame; one line of text."""
+    """A connection that has ended, or that brought something else than a frame; one line."""
 
 
 class Connection:
-    """One end of a line; used by one thread at a time.
+    """One end of a connection; used by one thread at a time.
 
     Args:
-        wrapped: connected, and shaken hands on.
+        wrapped: connected, after the TLS handshake.
     """
 
     def __init__(self, wrapped: ssl.SSLSocket) -> None:
@@ -87,13 +79,13 @@ class Connection:
 
     def send(self, facts: Mapping[str, Any], body: bytes = b"") -> None:
         """Send a frame. Raises ConnectionBroken."""
-        text = json.dumps(facts).encode()
+        text = encode(facts)
         try:
             self.socket.sendall(HEADER.pack(MAGIC, len(text), len(body)) + text)
             if body:
                 self.socket.sendall(body)
         except OSError as error:
-            raise self.ended(error) from None
+            raise self.broken(error) from None
 
     def receive(self, timeout: float = 0) -> tuple[dict[str, Any], bytes]:
         """The next frame.
@@ -102,62 +94,54 @@ class Connection:
             timeout: seconds without a byte, 0 for any.
 
         Raises:
-            ConnectionBroken: none came, or it is none.
+            ConnectionBroken: none came, or it is not a frame.
         """
         try:
             self.socket.settimeout(timeout or None)
-            magic, text, body = HEADER.unpack(self.exactly(HEADER.size))
-            if magic != MAGIC or text > FACTS_LIMIT or body > BODY_LIMIT:
-                raise ConnectionBroken("what came is no frame")
-            facts = json.loads(self.exactly(text))
-            if not isinstance(facts, dict):
-                raise ConnectionBroken("what came is no frame")
-            return facts, self.exactly(body)
+            text, body = lengths(self.exactly(HEADER.size))
+            return parse(self.exactly(text)), self.exactly(body)
         except TimeoutError:
             self.close()
             raise ConnectionBroken(f"no answer within {timeout:g} s") from None
-        except ConnectionBroken:
+        except FrameError as error:
             self.close()
-            raise
-        except (ValueError, RecursionError):
-            self.close()
-            raise ConnectionBroken("what came is no frame") from None
+            raise ConnectionBroken(f"{error}") from None
         except OSError as error:
-            raise self.ended(error) from None
+            raise self.broken(error) from None
 
     def exactly(self, count: int) -> bytes:
-        """So many bytes."""
+        """The next `count` bytes."""
         found = bytearray()
         while len(found) < count:
-            piece = self.socket.recv(min(count - len(found), PIECE))
+            piece = self.socket.recv(min(count - len(found), READ_SIZE))
             if not piece:
                 raise ConnectionError("closed")
             found += piece
         return bytes(found)
 
-    def ended(self, error: OSError) -> ConnectionBroken:
-        """The error of a line that is of no use any more."""
+    def broken(self, error: OSError) -> ConnectionBroken:
+        """Close the connection; the error to raise."""
         self.close()
-        return ConnectionBroken(f"the line is down ({error.strerror or error})")
+        return ConnectionBroken(f"the connection is down ({error.strerror or error})")
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
 class TlsServer:
-    """The server's port, and the newest line of each site.
+    """The server's port, and the newest connection of each site.
 
     Args:
         keys: the server's.
-        sites: common names that may enter.
+        sites: common names that may connect.
         host: address to listen on.
         port: 0 for any that is free.
 
     Raises:
-        OSError: the port cannot be had, or the keys cannot be read.
+        OSError: the port is not available, or the keys cannot be read.
     """
 
     def __init__(
@@ -165,12 +149,12 @@ class TlsServer:
     ) -> None:
         self.context = keys.context(server=True)
         self.sites = frozenset(sites)
-        self.lines: dict[str, Connection] = {}
+        self.connections: dict[str, Connection] = {}
         self.changed = threading.Condition()
         self.listener = socket.create_server((host, port))
         self.port: int = self.listener.getsockname()[1]
-        #: The last hundred that were turned away, and why; the newest last.
-        self.turned_away: deque[str] = deque(maxlen=100)
+        #: The last hundred rejected attempts, with the reason; the newest last.
+        self.rejected: deque[str] = deque(maxlen=100)
         threading.Thread(target=self.accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -180,7 +164,7 @@ class TlsServer:
         self.close()
 
     def accept(self) -> None:
-        """Let in who dials, until the gate is closed; each in a thread, so that none holds it."""
+        """Accept connections until closed; each handshake has a thread and delays no other."""
         while True:
             try:
                 raw, address = self.listener.accept()
@@ -189,66 +173,66 @@ class TlsServer:
             threading.Thread(target=self.admit, args=(raw, address[0]), daemon=True).start()
 
     def admit(self, raw: socket.socket, address: str) -> None:
-        """Shake hands, and keep the line if its certificate names a site."""
-        raw.settimeout(HANDSHAKE)
+        """Do the TLS handshake, and keep the connection if its certificate names a site."""
+        raw.settimeout(HANDSHAKE_TIMEOUT)
         try:
             wrapped = self.context.wrap_socket(raw, server_side=True)
         except OSError as error:
-            self.turned_away.append(f"{address}: {error.strerror or error}")
+            self.rejected.append(f"{address}: {error.strerror or error}")
             raw.close()
             return
         name = common_name(wrapped)
         if name not in self.sites:
-            self.turned_away.append(f"{address}: {name!r} is no site of this run")
+            self.rejected.append(f"{address}: {name!r} is not a site of this run")
             wrapped.close()
             return
         with self.changed:
-            if name in self.lines:
-                self.lines[name].close()
-            self.lines[name] = Connection(wrapped)
+            if name in self.connections:
+                self.connections[name].close()
+            self.connections[name] = Connection(wrapped)
             self.changed.notify_all()
 
-    def line(self, site: str, patience: float, old: Connection | None = None) -> Connection:
-        """The site's line.
+    def connection(self, site: str, wait: float, old: Connection | None = None) -> Connection:
+        """The connection of a site.
 
         Args:
-            patience: seconds to wait for it to dial.
-            old: a line that is of no use any more.
+            wait: seconds to wait until it connects.
+            old: a connection that does not count, because it is broken.
 
         Raises:
-            ConnectionBroken: it has not dialled.
+            ConnectionBroken: it has not connected.
         """
         with self.changed:
-            self.changed.wait_for(lambda: self.lines.get(site) not in (None, old), patience)
-            found = self.lines.get(site)
+            self.changed.wait_for(lambda: self.connections.get(site) not in (None, old), wait)
+            found = self.connections.get(site)
         if found is None or found is old:
-            raise ConnectionBroken("it has no line to the server")
+            raise ConnectionBroken("it is not connected to the server")
         return found
 
     def close(self) -> None:
-        """Hang up on all, and listen no more."""
+        """Close all connections, and stop listening."""
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         with self.changed:
-            for line in self.lines.values():
-                line.close()
-            self.lines.clear()
+            for connection in self.connections.values():
+                connection.close()
+            self.connections.clear()
 
 
 def common_name(wrapped: ssl.SSLSocket) -> str:
-    """Who the certificate of the other end says it is; "" if it does not."""
+    """The common name in the other end's certificate; "" unless there is exactly one."""
     subject: Any = (wrapped.getpeercert() or {}).get("subject", ())
     names = [value for part in subject for key, value in part if key == "commonName"]
     return names[0] if len(names) == 1 else ""
 
 
 class TlsClient:
-    """A site's end: keeps a line to the gate, and answers what comes, until it is closed.
+    """A site's end: stays connected to the server and answers its frames, until it is closed.
 
     Args:
         keys: the site's.
-        host, port: of the gate; the server's certificate must be for that host.
+        host, port: of the server, whose certificate must be for that host.
         answer: from a frame's facts and body to what is sent back; None sends nothing. What it
             raises goes back as the fact "error", in one line.
     """
@@ -263,45 +247,45 @@ class TlsClient:
         self.context = keys.context(server=False)
         self.host, self.port, self.answer = host, port, answer
         self.closed = threading.Event()
-        self.line: Connection | None = None
-        #: Why the newest attempt to dial failed; "" if it did not.
-        self.fault = ""
-        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.connection: Connection | None = None
+        #: Why the newest attempt to connect failed; "" if it did not.
+        self.error = ""
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
-    def work(self) -> None:
-        """Dial, serve, and dial again."""
+    def run(self) -> None:
+        """Connect, serve, and connect again."""
         while not self.closed.is_set():
             try:
-                raw = socket.create_connection((self.host, self.port), HANDSHAKE)
-                line = Connection(self.context.wrap_socket(raw, server_hostname=self.host))
+                raw = socket.create_connection((self.host, self.port), HANDSHAKE_TIMEOUT)
+                wrapped = self.context.wrap_socket(raw, server_hostname=self.host)
             except OSError as error:
-                self.fault = str(error.strerror or error)
-                self.closed.wait(PAUSE)
+                self.error = str(error.strerror or error)
+                self.closed.wait(RECONNECT_PAUSE)
                 continue
-            self.fault, self.line = "", line
+            self.error, self.connection = "", Connection(wrapped)
             with contextlib.suppress(ConnectionBroken):
-                self.serve(line)
-            line.close()
-            # One that is turned away after the handshake would else dial without a pause.
-            self.closed.wait(PAUSE)
+                self.serve(self.connection)
+            self.connection.close()
+            # Else one that is rejected after the handshake would connect again without a pause.
+            self.closed.wait(RECONNECT_PAUSE)
 
-    def serve(self, line: Connection) -> None:
-        """Answer until the line ends. Raises ConnectionBroken."""
+    def serve(self, connection: Connection) -> None:
+        """Answer until the connection ends. Raises ConnectionBroken."""
         while not self.closed.is_set():
-            facts, body = line.receive()
+            facts, body = connection.receive()
             try:
                 found = self.answer(facts, body)
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
                 found = {"error": first or type(error).__name__}, b""
             if found is not None:
-                line.send(*found)
+                connection.send(*found)
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect for good."""
         self.closed.set()
-        if self.line is not None:
-            self.line.close()
+        if self.connection is not None:
+            self.connection.close()
         if threading.current_thread() is not self.thread:
-            self.thread.join(PAUSE + 1)
+            self.thread.join(RECONNECT_PAUSE + 1)

@@ -20,26 +20,13 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from sluiceway.core.signals import check_stop
+from sluiceway.errors import described
+from sluiceway.transport.protocol import TaskFailure
 
 T = TypeVar("T")
 
 #: Seconds between looks at whether the run is to stop, or a task took too long.
 TICK = 0.1
-
-
-@dataclass(frozen=True)
-class TaskFailure:
-    """A task without a result.
-
-    Attributes:
-        why: in a few words.
-        error: what it raised, if it did; its cause is the traceback in the worker.
-        trace: that traceback, as text.
-    """
-
-    why: str
-    error: BaseException | None = None
-    trace: str = ""
 
 
 class RemoteError(Exception):
@@ -211,12 +198,6 @@ def lost(error: Exception) -> TaskFailure:
     except Exception:
         return TaskFailure(said.why, RemoteError(trace), trace)
     return said
-
-
-def described(error: BaseException) -> str:
-    """An error in one line."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def leave_with(parent: int) -> None:

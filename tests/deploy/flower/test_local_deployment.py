@@ -17,15 +17,14 @@ pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 from flwr.app import Context, RecordDict
 
 from sluiceway.cli import main
-from sluiceway.core.checkpoints import StorageError
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.signals import Stopped
-from sluiceway.deploy.flower import apps
-from sluiceway.deploy.flower import local_deployment as trial
+from sluiceway.deploy.flower import apps, local_deployment
 from sluiceway.deploy.flower.apps import DEFAULTS
 from sluiceway.deploy.flower.certificates import new_node_key
 from sluiceway.deploy.flower.deployment import Deployment, write_app
-from sluiceway.deploy.flower.server import ENDS, ProgressLog, chosen
+from sluiceway.deploy.flower.server import ProgressLog, recipe_and_folder
+from sluiceway.deploy.outcome import raise_outcome
 from sluiceway.deploy.site import open_site
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import load_recipe
@@ -35,7 +34,7 @@ SMALL = ["run.rounds=2", "run.workers=2", "data.clients=2"]
 
 
 def running(folder: Path) -> list[str]:
-    """Command lines of processes that have anything to do with a folder."""
+    """Command lines of processes whose environment names a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -46,47 +45,44 @@ def running(folder: Path) -> list[str]:
     return found
 
 
-def test_one_command_gives_the_embedded_numbers(
+@pytest.mark.engine
+@pytest.mark.slow
+def test_one_command_gives_the_local_numbers(
     recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And a SuperNode whose key is not registered is turned away meanwhile."""
+    """And a SuperNode whose key is not registered is rejected meanwhile."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    here, embedded = run(load_recipe(recipe, SMALL))
-    turned_away = []
+    here, local = run(load_recipe(recipe, SMALL))
+    rejected = []
+    plain = local_deployment.follow
 
-    def followed(flower: Deployment, *rest: Any) -> None:
+    def follow(flower: Deployment, *rest: Any) -> None:
         key, _ = new_node_key(flower.folder, "stranger")
         flower.start_node("stranger", {}, key)
-        process = flower.processes.pop("stranger")
-        follow(flower, *rest)
+        process = flower.running.pop("stranger")
+        plain(flower, *rest)
         assert process.wait(60) != 0
-        turned_away.append(flower.log("stranger").read_text())
+        rejected.append(flower.logs["stranger"].read_text())
 
-    follow = trial.followed
-    monkeypatch.setattr(trial, "followed", followed)
+    monkeypatch.setattr(local_deployment, "follow", follow)
     out = tmp_path / "out"
     words = [word for setting in SMALL for word in ("--set", setting)]
     assert main(["run", str(recipe), *words, "--engine", "flower", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["engine"] == "flower"
-    assert summary.keys() == embedded.keys()
+    assert summary.keys() == local.keys()
     assert summary["accuracy_by_round"] == here.accuracy_by_round
     for key in ("bytes_up", "bytes_down", "personal_accuracy", "label_counts", "refused", "failed"):
-        assert summary[key] == embedded[key]
+        assert summary[key] == local[key]
     assert (out / "report.html").exists()
     assert "round 2: accuracy" in capsys.readouterr().err
-    assert "Failed to initialize the connection" in turned_away[0]
+    assert "Failed to initialize the connection" in rejected[0]
     assert not list(tmp_path.glob("sluiceway-*"))
-    wait_until_gone(tmp_path)
-
-
-def wait_until_gone(folder: Path) -> None:
-    """No process has anything to do with a folder any more, within a moment."""
     deadline = time.monotonic() + 15
-    while (left := running(folder)) and time.monotonic() < deadline:
+    while (left := running(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
 
@@ -103,26 +99,19 @@ def test_other_ways_to_run_are_refused(recipe: Path) -> None:
         run(load_recipe(recipe, ["run.engine=flower"]))
 
 
-def test_what_the_serverapp_tells_arrives(tmp_path: Path) -> None:
+def test_progress_and_outcome_of_the_serverapp(tmp_path: Path) -> None:
     """Half a line is left for later, and every outcome becomes its error."""
-    path = tmp_path / "told"
-    assert trial.new_lines(path, 0) == ([], 0)
-    teller = ProgressLog(path)
-    teller.tell("say", "hello")
+    path = tmp_path / "progress"
+    assert local_deployment.new_lines(path, 0) == ([], 0)
+    ProgressLog(path).write("say", "hello")
     size = path.stat().st_size
     with path.open("a") as file:
         file.write('["up')
-    assert trial.new_lines(path, 0) == ([("say", "hello")], size)
-    for kind, error in {
-        "input": InputError,
-        "storage": StorageError,
-        "failed": RunFailed,
-        "error": RunFailed,
-        "stopped": Stopped,
-    }.items():
-        with pytest.raises(error):
-            trial.OUTCOMES[kind]("why")
-    assert set(trial.OUTCOMES) == {*ENDS, "end", "error"}
+    assert local_deployment.new_lines(path, 0) == ([("say", "hello")], size)
+    raise_outcome(0, "")
+    for code, error in {1: RunFailed, 2: InputError, 130: Stopped}.items():
+        with pytest.raises(error, match=None if code == 130 else "^why$"):
+            raise_outcome(code, "why")
 
 
 def test_a_bad_run_configuration_is_one_line() -> None:
@@ -133,16 +122,18 @@ def test_a_bad_run_configuration_is_one_line() -> None:
         ({"recipe": "split-quickstart", "out": "x"}, "federated runs only"),
     ]:
         with pytest.raises(InputError, match=why) as caught:
-            chosen({**DEFAULTS, **given})
+            recipe_and_folder({**DEFAULTS, **given})
         assert "\n" not in str(caught.value)
-    recipe, out = chosen({**DEFAULTS, "recipe": "agnews", "out": "x", "set": "run.rounds=3\n"})
+    given = {**DEFAULTS, "recipe": "agnews", "out": "x", "set": "run.rounds=3\n"}
+    recipe, out = recipe_and_folder(given)
     assert (recipe.run.rounds, recipe.run.engine, out) == (3, "flower", Path("x"))
 
 
-def test_the_example_app_is_that_of_the_trial(tmp_path: Path) -> None:
+def test_the_example_app_is_that_of_a_local_deployment(tmp_path: Path) -> None:
     example = Path(__file__).parents[3] / "examples" / "flower" / "pyproject.toml"
     found = tomllib.loads(example.read_text())["tool"]["flwr"]["app"]
-    write_app(tmp_path / "app", f"{trial.APPS}:server", f"{trial.APPS}:client", DEFAULTS)
+    module = local_deployment.APPS
+    write_app(tmp_path / "app", f"{module}:server", f"{module}:client", DEFAULTS)
     made = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert found["components"] == made["components"]
     assert found["config"] == {**made["config"], "recipe": "quickstart"}

@@ -1,8 +1,9 @@
-"""Our strategies in Flower's loop give the embedded engine's numbers, and leave out what harms."""
+"""Our strategies in Flower's loop: the numbers of the local engine, and bad updates left out."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 
 from flwr.app import Message
-from tests.deploy.flower.double import DoubleGrid, Node
+from tests.deploy.flower.grid import Node, TestGrid
 from tests.worlds import TinyClassifier, TinyText
 
+import sluiceway.deploy.flower as flower
+import sluiceway.engines.flower
 from sluiceway import strategies as rules
 from sluiceway.core.guards import TooFewUpdates
 from sluiceway.core.messages import read_update, write_update
@@ -27,8 +30,7 @@ from sluiceway.deploy.flower import (
     load_arrays,
     unpacked,
 )
-from sluiceway.deploy.flower.arrays import packed
-from sluiceway.deploy.flower.chunks import DATA, Chunk, array_record
+from sluiceway.deploy.flower.records import chunk_of, content_of, packed
 from sluiceway.transport.local import federate
 
 TRAINING = Training(lr=0.02, batch_size=8)
@@ -51,17 +53,17 @@ def model(dtype: torch.dtype = torch.float32) -> TinyClassifier:
     return TinyClassifier().to(dtype)
 
 
-def world(tmp_path: Path, dtype: torch.dtype = torch.float32, **more: Any) -> DoubleGrid:
+def world(tmp_path: Path, dtype: torch.dtype = torch.float32, **more: Any) -> TestGrid:
     app = client_app(
         lambda context: ClientSetup(model(dtype), examples(int(context.node_config["part"])), TEST),
         device="cpu",
         folder=lambda context: tmp_path / f"node-{context.node_id}",
         **more,
     )
-    return DoubleGrid({40 - i: Node(f"site-{i}", app, {"part": i}) for i in range(3)})
+    return TestGrid({40 - i: Node(f"site-{i}", app, {"part": i}) for i in range(3)})
 
 
-def embedded(rule: rules.Strategy, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+def local(rule: rules.Strategy, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     return federate(
         model(dtype),
         [examples(i) for i in range(3)],
@@ -84,36 +86,40 @@ def same(arrays: Any, tensors: dict[str, torch.Tensor]) -> bool:
 
 def test_every_strategy_has_its_name() -> None:
     assert {name: made.kind for name, made in STRATEGIES.items()} == rules.STRATEGIES
+    assert sluiceway.engines.flower.FedAlignMoE is flower.FedAlignMoE is STRATEGIES["fedalign-moe"]
+    assert sluiceway.engines.flower.client_app is client_app
+    with pytest.raises(AttributeError, match="no attribute 'FedNone'"):
+        flower.FedNone  # noqa: B018
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_the_embedded_numbers(tmp_path: Path, name: str) -> None:
-    found = STRATEGIES[name](model(), clients=3, training=TRAINING)
+@pytest.mark.parametrize("name", sorted(rules.STRATEGIES))
+def test_the_local_numbers(tmp_path: Path, name: str) -> None:
+    found = getattr(flower, rules.STRATEGIES[name].__name__)(model(), clients=3, training=TRAINING)
     result = found.start(world(tmp_path), num_rounds=3)
-    assert same(result.arrays, embedded(rules.STRATEGIES[name]()).tensors)
+    assert same(result.arrays, local(rules.STRATEGIES[name]()).tensors)
 
 
-def test_the_embedded_numbers_in_bfloat16(tmp_path: Path) -> None:
+def test_the_local_numbers_in_bfloat16(tmp_path: Path) -> None:
     found = STRATEGIES["fedalign-moe"](
         model(torch.bfloat16), clients=3, training=TRAINING, lambda_=0.3
     )
     result = found.start(world(tmp_path, torch.bfloat16), num_rounds=3)
-    here = embedded(rules.FedAlignMoE(lambda_=0.3), torch.bfloat16)
+    here = local(rules.FedAlignMoE(lambda_=0.3), torch.bfloat16)
     assert torch.bfloat16 in {t.dtype for t in here.tensors.values()}
     assert same(result.arrays, here.tensors)
 
 
-def test_the_embedded_numbers_with_a_part_of_the_clients(tmp_path: Path) -> None:
+def test_the_local_numbers_with_a_part_of_the_clients(tmp_path: Path) -> None:
     found = STRATEGIES["scaffold"](model(), clients=3, training=TRAINING, participation=0.5, seed=4)
     result = found.start(world(tmp_path), num_rounds=3)
-    here = embedded(rules.Scaffold(), participation=0.5, seed=4)
+    here = local(rules.Scaffold(), participation=0.5, seed=4)
     assert same(result.arrays, here.tensors)
 
 
-def test_the_embedded_numbers_of_a_robust_rule(tmp_path: Path) -> None:
+def test_the_local_numbers_of_a_robust_rule(tmp_path: Path) -> None:
     found = Adapter(rules.Median(inner=rules.FedAvg()), model(), clients=3, training=TRAINING)
     result = found.start(world(tmp_path), num_rounds=3)
-    assert same(result.arrays, embedded(rules.Median(inner=rules.FedAvg())).tensors)
+    assert same(result.arrays, local(rules.Median(inner=rules.FedAvg())).tensors)
 
 
 def test_clients_judge_and_the_loop_evaluates(tmp_path: Path) -> None:
@@ -128,23 +134,23 @@ def test_clients_judge_and_the_loop_evaluates(tmp_path: Path) -> None:
         seen.append(float((guessed == TEST.labels).float().mean()))
 
     result = strategy.start(world(tmp_path), num_rounds=2, evaluate_fn=evaluate)
-    here = embedded(rules.FedAvg())
+    here = local(rules.FedAvg())
     assert seen[1:] == pytest.approx(here.accuracy_by_round[:2])
     told = result.evaluate_metrics_clientapp
     assert [told[i]["accuracy"] for i in (1, 2)] == pytest.approx(seen[1:])
     assert result.train_metrics_clientapp[1]["train_loss"] == here.records[0].train_loss
 
 
-def spoiled(grid: DoubleGrid, number: int, change: Any) -> None:
+def spoiled(grid: TestGrid, number: int, change: Any) -> None:
     """What a node answers is changed on its way, if it is an update."""
     node = grid.nodes[number]
     plain = node.app
 
     def app(message: Message, context: Any) -> Message:
         reply = plain(message, context)
-        chunk = Chunk.read(reply.content)
-        if chunk.piece:
-            reply.content[DATA] = array_record(change(chunk.piece))
+        chunk = chunk_of(reply)
+        if chunk.data:
+            return Message(content_of(replace(chunk, data=change(chunk.data))), reply_to=message)
         return reply
 
     node.app = app  # type: ignore[assignment]
@@ -235,4 +241,4 @@ def test_values_from_elsewhere_are_gone_on_from(tmp_path: Path) -> None:
 def test_the_clients_own_training_wins(tmp_path: Path) -> None:
     found = STRATEGIES["fedavg"](model(), clients=3, training=Training(lr=5.0))
     result = found.start(world(tmp_path, training=TRAINING), num_rounds=3)
-    assert same(result.arrays, embedded(rules.FedAvg()).tensors)
+    assert same(result.arrays, local(rules.FedAvg()).tensors)

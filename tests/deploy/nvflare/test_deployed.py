@@ -1,11 +1,10 @@
-"""A server and two sites as processes, over mutual TLS: the embedded numbers, whoever is killed."""
+"""A server and two sites as processes, over mutual TLS: local numbers, whichever is killed."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import signal
 import socket
 import ssl
 import time
@@ -21,24 +20,27 @@ pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
 from sluiceway.deploy.nvflare.admin import opened
 from sluiceway.deploy.nvflare.kits import Credentials, provision
-from sluiceway.deploy.nvflare.local_deployment import STARTING, Deployment, running, site_files
-from sluiceway.deploy.nvflare.submit import JobSpec, sent, submit
+from sluiceway.deploy.nvflare.local_deployment import START_TIMEOUT, Deployment
+from sluiceway.deploy.nvflare.submit import JobSpec, start_job, submit
+from sluiceway.deploy.site_file import write_site_file
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe, recipe_from
 from sluiceway.experiment.run import run
 
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SITES = ["north", "south"]
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("deployed")
-    files = site_files(folder / "homes", folder / "kept", SITES)
-    more = {"OMP_NUM_THREADS": "1"}
-    found = Deployment(folder / "kits", SITES, folder / "runs", more=more)
-    with running(found, files):
+    files = {name: write_site_file(folder / "sites" / name, "cpu") for name in SITES}
+    threads = {"OMP_NUM_THREADS": "1"}
+    with Deployment(
+        folder=folder / "kits", sites=files, runs=folder / "runs", environment=threads
+    ) as found:
         yield found
-    assert not found.started
+    assert not found.running
 
 
 @pytest.fixture
@@ -56,6 +58,10 @@ def recipe_of(tables: dict[str, Any], engine: str) -> Recipe:
     return recipe_from({**tables, "run": {**tables["run"], "engine": engine}})
 
 
+def spec_of(recipe: Recipe, name: str, resume: bool = False) -> JobSpec:
+    return JobSpec(recipe, name, SITES, resume, wait=START_TIMEOUT)
+
+
 def until(happened: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not happened():
@@ -68,24 +74,24 @@ def rounds_in(folder: Path) -> int:
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
-def test_a_run_whose_server_was_killed_gives_the_embedded_numbers(
+def test_a_run_whose_server_was_killed_gives_the_local_numbers(
     deployment: Deployment, tables: dict[str, Any], tmp_path: Path
 ) -> None:
-    _, embedded = run(recipe_of(tables, "local"))
+    _, local = run(recipe_of(tables, "local"))
     recipe = recipe_of(tables, "nvflare")
-    with opened(deployment.admin, STARTING) as desk:
-        sent(desk, JobSpec(recipe, "killed", SITES, wait=STARTING), tmp_path / "job", print)
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        start_job(session, spec_of(recipe, "killed"), tmp_path / "job", print)
     until(lambda: rounds_in(deployment.runs / "killed") >= 1)
-    deployment.end("server", signal.SIGKILL)
+    deployment.kill("server")
     assert not (deployment.runs / "killed" / "summary.json").exists()
-    deployment.start("server")
+    deployment.start_kit("server")
     lines: list[str] = []
-    with opened(deployment.admin, STARTING) as desk:
-        order = JobSpec(recipe, "killed", SITES, resume=True, wait=STARTING)
-        submit(desk, order, tmp_path / "home", lines.append)
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        spec = spec_of(recipe, "killed", resume=True)
+        submit(session, spec, tmp_path / "home", lines.append)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())
     for key in ("accuracy_by_round", "personal_accuracy", "bytes_up", "bytes_down", "label_counts"):
-        assert summary[key] == json.loads(json.dumps(embedded[key])), key
+        assert summary[key] == json.loads(json.dumps(local[key])), key
     assert (summary["engine"], summary["failed_updates"]) == ("nvflare", 0)
     assert any(line.startswith("round 4:") for line in lines)
 
@@ -96,12 +102,12 @@ def test_a_site_that_was_killed_is_named_and_comes_back(
     tables["run"] |= {"rounds": 16, "timeout": 15.0}
     recipe = recipe_of(tables, "nvflare")
     folder = deployment.runs / "left"
-    with opened(deployment.admin, STARTING) as desk:
-        job = sent(desk, JobSpec(recipe, "left", SITES, wait=STARTING), tmp_path / "job", print)
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        job = start_job(session, spec_of(recipe, "left"), tmp_path / "job", print)
         until(lambda: rounds_in(folder) >= 1)
-        deployment.end("south", signal.SIGKILL)
-        deployment.start("south", deployment.folder.parent / "homes" / "south" / "site.toml")
-        desk.watch(job, print)
+        deployment.kill("south")
+        deployment.start_kit("south")
+        session.watch(job, print)
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     away = [record["round"] for record in rounds if record["failed"]]
     assert len(rounds) == 16
@@ -112,17 +118,17 @@ def test_a_site_that_was_killed_is_named_and_comes_back(
     assert json.loads((folder / "summary.json").read_text())["failed"][0]["client"] == 1
 
 
-def test_a_split_run_gives_the_embedded_numbers(
+def test_a_split_run_gives_the_local_numbers(
     deployment: Deployment, split_recipe: Path, tmp_path: Path
 ) -> None:
     settings = ["data.clients=2", "run.rounds=2", "method.name=acp-sl"]
-    _, embedded = run(load_recipe(str(split_recipe), settings))
+    _, local = run(load_recipe(str(split_recipe), settings))
     recipe = load_recipe(str(split_recipe), [*settings, "run.engine=nvflare"])
-    with opened(deployment.admin, STARTING) as desk:
-        submit(desk, JobSpec(recipe, "split", SITES, wait=STARTING), tmp_path / "home", print)
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        submit(session, spec_of(recipe, "split"), tmp_path / "home", print)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())
     for key in ("accuracy_by_round", "bytes_up", "bytes_down", "failed_updates"):
-        assert summary[key] == embedded[key], key
+        assert summary[key] == local[key], key
 
 
 def test_a_site_with_other_shapes_is_refused_in_one_line(
@@ -131,20 +137,23 @@ def test_a_site_with_other_shapes_is_refused_in_one_line(
     other = tmp_path / "wider"
     shutil.copytree(tables["model"]["name"], other)
     tiny_bert(width=24).save_pretrained(other)
-    own = deployment.folder.parent / "homes" / "south" / "site.toml"
+    own = deployment.sites["south"]
     before = own.read_text()
     own.write_text(f'model = "{other}"\n{before}')
-    order = JobSpec(recipe_of(tables, "nvflare"), "other", SITES, wait=STARTING)
+    spec = spec_of(recipe_of(tables, "nvflare"), "other")
     try:
-        with opened(deployment.admin, STARTING) as desk, pytest.raises(InputError) as refused:
-            submit(desk, order, None, print)
+        with (
+            opened(deployment.admin, START_TIMEOUT) as session,
+            pytest.raises(InputError) as refused,
+        ):
+            submit(session, spec, None, print)
     finally:
         own.write_text(before)
     assert re.fullmatch(r"site south: .*(shape|\[).*", str(refused.value))
 
 
 def admitted(port: int, root: Path, keys: Credentials | None) -> bool:
-    """Whether the server keeps a line that is dialled as a site does."""
+    """Whether the server keeps a connection that is made as a site does."""
     context = ssl.create_default_context(cafile=str(root))
     if keys is not None:
         context.load_cert_chain(keys.certificate, keys.key)
@@ -161,10 +170,10 @@ def admitted(port: int, root: Path, keys: Credentials | None) -> bool:
             return False
 
 
-def test_strangers_do_not_get_in(deployment: Deployment, tmp_path: Path) -> None:
+def test_other_certificates_are_rejected(deployment: Deployment, tmp_path: Path) -> None:
     kit = deployment.kits["north"]
     _, port = kit.address
-    until(lambda: not socket.socket().connect_ex(("localhost", port)), STARTING)
+    until(lambda: not socket.socket().connect_ex(("localhost", port)), START_TIMEOUT)
     root = kit.keys.root
     assert admitted(port, root, kit.keys)
     foreign = provision(tmp_path, "localhost", port, ["north"], "admin@sluiceway.local")

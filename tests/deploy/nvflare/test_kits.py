@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
 from sluiceway.cli import main
-from sluiceway.deploy.nvflare.kits import CLASSES, provision, read_kit, settle
+from sluiceway.deploy.nvflare.kits import CLASSES, localise, provision, read_kit
 from sluiceway.deploy.nvflare.start import command_of, environment_of
 from sluiceway.errors import InputError
 
@@ -39,11 +39,11 @@ def test_a_kit_allows_our_classes_and_no_code(tmp_path: Path) -> None:
         assert rights["permissions"]["project_admin"]["byoc"] == "none"
 
 
-def test_a_server_keeps_its_jobs_wherever_its_kit_was_brought(tmp_path: Path) -> None:
+def test_a_server_keeps_its_jobs_wherever_its_kit_is(tmp_path: Path) -> None:
     server = provision(tmp_path / "kits", "localhost", 8002, ["north"], ADMIN)[0]
     moved = tmp_path / "moved"
     server.folder.rename(moved)
-    settle(read_kit(moved))
+    localise(read_kit(moved))
     text = (moved / "local" / "resources.json").read_text()
     assert str(moved / "jobs") in text
     assert str(moved / "snapshots") in text
@@ -55,7 +55,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(InputError, match="needs its site file"):
         environment_of(site)
     with pytest.raises(InputError, match="give ADDRESS:PORT"):
-        environment_of(server, gate="8003")
+        environment_of(server, endpoint="8003")
     with pytest.raises(InputError, match="it submits"):
         command_of(admin)
     for arguments in (

@@ -1,66 +1,34 @@
 """Flower: our strategies and client for its users, and whole recipes over its SuperLink.
 
-Needs the extra `[flower]`. Names are imported when they are asked for, because Flower starts a
-process for every message, and what only passes pieces on need not wait for torch.
+Needs the extra `[flower]`. Has `Adapter`, `ClientSetup`, `GridTransport`, `client_app`, `site_app`,
+`load_arrays`, `unpacked`, the table `STRATEGIES`, and its classes by name, such as `FedAlignMoE`.
+They are imported when they are asked for, because Flower starts a process for every message, and
+one that only passes chunks on need not wait for torch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sluiceway.deploy.flower.adapter import Adapter
-    from sluiceway.deploy.flower.arrays import load_arrays, unpacked
-    from sluiceway.deploy.flower.client import site_app
-    from sluiceway.deploy.flower.own import ClientSetup, client_app
-    from sluiceway.deploy.flower.strategies import (
-        STRATEGIES,
-        FedAdam,
-        FedAlignMoE,
-        FedAvg,
-        FedMoE,
-        FedProx,
-        FrozenGate,
-        NonExpert,
-        Scaffold,
-        Usage,
-    )
-    from sluiceway.deploy.flower.transport import GridTransport
-
-__all__ = [
-    "STRATEGIES",
-    "Adapter",
-    "ClientSetup",
-    "FedAdam",
-    "FedAlignMoE",
-    "FedAvg",
-    "FedMoE",
-    "FedProx",
-    "FrozenGate",
-    "GridTransport",
-    "NonExpert",
-    "Scaffold",
-    "Usage",
-    "client_app",
-    "load_arrays",
-    "site_app",
-    "unpacked",
-]
-
-#: Modules of the names that are not in `strategies`.
-_PLACES = {
+_MODULES = {
     "Adapter": "adapter",
-    "load_arrays": "arrays",
-    "unpacked": "arrays",
+    "ClientSetup": "custom_client",
     "GridTransport": "transport",
+    "STRATEGIES": "strategies",
+    "client_app": "custom_client",
+    "load_arrays": "records",
     "site_app": "client",
-    "ClientSetup": "own",
-    "client_app": "own",
+    "unpacked": "records",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name in _MODULES:
+        found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    elif name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_PLACES.get(name, 'strategies')}")
-    found = globals()[name] = getattr(module, name)
+    else:
+        found = import_module(f"{__name__}.strategies").CLASSES.get(name)
+        if found is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
     return found

@@ -20,9 +20,16 @@ from sluiceway.core.guards import Failure, UpdateFilter
 from sluiceway.core.messages import WireError, read_update, take_values
 from sluiceway.core.round_loop import Rounds
 from sluiceway.core.settings import Training
-from sluiceway.deploy.flower.arrays import packed, unpacked
-from sluiceway.deploy.flower.chunks import DATA, Chunk, ChunkError
-from sluiceway.deploy.flower.transport import MESSAGE_TYPE, Node, reason, waited_for
+from sluiceway.deploy.chunks import CHUNK_LIMIT, Chunk, ChunkError
+from sluiceway.deploy.flower.records import (
+    MESSAGE_TYPE,
+    bytes_of,
+    chunk_of,
+    content_of,
+    packed,
+    unpacked,
+)
+from sluiceway.deploy.flower.transport import Node, wait_for_nodes
 from sluiceway.errors import line
 from sluiceway.experiment.methods import parameters_of
 from sluiceway.federated.client import prepare
@@ -36,16 +43,16 @@ class Adapter(FlowerStrategy):
     """Any strategy of `sluiceway.strategies`, robust ones too, in Flower's loop.
 
     SuperNodes are the clients, numbered in the order of their names (or ids) when the first round
-    begins. A client that does not answer, or whose update would do harm, is left out and logged.
+    begins. A client that does not reply, or whose update fails a check, is left out and logged.
 
     Args:
         rule: the strategy.
         model: as the clients have it; parameters with `requires_grad` are trained.
         clients: how many there are; the first round waits for them.
-        training: how clients train, unless they say so themselves.
+        training: how clients train, unless they have settings of their own.
         participation, min_clients, seed: see `Rounds`.
-        evaluate: share of the clients that judge the global model after a round, in [0, 1].
-        patience: seconds to wait for SuperNodes at first.
+        evaluate: share of the clients that evaluate the global model after a round, in [0, 1].
+        wait: seconds to wait for SuperNodes at first.
 
     Raises:
         ValueError, NoExpertsError: see `federated.client.prepare`.
@@ -62,14 +69,14 @@ class Adapter(FlowerStrategy):
         min_clients: int = 1,
         seed: int = 0,
         evaluate: float = 0.0,
-        patience: float = 300.0,
+        wait: float = 300.0,
     ) -> None:
         self.rule = rule
         self.clients = clients
         self.training = training or Training()
         self.plan = Rounds(participation=participation, min_clients=min_clients, seed=seed)
         self.evaluated = Rounds(participation=evaluate, seed=seed) if evaluate else None
-        self.patience = patience
+        self.wait = wait
         prepare(model, rule, clients)
         self.run = uuid.uuid4().hex
         self.nodes: list[Node] = []
@@ -78,7 +85,7 @@ class Adapter(FlowerStrategy):
         self._held = self.arrays()
 
     def arrays(self) -> ArrayRecord:
-        """The global values, as Flower's loop holds them; see `load_arrays`."""
+        """The global values in the form of Flower's loop; see `load_arrays`."""
         return packed(Broadcast(0, self.rule.tensors))
 
     def start(
@@ -112,7 +119,7 @@ class Adapter(FlowerStrategy):
         """A message with the broadcast to each chosen client that is connected."""
         self.follow(arrays)
         if not self.nodes:
-            self.nodes = waited_for(grid, self.clients, self.patience)
+            self.nodes = wait_for_nodes(grid, self.clients, self.wait)
         chosen = self.plan.chosen(server_round, range(self.clients))
         self.tally = UpdateFilter(self.rule, server_round, chosen, self.plan.min_clients)
         content = packed(self.rule.broadcast(server_round))
@@ -161,17 +168,17 @@ class Adapter(FlowerStrategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Accuracy and loss of the global model on the clients' test examples, by their number."""
+        """The global model's accuracy and loss on the clients' test examples, example-weighted."""
         sums = {"accuracy": 0.0, "loss": 0.0}
         examples = 0.0
         for reply in replies:
             try:
-                facts = parcel_of(reply).facts
+                facts = whole_response(reply).facts
                 weight = float(facts["examples"])
                 sums = {name: sums[name] + weight * float(facts[name]) for name in sums}
                 examples += weight
             except (ChunkError, KeyError, TypeError, ValueError) as error:
-                log(WARNING, "node %s did not judge: %s", reply.metadata.src_node_id, error)
+                log(WARNING, "node %s did not evaluate: %s", reply.metadata.src_node_id, error)
         if not examples:
             return None
         return MetricRecord({name: value / examples for name, value in sums.items()})
@@ -184,14 +191,14 @@ class Adapter(FlowerStrategy):
 
     @property
     def inner(self) -> rules.Strategy:
-        """The strategy whose client half is played: that inside of a robust one."""
+        """The strategy whose client half runs: the one inside of a robust one."""
         found = self.rule
         while isinstance(found, Robust):
             found = found.inner
         return found
 
     def follow(self, arrays: ArrayRecord) -> None:
-        """Take the global values from Flower's loop, where they are not those given to it."""
+        """Take the global values from Flower's loop, unless they are those given to it."""
         if arrays is self._held:
             return
         tensors = {name: tensor.clone() for name, tensor in self.rule.tensors.items()}
@@ -205,7 +212,7 @@ class Adapter(FlowerStrategy):
         return [number for number in chosen if self.nodes[number].number in here]
 
     def message(self, what: str, number: int, content: ArrayRecord) -> Message:
-        """What one client is asked."""
+        """A request to one client."""
         facts = {
             "client": number,
             "clients": self.clients,
@@ -217,16 +224,15 @@ class Adapter(FlowerStrategy):
             "personal": False,
             "keep": 2,
         }
-        data = content["bytes"].data
-        chunk = Chunk(uuid.uuid4().hex, what, facts, len(data), most=1 << 30)
-        record = chunk.packed()
-        record[DATA] = content
-        return Message(record, self.nodes[number].number, MESSAGE_TYPE)
+        data = bytes_of(content)
+        transfer = uuid.uuid4().hex
+        chunk = Chunk(transfer, "send", what, facts, len(data), data=data, most=CHUNK_LIMIT)
+        return Message(content_of(chunk, content), self.nodes[number].number, MESSAGE_TYPE)
 
     def updates(
         self, replies: Iterable[Message], folder: Path, kept: set[int]
     ) -> Iterator[Update | Failure]:
-        """What came, in the order of the clients, and a failure for each that did not answer."""
+        """The updates in the order of the clients, and a failure for each without one."""
         assert self.tally is not None
         numbers = {node.number: number for number, node in enumerate(self.nodes)}
         coming = {numbers.get(reply.metadata.src_node_id, -1): reply for reply in replies}
@@ -237,8 +243,8 @@ class Adapter(FlowerStrategy):
                 continue
             path = folder / f"{number}"
             try:
-                chunk = parcel_of(reply)
-                path.write_bytes(chunk.piece)
+                chunk = whole_response(reply)
+                path.write_bytes(chunk.data)
                 update = read_update(path)
             except (ChunkError, WireError) as error:
                 yield Failure(number, line(str(error)), error=error)
@@ -251,13 +257,13 @@ class Adapter(FlowerStrategy):
             yield update
 
 
-def parcel_of(reply: Message) -> Chunk:
-    """A whole answer. Raises ParcelError for anything else."""
-    if reply.has_error():
-        raise ChunkError(reason(reply))
-    chunk = Chunk.read(reply.content)
-    if chunk.fault:
-        raise ChunkError(line(chunk.fault))
-    if chunk.size > len(chunk.piece):
-        raise ChunkError(f"an update of {chunk.size} bytes; use GridCarrier for such a model")
+def whole_response(reply: Message) -> Chunk:
+    """A response in one message. Raises ChunkError for anything else."""
+    chunk = chunk_of(reply)
+    if chunk.kind == "error":
+        raise ChunkError(line(str(chunk.facts.get("why"))))
+    if chunk.kind != "response":
+        raise ChunkError("not a response")
+    if not chunk.last:
+        raise ChunkError(f"an update of {chunk.size} bytes; use GridTransport for such a model")
     return chunk

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,22 +20,18 @@ from typing import Any, Final, Self
 import tomli_w
 from flwr.app.user_config import UserConfigValue
 
-from sluiceway.deploy.flower.certificates import (
-    Certificates,
-    new_certificates,
-    new_node_key,
-    secret,
-)
+from sluiceway.deploy.flower.certificates import new_certificates, new_node_key, write_secret
+from sluiceway.deploy.processes import LOOPBACK, Processes, free_port
 from sluiceway.errors import line
+from sluiceway.transport.tls import Credentials
 
-#: Seconds in which a SuperLink must be there, and processes must have ended.
-START, END = 60.0, 10.0
-HERE: Final = "127.0.0.1"
+#: Seconds that a SuperLink has to start.
+START_TIMEOUT: Final = 60.0
 #: Names of processes; the others are SuperNodes, by the names of their keys.
 SUPERLINK: Final = "superlink"
 SUPEREXEC: Final = "superexec"
 #: The name of the SuperLink in Flower's own configuration.
-LINK: Final = "trial"
+CONNECTION: Final = "local"
 
 
 class DeploymentError(Exception):
@@ -44,45 +39,33 @@ class DeploymentError(Exception):
 
 
 @dataclass
-class Deployment:
-    """Processes of one Flower deployment; leaving the context ends all of them.
-
-    Each is the first of a process group of its own, so that its helpers end with it.
+class Deployment(Processes):
+    """Processes of one Flower deployment, all of which end with the block.
 
     Attributes:
         folder: for keys, certificates, the database and logs; private to this user.
         port: of the SuperLink, for everything; chosen by the system.
-        fleet: address that SuperNodes dial; the SuperLink's own unless a relay is between.
-        processes: by name, "superlink", "superexec", and those of the SuperNodes.
-        configs: what each SuperNode was told at last.
-        environment: beside that of this process.
+        fleet: address that SuperNodes connect to; the SuperLink's own unless a relay is between.
+        configs: the newest node configuration of each SuperNode.
     """
 
-    folder: Path
+    folder: Path = field(kw_only=True)
     fleet: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    port: int = field(default_factory=lambda: free_port())
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
     configs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
-        self.certificates: Certificates = new_certificates(self.folder)
-        secret(self.folder / "executor.secret", secrets.token_hex(32).encode())
-        connection = {
-            "address": self.address,
-            "root-certificates": str(self.certificates.authority),
-        }
-        config = {"superlink": {"default": LINK, LINK: connection}}
+        self.keys: Credentials = new_certificates(self.folder)
+        write_secret(self.folder / "executor.secret", secrets.token_hex(32).encode())
+        connection = {"address": self.address, "root-certificates": str(self.keys.root)}
+        config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
         (self.folder / "flwr" / "config.toml").write_text(tomli_w.dumps(config))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop(*reversed(self.processes))
-
     @property
     def address(self) -> str:
-        return f"{HERE}:{self.port}"
+        return f"{LOOPBACK}:{self.port}"
 
     def start_link(self) -> None:
         """Start the SuperLink with its database, and wait until it answers.
@@ -90,31 +73,32 @@ class Deployment:
         Raises:
             DeploymentError: it does not.
         """
-        paths = self.certificates
-        self.start(
+        self.start_flower(
             SUPERLINK,
             "flower-superlink",
-            *("--host", HERE, "--port", str(self.port)),
-            *("--ssl-certfile", paths.certificate, "--ssl-keyfile", paths.key),
-            *("--ssl-ca-certfile", paths.authority),
+            *("--host", LOOPBACK, "--port", self.port, *self.server_keys()),
             *("--database", self.folder / "superlink.sqlite", "--isolation", "process"),
             *("--superexec-auth-secret-file", self.folder / "executor.secret"),
             "--enable-supernode-auth",
         )
-        self.wait_for_port(SUPERLINK, self.port)
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline and self.running[SUPERLINK].poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, self.port), 1):
+                return
+            time.sleep(0.1)
+        raise DeploymentError(f"{SUPERLINK} did not start: {self.last_line(SUPERLINK)}")
 
     def start_executor(self) -> None:
-        """Start what starts the ServerApp; apart from the SuperLink, so as to outlive it."""
-        self.start(
+        """Start the process that starts ServerApps; on its own, so as to outlive the SuperLink."""
+        self.start_flower(
             SUPEREXEC,
             "flower-superexec",
-            *("--runtime-api-address", self.address),
-            *("--root-certificates", self.certificates.authority),
+            *("--runtime-api-address", self.address, "--root-certificates", self.keys.root),
             *("--superexec-auth-secret-file", self.folder / "executor.secret"),
         )
 
     def register(self, *names: str) -> None:
-        """Make nodes' keys, and tell the SuperLink their public halves under those names.
+        """Make nodes' keys, and register their public halves under those names.
 
         Raises:
             DeploymentError: the SuperLink does not take one.
@@ -122,9 +106,9 @@ class Deployment:
 
         def one(name: str) -> None:
             _, public = new_node_key(self.folder, name)
-            self.flwr("supernode", "register", str(public), LINK, "--name", name)
+            self.flwr("supernode", "register", str(public), CONNECTION, "--name", name)
 
-        # Flower's command takes a second for each, nearly all of it to begin.
+        # Flower's command takes a second for each, nearly all of it to start.
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(one, names))
 
@@ -135,38 +119,33 @@ class Deployment:
 
         Args:
             name: that its key was registered by.
-            config: what its ClientApp is told.
+            config: its node configuration.
             key: another private key than that of the name.
         """
-        port = free_port()
         self.configs[name] = config
-        told = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        paths = self.certificates
-        self.start(
+        self.start_flower(
             name,
             "flower-supernode",
-            *("--superlink", self.fleet or self.address, "--root-certificates", paths.authority),
+            *("--superlink", self.fleet or self.address, "--root-certificates", self.keys.root),
             *("--auth-supernode-private-key", key or self.folder / name),
-            *("--host", HERE, "--port", str(port), "--node-config", told),
-            *("--ssl-certfile", paths.certificate, "--ssl-keyfile", paths.key),
-            *("--ssl-ca-certfile", paths.authority),
+            *("--host", LOOPBACK, "--port", free_port(), "--node-config", config_text(config)),
+            *self.server_keys(),
         )
 
     def run(self, app: Path, config: Mapping[str, str | int | float | bool]) -> str:
         """Start a run of an app folder with these values of its configuration; its id."""
-        told = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        found = self.flwr("run", str(app), LINK, "--run-config", told)
+        found = self.flwr("run", str(app), CONNECTION, "--run-config", config_text(config))
         return str(found["run-id"])
 
     def status(self, run: str) -> tuple[str, str]:
         """Status of a run, such as "running" or "finished:completed", and details of it."""
-        for found in self.flwr("list", LINK, "--run-id", run)["runs"]:
+        for found in self.flwr("list", CONNECTION, "--run-id", run)["runs"]:
             return found["status"], str(found.get("details", ""))
         raise DeploymentError(f"the SuperLink knows no run {run}")
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run Flower's own command; what it says as JSON. Raises DeploymentError."""
-        done = self.ask_flwr(*arguments, "--format", "json")
+        """Run Flower's own command; its output as JSON. Raises DeploymentError."""
+        done = self.run_flwr(*arguments, "--format", "json")
         try:
             found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
@@ -177,87 +156,57 @@ class Deployment:
         return found
 
     def logged(self, run: str) -> str:
-        """What the ServerApp of a run has printed."""
-        return self.ask_flwr("log", run, LINK, "--show").stdout
+        """The log of a run's ServerApp."""
+        return self.run_flwr("log", run, CONNECTION, "--show").stdout
 
-    def ask_flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run Flower's own command, which knows this deployment from its configuration."""
+    def run_flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Flower's own command, which finds this deployment in its configuration."""
         return subprocess.run(
-            [command("flwr"), *arguments],
-            env=self.variables(),
+            [program("flwr"), *arguments],
+            env={**os.environ, **self.environment()},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
         )
 
-    def variables(self) -> dict[str, str]:
-        """The environment of all processes: nothing is reported or looked up elsewhere."""
+    def environment(self) -> dict[str, str]:
+        """The environment of all processes: no telemetry, no look-ups elsewhere."""
         return {
-            **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            **self.environment,
         }
 
-    def start(self, name: str, program: str, *arguments: str | Path) -> None:
-        """Start a process in a group of its own, with a log named after it.
+    def server_keys(self) -> list[str | Path]:
+        """Arguments for the certificate of a process that others connect to."""
+        keys = self.keys
+        return [
+            *("--ssl-certfile", keys.certificate, "--ssl-keyfile", keys.key),
+            *("--ssl-ca-certfile", keys.root),
+        ]
 
-        On Linux it ends, at the latest, with the thread that calls this.
-        """
-        with self.log(name).open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [command(program), *map(str, arguments)],
-                env=self.variables(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
-            )
-
-    def log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
+    def start_flower(self, name: str, command: str, *arguments: str | int | Path) -> None:
+        """Start one of Flower's programs, with a log named after it."""
+        words = [program(command), *map(str, arguments)]
+        self.start(name, words, self.environment(), self.folder / f"{name}.log")
 
     def kill(self, name: str) -> None:
-        """End a process and its helpers as a power cut would."""
-        end(self.processes.pop(name), signal.SIGKILL)
+        """End a process as a power failure would."""
+        self.end(name, how=signal.SIGKILL)
 
-    def stop(self, *names: str) -> None:
-        """End processes and their helpers, at first by asking."""
-        gone = [self.processes.pop(name) for name in names]
-        for process in gone:
-            end(process, signal.SIGTERM)
-        deadline = time.monotonic() + END
-        for process in gone:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            end(process, signal.SIGKILL)
-            process.wait()
 
-    def ended(self) -> str | None:
-        """The name of a process that ended by itself, if there is one."""
-        return next((n for n, p in self.processes.items() if p.poll() is not None), None)
+def config_text(config: Mapping[str, str | int | float | bool]) -> str:
+    """A configuration in the form of Flower's commands."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
 
-    def last_words(self, name: str) -> str:
-        """The last line of a log, for a message."""
-        said = self.log(name).read_text(errors="replace").strip().splitlines()
-        return line(said[-1]) if said else "it said nothing"
 
-    def wait_for_port(self, name: str, port: int) -> None:
-        """Wait until somebody listens. Raises DeploymentError."""
-        deadline = time.monotonic() + START
-        while time.monotonic() < deadline:
-            if self.processes[name].poll() is not None:
-                break
-            with contextlib.suppress(OSError), socket.create_connection((HERE, port), 1):
-                return
-            time.sleep(0.1)
-        raise DeploymentError(f"{name} did not start: {self.last_words(name)}")
+def program(name: str) -> str:
+    """The path of a program that was installed with this Python."""
+    return str(Path(sys.executable).with_name(name))
 
 
 def write_app(
@@ -267,8 +216,8 @@ def write_app(
 
     Args:
         folder: new, or with modules of the app in it.
-        server, client: where the ServerApp and the ClientApp are, as "module:name".
-        config: what `--run-config` may set, and what is meant without it.
+        server, client: of the ServerApp and the ClientApp, as "module:name".
+        config: keys that `--run-config` may set, and their defaults.
     """
     app = {
         "publisher": "sluiceway",
@@ -285,52 +234,3 @@ def write_app(
     folder.mkdir(exist_ok=True)
     tables = {"project": project, "tool": {"flwr": {"app": app}}}
     (folder / "pyproject.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
-
-
-def try_app(app: Path, nodes: Sequence[Mapping[str, str | int | float]], folder: Path) -> str:
-    """Run an app on this machine, on a SuperLink of its own; what it logged.
-
-    Args:
-        app: its folder.
-        nodes: the configuration of each SuperNode.
-        folder: for keys, certificates and logs; still there at the end.
-
-    Raises:
-        DeploymentError: the app did not run to its end.
-    """
-    with Deployment(folder) as flower:
-        flower.start_link()
-        flower.start_executor()
-        names = [f"node-{number}" for number in range(len(nodes))]
-        flower.register(*names)
-        for name, config in zip(names, nodes, strict=True):
-            flower.start_node(name, config)
-        run = flower.run(app, {})
-        while not (status := flower.status(run))[0].startswith("finished"):
-            time.sleep(1)
-        if status[0] != "finished:completed":
-            raise DeploymentError(line(f"{status[0]}: {status[1]}"))
-        return flower.logged(run)
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone, however it went."""
-    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
-
-
-def end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send a signal to a process's group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-def command(name: str) -> str:
-    """A program that was installed with this Python."""
-    return str(Path(sys.executable).with_name(name))
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind((HERE, 0))
-        return int(listener.getsockname()[1])

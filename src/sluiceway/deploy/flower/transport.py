@@ -1,4 +1,4 @@
-"""Carries requests to sites over a Flower Grid."""
+"""A `Transport` over a Flower Grid."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from sluiceway.core.signals import check_stop
-from sluiceway.deploy.flower.chunks import DATA, PIECE, Chunk, ChunkError, array_record
-from sluiceway.deploy.flower.transfer import Transfer
+from sluiceway.deploy.chunks import Chunk, ChunkError, Transfer
+from sluiceway.deploy.flower.records import (
+    CHUNK,
+    MESSAGE_TYPE,
+    array_record,
+    chunk_of,
+    content_of,
+)
 from sluiceway.errors import InputError, line
-from sluiceway.transport.protocol import Request, Response
-from sluiceway.transport.worker_pool import TaskFailure
+from sluiceway.transport.protocol import Request, Response, TaskFailure
 
-#: The type of our messages, which a ClientApp has a function for.
-MESSAGE_TYPE: Final = "query.sluiceway"
-#: Seconds between two looks at whether answers came.
+#: Seconds between two looks at whether replies arrived.
 TICK: Final = 0.25
-#: Messages on the way to one site at once: the next is there when its node looks for it.
+#: Messages under way to one site at once: the next is there when its node looks for it.
 WINDOW: Final = 2
 
 
 @dataclass(frozen=True)
 class Node:
-    """A SuperNode: the name it was registered by (else its id), and its id."""
+    """A SuperNode: the name that its key was registered by (else its id), and its id."""
 
     name: str
     number: int
@@ -45,19 +48,19 @@ class Node:
 class GridTransport:
     """A `Transport` over Flower.
 
-    Sites are the SuperNodes that are there at the start, in the order of their names, digits in
+    Sites are the SuperNodes that are connected at the start, in the order of their names, digits in
     them as numbers: "site-2" before "site-10". A name is given where a node's key is registered, so
     that a node cannot choose it.
 
     Args:
         grid: of the ServerApp.
         sites: how many SuperNodes to wait for, >= 1.
-        patience: seconds to wait for them.
-        at_once: sites that are asked at the same time, 0 for all.
-        piece: bytes of a file in one message; memory grows with it.
+        wait: seconds to wait for them.
+        concurrent: sites that have requests at the same time, 0 for all.
+        chunk: bytes of a file in one message; memory grows with it.
 
     Raises:
-        InputError: other SuperNodes are there than were asked for.
+        InputError: another number of SuperNodes is connected.
     """
 
     def __init__(
@@ -65,94 +68,87 @@ class GridTransport:
         grid: Grid,
         sites: int,
         *,
-        patience: float = 120.0,
-        at_once: int = 0,
-        piece: int = PIECE,
+        wait: float = 120.0,
+        concurrent: int = 0,
+        chunk: int = CHUNK,
     ) -> None:
         self.grid = grid
-        self.at_once = at_once or sites
-        self.piece = piece
-        self.nodes = waited_for(grid, sites, patience)
+        self.concurrent = concurrent or sites
+        self.chunk = chunk
+        self.nodes = wait_for_nodes(grid, sites, wait)
         self.sites: Sequence[str] = [node.name for node in self.nodes]
         self._data: tuple[Path | None, int, ArrayRecord] | None = None
 
-    def ask(
-        self, asks: Mapping[int, Request], folder: Path, timeout: float = 0
+    def send(
+        self, requests: Mapping[int, Request], folder: Path, timeout: float = 0
     ) -> Iterator[tuple[int, Response | TaskFailure]]:
+        """See `Transport.send`."""
         deadline = time.monotonic() + timeout if timeout else float("inf")
-        here = self._here()
-        open_ones: dict[int, Transfer] = {}
-        for number, ask in asks.items():
-            node = here.get(self.nodes[number].number)
-            if node is None:
-                yield number, TaskFailure(f"SuperNode {self.sites[number]} is not connected")
+        connected = set(self.grid.get_node_ids())
+        pending: dict[int, Transfer] = {}
+        under_way: dict[int, list[str]] = {}
+        for client, request in requests.items():
+            if self.nodes[client].number in connected:
+                pending[client] = Transfer(request, folder, self.chunk)
+                under_way[client] = []
             else:
-                open_ones[number] = Transfer(ask, node.number, folder, self.piece)
-        while open_ones:
+                yield client, TaskFailure(f"SuperNode {self.sites[client]} is not connected")
+        while pending:
             check_stop()
-            now = dict(islice(open_ones.items(), self.at_once))
-            self._send(now, timeout)
-            for number, exchange in now.items():
-                found = self._collect(exchange)
-                if found is not None:
-                    del open_ones[number]
-                    yield number, found
+            now = dict(islice(pending.items(), self.concurrent))
+            for client, transfer in now.items():
+                self._push(client, transfer, under_way[client], timeout)
+            self._data = None
+            for client, transfer in now.items():
+                self._pull(transfer, under_way[client])
+                if transfer.result is not None:
+                    del pending[client]
+                    yield client, transfer.result
             if time.monotonic() > deadline:
                 break
             time.sleep(TICK)
-        for number, exchange in open_ones.items():
-            exchange.drop()
-            yield number, TaskFailure(f"took longer than {timeout:g} s")
+        for client, transfer in pending.items():
+            transfer.fail(f"took longer than {timeout:g} s")
+            assert transfer.result is not None
+            yield client, transfer.result
 
-    def _send(self, exchanges: Mapping[int, Transfer], timeout: float) -> None:
-        """Whatever there is room for on the way; one message at a time, for the memory."""
-        for exchange in exchanges.values():
-            while len(exchange.going) < WINDOW and (chunk := exchange.next()) is not None:
-                content = chunk.packed()
-                if chunk.piece:
-                    content[DATA] = self._shared(exchange.ask.message, chunk)
-                ttl = timeout + 60 if timeout else DEFAULT_TTL
-                message = Message(content, exchange.node, MESSAGE_TYPE, ttl=ttl)
-                keys = [key for key in self.grid.push_messages([message]) if key]
-                if not keys:
-                    exchange.fail("the SuperLink did not take the message")
-                    break
-                exchange.going += keys
-        self._data = None
+    def _push(self, client: int, transfer: Transfer, keys: list[str], timeout: float) -> None:
+        """Send the messages for which the window has room; one at a time, for the memory."""
+        while len(keys) < WINDOW and (chunk := transfer.next()) is not None:
+            content = content_of(chunk, self._shared(transfer.request.message, chunk))
+            ttl = timeout + 60 if timeout else DEFAULT_TTL
+            message = Message(content, self.nodes[client].number, MESSAGE_TYPE, ttl=ttl)
+            pushed = [key for key in self.grid.push_messages([message]) if key]
+            if not pushed:
+                transfer.fail("the SuperLink did not take the message")
+            keys += pushed
 
-    def _shared(self, path: Path | None, chunk: Chunk) -> ArrayRecord:
-        """A piece as one record for all that are sent it, so that it is taken apart only once."""
+    def _shared(self, path: Path | None, chunk: Chunk) -> ArrayRecord | None:
+        """A chunk's data as one record for all sites, so that Flower hashes it only once."""
+        if not chunk.data:
+            return None
         if self._data is None or self._data[:2] != (path, chunk.offset):
-            self._data = (path, chunk.offset, array_record(chunk.piece))
+            self._data = (path, chunk.offset, array_record(chunk.data))
         return self._data[2]
 
-    def _collect(self, exchange: Transfer) -> Response | TaskFailure | None:
-        """Take what came for one exchange; its end, once it is there."""
-        for key in list(exchange.going):
+    def _pull(self, transfer: Transfer, keys: list[str]) -> None:
+        """Take the replies that arrived for one transfer."""
+        for key in list(keys):
             for reply in self.grid.pull_messages([key]):
-                exchange.going.remove(key)
-                if reply.has_error():
-                    exchange.fail(reason(reply))
-                    break
+                keys.remove(key)
                 try:
-                    exchange.take(Chunk.read(reply.content))
+                    if transfer.result is None:
+                        transfer.take(chunk_of(reply))
                 except ChunkError as error:
-                    exchange.fail(line(str(error)))
-            if exchange.done is not None:
-                return exchange.done
-        return exchange.done
-
-    def _here(self) -> dict[int, Node]:
-        """The SuperNodes that are connected, by id."""
-        return {info.node_id: Node.of(info) for info in self.grid.get_nodes()}
+                    transfer.fail(line(str(error)))
 
 
-def waited_for(grid: Grid, count: int, patience: float) -> list[Node]:
-    """SuperNodes in the order of their names, once `count` are there. Raises InputError."""
-    deadline = time.monotonic() + patience
+def wait_for_nodes(grid: Grid, count: int, wait: float) -> list[Node]:
+    """SuperNodes in the order of their names, once `count` are connected. Raises InputError."""
+    deadline = time.monotonic() + wait
     while True:
         check_stop()
-        nodes = sorted(map(Node.of, grid.get_nodes()), key=lambda node: in_order(node.name))
+        nodes = sorted(map(Node.of, grid.get_nodes()), key=lambda node: natural_order(node.name))
         if len(nodes) >= count or time.monotonic() > deadline:
             break
         time.sleep(TICK)
@@ -167,12 +163,7 @@ def waited_for(grid: Grid, count: int, patience: float) -> list[Node]:
     return nodes
 
 
-def in_order(name: str) -> list[tuple[int, int, str]]:
+def natural_order(name: str) -> list[tuple[int, int, str]]:
     """A key to sort names by, in which digits are numbers."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
-
-
-def reason(reply: Message) -> str:
-    """Why a message has no answer, in one line."""
-    return line(f"Flower: {reply.error.reason or f'error {reply.error.code}'}")

@@ -1,4 +1,4 @@
-"""Where runs are submitted and watched: what the one with the admin's kit does."""
+"""The admin's session with a server, in which runs are submitted and watched."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from typing import Any
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.signals import check_stop
 from sluiceway.deploy.nvflare.kits import Kit
-from sluiceway.deploy.nvflare.names import BROUGHT, STOP, TELL
-from sluiceway.errors import InputError, line
+from sluiceway.deploy.nvflare.names import PROGRESS, RESULT, STOP
+from sluiceway.errors import InputError, described
 from sluiceway.experiment.session import Say
-from sluiceway.transport.worker_pool import described
 
 #: Seconds between looks at a job.
 LOOK = 1.0
@@ -29,36 +28,36 @@ class AdminSession:
 
     Attributes:
         session: NVFlare's.
-        told: lines of the newest job that were told.
+        seen: lines of the newest job's progress that were passed on.
     """
 
     session: Any
-    told: int = 0
+    seen: int = 0
 
     def sites(self) -> list[str]:
         """Names of the sites that are connected."""
         return [str(client.name) for client in self.session.get_connected_client_list()]
 
-    def await_sites(self, wanted: Sequence[str], seconds: float, say: Say) -> None:
+    def wait_for_sites(self, wanted: Sequence[str], seconds: float, say: Say) -> None:
         """Wait for sites. Raises RunFailed: some are not connected in time."""
-        until = time.monotonic() + seconds
-        told = False
+        deadline = time.monotonic() + seconds
+        said = False
         while missing := [site for site in wanted if site not in self.sites()]:
             check_stop()
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise RunFailed(f"not connected after {seconds:g} s: {', '.join(missing)}")
-            if not told:
+            if not said:
                 say(f"waiting for {', '.join(missing)}")
-                told = True
+                said = True
             time.sleep(LOOK)
 
     def submit(self, job: Path) -> str:
         """Submit a job's folder; returns its id."""
-        self.told = 0
+        self.seen = 0
         return str(self.session.submit_job(str(job)))
 
     def watch(self, job: str, say: Say, check: Callable[[], None] = check_stop) -> None:
-        """Tell what the newest job tells, until it ends.
+        """Pass on the newest job's progress until it ends.
 
         Args:
             check: raises Stopped if this is to end before.
@@ -71,33 +70,33 @@ class AdminSession:
             if status == "RUNNING":
                 for text in self.lines(job):
                     say(text)
-                    self.told += 1
+                    self.seen += 1
             time.sleep(LOOK)
 
     def lines(self, job: str) -> list[str]:
-        """What the job told since it was last asked."""
+        """The job's progress since it was last asked for."""
         with contextlib.suppress(Exception):  # it is only starting, or has just ended
-            found = self.session.do_app_command(job, TELL, {"seen": self.told})
+            found = self.session.do_app_command(job, PROGRESS, {"seen": self.seen})
             return [str(text) for text in found["lines"]]
         return []
 
     def stop(self, job: str) -> None:
-        """Ask a job to stop after the step in hand."""
+        """Have a job stop after the step in hand."""
         self.session.do_app_command(job, STOP, {})
 
     def abort(self, job: str) -> None:
-        """End a job, whatever it does."""
+        """End a job at once."""
         self.session.abort_job(job)
 
     def status(self, job: str) -> str:
-        """What NVFlare says of a job."""
+        """NVFlare's status of a job."""
         return str(self.session.get_job_status(job))
 
     def fetch(self, job: str, folder: Path) -> Path | None:
-        """The part of the run folder that is brought home; None if the run left nothing."""
+        """Download the light part of the run folder; None if there is none."""
         with muted():
             found = Path(self.session.download_job_result(job, str(folder)))
-        return next((path for path in found.rglob(BROUGHT) if path.is_dir()), None)
+        return next((path for path in found.rglob(RESULT) if path.is_dir()), None)
 
 
 @contextlib.contextmanager
@@ -113,7 +112,7 @@ def opened(kit: Kit, seconds: float = 10) -> Iterator[AdminSession]:
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     logging.getLogger().addHandler(logging.NullHandler())  # else NVFlare's warnings are printed
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while True:
         check_stop()
         try:
@@ -121,8 +120,8 @@ def opened(kit: Kit, seconds: float = 10) -> Iterator[AdminSession]:
                 session = new_secure_session(kit.name, str(kit.folder), timeout=5)
             break
         except Exception as error:
-            if time.monotonic() > until:
-                raise RunFailed(f"no session with the server: {line(described(error))}") from error
+            if time.monotonic() > deadline:
+                raise RunFailed(f"no session with the server: {described(error)}") from error
             time.sleep(LOOK)
     try:
         yield AdminSession(session)
@@ -133,6 +132,6 @@ def opened(kit: Kit, seconds: float = 10) -> Iterator[AdminSession]:
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """What NVFlare prints inside is not for people."""
+    """Drop what NVFlare prints."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

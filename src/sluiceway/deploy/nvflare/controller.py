@@ -1,4 +1,4 @@
-"""The server's half of a job: runs the recipe, with sites in place of embedded clients."""
+"""The server's half of a job: runs the recipe, with sites in place of local clients."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import json
 import logging
 import os
 import shutil
-import threading
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nvflare.collab import collab
 
-from sluiceway.core.round_loop import Record
 from sluiceway.core.signals import ask_to_stop, graceful_stop
 from sluiceway.deploy.nvflare.kits import read_kit
-from sluiceway.deploy.nvflare.names import BROUGHT, GATE, KIT, OUTCOME, RUNS, STOP, TELL, typed
-from sluiceway.deploy.nvflare.plain import refuse_tensors
+from sluiceway.deploy.nvflare.names import (
+    ENDPOINT,
+    KIT,
+    OUTCOME,
+    PROGRESS,
+    RESULT,
+    RUNS,
+    STOP,
+    refuse_tensors,
+    typed,
+)
 from sluiceway.deploy.nvflare.transport import NvflareTransport
 from sluiceway.errors import outcome_of
 from sluiceway.experiment.progress import described
@@ -30,33 +36,8 @@ from sluiceway.transport.tls import Endpoint
 
 refuse_tensors()
 
-#: What of a run folder is brought to the submitter; checkpoints stay where the server keeps runs.
+#: Files of a run folder that the admin downloads; checkpoints stay with the server's runs.
 LIGHT = ("recipe.toml", "metrics.jsonl", "summary.json")
-
-
-@dataclass
-class ProgressLog:
-    """Lines for people, kept so that the submitter can ask for them."""
-
-    lines: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def say(self, text: str) -> None:
-        with self.lock:
-            self.lines.append(text)
-        logging.getLogger("sluiceway").info(text)
-
-    def after(self, seen: int) -> list[str]:
-        """What came after the first `seen` lines."""
-        with self.lock:
-            return self.lines[seen:]
-
-
-def doorway() -> Endpoint:
-    """Where sites dial for split learning."""
-    kit = read_kit(Path(os.environ[KIT]))
-    listen, port = os.environ[GATE].rsplit(":", 1)
-    return Endpoint(kit.keys, kit.address[0], int(port), listen)
 
 
 class ServerController:
@@ -74,49 +55,52 @@ class ServerController:
     ) -> None:
         self.recipe, self.name, self.sites = recipe, name, sites
         self.resume, self.force = resume, force
-        self.diary = ProgressLog()
+        #: Progress so far, which the admin asks for; only grows.
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Add a line of progress."""
+        self.lines.append(text)
+        logging.getLogger("sluiceway").info(text)
 
     @typed(collab.main)
-    def conduct(self) -> None:
-        """Called by NVFlare when all sites are there."""
+    def main(self) -> None:
+        """Called by NVFlare when all sites are connected."""
         engine = collab.fl_ctx.get_engine()
-        engine.register_app_command(TELL, self._tell)
+        engine.register_app_command(PROGRESS, self._progress)
         engine.register_app_command(STOP, self._stop)
-        brought = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / BROUGHT
-        brought.mkdir(exist_ok=True)
-        stand_ins = {proxy.name: proxy for proxy in collab.clients}
-        transport = NvflareTransport([stand_ins.get(site) for site in self.sites], self.sites)
+        result = Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / RESULT
+        result.mkdir(exist_ok=True)
+        proxies = {proxy.name: proxy for proxy in collab.clients}
+        transport = NvflareTransport([proxies.get(site) for site in self.sites], self.sites)
         out = Path(os.environ[RUNS]) / self.name
         code, line = outcome_of(lambda: self._run(transport, out))
         for name in LIGHT:
             with contextlib.suppress(FileNotFoundError):
-                shutil.copy(out / name, brought / name)
-        found = {"code": code, "line": line, "lines": self.diary.lines}
-        (brought / OUTCOME).write_text(json.dumps(found), encoding="utf-8")
+                shutil.copy(out / name, result / name)
+        outcome = {"code": code, "line": line, "lines": self.lines}
+        (result / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
 
     def _run(self, transport: NvflareTransport, out: Path) -> None:
-        def on_round(record: Record) -> None:
-            self.diary.say(described(record))
-
-        progress = Progress(say=self.diary.say, on_round=on_round)
-        recipe = recipe_from(tomllib.loads(self.recipe))
-        with graceful_stop(self.diary.say):
+        kit = read_kit(Path(os.environ[KIT]))
+        listen, port = os.environ[ENDPOINT].rsplit(":", 1)
+        with graceful_stop(self.say):
             run(
-                recipe,
+                recipe_from(tomllib.loads(self.recipe)),
                 out,
                 resume=self.resume,
                 force=self.force,
-                progress=progress,
+                progress=Progress(self.say, on_round=lambda record: self.say(described(record))),
                 transport=transport,
-                endpoint=doorway(),
+                endpoint=Endpoint(kit.keys, kit.address[0], int(port), listen),
             )
 
-    def _tell(self, topic: str, asked: Any, context: Any) -> dict[str, Any]:
-        """The submitter asks for the lines after the first `seen`."""
-        return {"lines": self.diary.after(int((asked or {}).get("seen", 0)))}
+    def _progress(self, topic: str, asked: Any, context: Any) -> dict[str, Any]:
+        """The lines after the first `seen`, for the admin."""
+        return {"lines": self.lines[int((asked or {}).get("seen", 0)) :]}
 
     def _stop(self, topic: str, asked: Any, context: Any) -> dict[str, Any]:
-        """The submitter asks to stop after the step in hand."""
-        self.diary.say("stopping after this step")
+        """Stop after the step in hand, for the admin."""
+        self.say("stopping after this step")
         ask_to_stop()
         return {}

@@ -1,4 +1,4 @@
-"""A job as NVFlare takes it: a folder of configuration, with no code in it."""
+"""A job as NVFlare takes it: a folder of configuration, without code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sluiceway.deploy.nvflare.names import CONDUCTOR, RELAY
+from sluiceway.deploy.nvflare.names import CONTROLLER, EXECUTOR
 
-#: Seconds that sites may take to start their processes.
-STARTING = 300
+#: Seconds that sites have to start their processes.
+START_TIMEOUT = 300
 
 
 def write_job(
@@ -19,8 +19,8 @@ def write_job(
     sites: Sequence[str],
     arguments: Mapping[str, Any],
     *,
-    conductor: str = "sluiceway.deploy.nvflare.controller.ServerController",
-    relay: str = "sluiceway.deploy.nvflare.executor.ClientExecutor",
+    controller: str = "sluiceway.deploy.nvflare.controller.ServerController",
+    executor: str = "sluiceway.deploy.nvflare.executor.ClientExecutor",
 ) -> None:
     """Write a job.
 
@@ -28,29 +28,30 @@ def write_job(
         folder: for it; made here.
         name: of the job.
         sites: that take part.
-        arguments: of the conductor; texts, numbers, truth values and lists of them.
-        conductor, relay: classes that the kits allow.
+        arguments: of the controller; strings, numbers, booleans and lists of them.
+        controller, executor: classes that the kits allow.
     """
-    controller = {
-        "id": "controller",
-        "path": "nvflare.collab.runtime.controller.CollabController",
-        "args": {"server_obj_id": CONDUCTOR, "sync_task_timeout": STARTING},
-    }
-    executor = {
-        "path": "sluiceway.deploy.nvflare.restart.SiteExecutor",
-        "args": {"client_obj_id": RELAY},
-    }
+
+    def part(path: str, **arguments: Any) -> dict[str, Any]:
+        return {"path": path, "args": arguments}
+
+    collab = part(
+        "nvflare.collab.runtime.controller.CollabController",
+        server_obj_id=CONTROLLER,
+        sync_task_timeout=START_TIMEOUT,
+    )
+    restart = part("sluiceway.deploy.nvflare.restart.SiteExecutor", client_obj_id=EXECUTOR)
     server = {
         "format_version": 2,
-        "workflows": [controller],
-        "components": [{"id": CONDUCTOR, "path": conductor, "args": dict(arguments)}],
+        "workflows": [{"id": "controller", **collab}],
+        "components": [{"id": CONTROLLER, **part(controller, **arguments)}],
     }
     client = {
         "format_version": 2,
-        "executors": [{"tasks": ["*"], "executor": executor}],
-        "components": [{"id": RELAY, "path": relay, "args": {}}],
+        "executors": [{"tasks": ["*"], "executor": restart}],
+        "components": [{"id": EXECUTOR, **part(executor)}],
     }
-    # A site that goes away does not end the job: whether a round stands is for the run to decide.
+    # min_clients = 1: whether a round without some sites counts is for the run to decide.
     meta = {
         "name": name,
         "min_clients": 1,

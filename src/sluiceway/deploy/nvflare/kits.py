@@ -1,4 +1,4 @@
-"""Startup kits: what a party gets to take part, with its certificate and key."""
+"""Startup kits: configuration, certificate and key of the server, each site and the admin."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, Final
 from sluiceway.errors import InputError
 from sluiceway.transport.tls import Credentials
 
-#: The organisation that all certificates name; NVFlare's rights are by role, and we use one role.
+#: Organisation in all certificates; NVFlare grants rights by role, of which one is used.
 ORG: Final = "sluiceway"
 PROJECT: Final = "sluiceway"
-#: NVFlare's driver: TLS straight on TCP moves twice the bytes a second of its HTTP one.
+#: NVFlare's driver: TLS on TCP has twice the throughput of its HTTP driver.
 SCHEME: Final = "tcp"
-#: The only classes that a job may name. No party can bring code of its own.
+#: The only classes that a job may name. No job can bring code.
 CLASSES: Final = (
     "nvflare.collab.runtime.controller.CollabController",
     "sluiceway.deploy.nvflare.controller.ServerController",
@@ -27,9 +27,9 @@ CLASSES: Final = (
     "sluiceway.deploy.nvflare.restart.SiteExecutor",
 )
 LAUNCHER: Final = "sluiceway.deploy.nvflare.restart.SiteLauncher"
-#: What the one who submits may ask of a site, and beyond that of the server.
+#: Rights of the admin at sites, and more rights at the server.
 RIGHTS: Final = ("submit_job", "manage_job", "view")
-MORE_RIGHTS: Final = ("download_job", "operate", "app_command")
+SERVER_RIGHTS: Final = ("download_job", "operate", "app_command")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Kit:
     Attributes:
         folder: of the kit.
         role: "server", "site" or "admin".
-        name: of the party, as its certificate has it.
+        name: the common name in its certificate.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Kit:
 
     @property
     def keys(self) -> Credentials:
-        """Where the party's certificate, its key and the root certificate lie."""
+        """The paths of its certificate, its key and the root certificate."""
         stem = "server" if self.role == "server" else "client"
         startup = self.folder / "startup"
         return Credentials(startup / f"{stem}.crt", startup / f"{stem}.key", startup / "rootCA.pem")
@@ -83,11 +83,11 @@ def read_kit(folder: Path) -> Kit:
     for role, file in (("site", "fed_client.json"), ("admin", "fed_admin.json")):
         if (startup / file).exists():
             return Kit(folder, role, common_name(startup / "client.crt"))
-    raise InputError(f"{folder} is no startup kit; `sluiceway deploy nvflare provision` makes them")
+    raise InputError(f"{folder} is not a startup kit; see `sluiceway deploy nvflare provision`")
 
 
 def common_name(certificate: Path) -> str:
-    """Whom a certificate names. Raises InputError if it cannot be read."""
+    """The common name in a certificate. Raises InputError if it cannot be read."""
     from cryptography import x509
 
     try:
@@ -106,37 +106,37 @@ def provision(
     admin: str,
     classes: Sequence[str] = CLASSES,
 ) -> list[Kit]:
-    """Make kits for a server, its sites and the one who submits.
+    """Make kits for a server, its sites and the admin who submits.
 
     Args:
         out: folder for them: `server`, `admin` and `sites/NAME`, and `authority`, which holds the
             root key that signs them. With the same folder again, more sites get kits of the same
-            root, and kits that are there stay as they are.
+            root, and existing kits stay as they are.
         host: the server's name, as sites reach it.
         port: on the server, for all traffic.
         sites: their names.
-        admin: name of the one who submits, of the form of an e-mail address.
-        classes: what a job may name.
+        admin: name of the admin, in the form of an e-mail address.
+        classes: that a job may name.
 
     Raises:
         InputError: a name cannot be used.
     """
     where = {"server": out / "server", "admin": out / "admin"}
     where |= {site: out / "sites" / site for site in sites}
-    made = issued(out / "authority", host, port, sites, admin)
+    made = nvflare_kits(out / "authority", host, port, sites, admin)
     kits = []
-    for party, folder in where.items():
+    for name, folder in where.items():
         if not folder.exists():
-            source = {"server": host, "admin": admin}.get(party, party)
+            source = {"server": host, "admin": admin}.get(name, name)
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(made / source, folder)
-            restrict(folder, party, classes)
+            restrict(folder, name, classes)
         kits.append(read_kit(folder))
     return kits
 
 
-def issued(work: Path, host: str, port: int, sites: Sequence[str], admin: str) -> Path:
-    """NVFlare's own kits, each in a folder named after its party. Raises InputError."""
+def nvflare_kits(work: Path, host: str, port: int, sites: Sequence[str], admin: str) -> Path:
+    """NVFlare's own kits, each in a folder of its name. Raises InputError."""
     from nvflare.lighter.impl.cert import CertBuilder
     from nvflare.lighter.impl.signature import SignatureBuilder
     from nvflare.lighter.impl.static_file import StaticFileBuilder
@@ -167,16 +167,16 @@ def issued(work: Path, host: str, port: int, sites: Sequence[str], admin: str) -
     return Path(found["current_prod_dir"])
 
 
-def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
-    """Set what a kit allows: our classes and no code that comes with a job."""
+def restrict(folder: Path, name: str, classes: Sequence[str]) -> None:
+    """Allow only classes of Sluiceway, and no code that comes with a job."""
     folder.chmod(0o700)
     local = folder / "local"
     default = local / "resources.json.default"
-    if party == "admin":
+    if name == "admin":
         return
     settings = json.loads(default.read_text(encoding="utf-8"))
     settings |= {"class_list_enforcement_mode": "enforce", "class_allow_list": list(classes)}
-    if party == "server":
+    if name == "server":
         for part in settings["components"]:
             if part["id"] == "job_scheduler":
                 part["args"] |= {"min_schedule_interval": 1.0}  # look for jobs every second
@@ -188,14 +188,14 @@ def restrict(folder: Path, party: str, classes: Sequence[str]) -> None:
                 part["path"] = LAUNCHER
         settings["components"] = parts
     write(local / "resources.json", settings)
-    rights = dict.fromkeys([*RIGHTS, *(MORE_RIGHTS if party == "server" else ())], "any")
+    rights = dict.fromkeys([*RIGHTS, *(SERVER_RIGHTS if name == "server" else ())], "any")
     rights |= dict.fromkeys(("byoc", "shell_commands"), "none")
     permissions = {"format_version": "1.0", "permissions": {"project_admin": rights}}
     write(local / "authorization.json", permissions)
 
 
-def settle(kit: Kit) -> None:
-    """Let a server keep its jobs in its kit, wherever the kit has been brought."""
+def localise(kit: Kit) -> None:
+    """Have a server keep its jobs in its kit, wherever the kit was moved."""
     if kit.role != "server":
         return
     path = kit.folder / "local" / "resources.json"

@@ -1,34 +1,45 @@
-"""What both halves of a deployment must agree on."""
+"""What server and sites of a deployment must agree on."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: Bytes of a message that cross in one call. NVFlare holds a few copies of them at each end.
+#: Bytes of a file that cross in one call, of which NVFlare holds a few copies at each end; and in
+#: the first call, which notices a site that does not answer.
 CHUNK: Final = 8 << 20
-#: Seconds that a site holds back an answer to "are you done" before it says no.
-PATIENCE: Final = 5.0
-#: Seconds in which a site must answer any call beyond that, and one that carries a chunk, which may
-#: have to pass a slow line together with those of others. One that does not is away.
-GRACE: Final = 15.0
-CARRYING: Final = 120.0
+FIRST_CHUNK: Final = 64 << 10
+#: Seconds that a site delays the reply "busy" to "wait".
+WAIT: Final = 5.0
+#: Seconds within which a site must reply to a call besides that, and to one that carries a chunk,
+#: which may share a slow network with those of other sites. Else it is not connected.
+CALL_TIMEOUT: Final = 15.0
+CHUNK_TIMEOUT: Final = 120.0
 
 #: Environment of a started kit: its folder, the site's own file, where the server keeps runs, and
-#: the address and port on which it takes the lines of split learning.
+#: the address and port on which it listens for split learning.
 KIT: Final = "SLUICEWAY_KIT"
 SITE: Final = "SLUICEWAY_SITE"
 RUNS: Final = "SLUICEWAY_RUNS"
-GATE: Final = "SLUICEWAY_GATE"
+ENDPOINT: Final = "SLUICEWAY_ENDPOINT"
 
 #: Parts of a job, by their names in its configuration.
-CONDUCTOR, RELAY = "conductor", "relay"
-#: Questions that the submitter may ask a running job.
-TELL, STOP = "sluiceway.tell", "sluiceway.stop"
-#: In a job's workspace on the server: the part of the run folder that the submitter takes home.
-BROUGHT, OUTCOME = "run", "outcome.json"
+CONTROLLER, EXECUTOR = "sluiceway_server", "sluiceway_client"
+#: Commands that the admin may send to a running job.
+PROGRESS, STOP = "sluiceway.progress", "sluiceway.stop"
+#: In a job's workspace on the server: the part of the run folder that the admin downloads.
+RESULT, OUTCOME = "run", "outcome.json"
+
+
+def refuse_tensors() -> None:
+    """From here on, this process neither sends nor accepts tensors by NVFlare's serialisation.
+
+    Collab registers that where it can be imported, which would also import torch everywhere.
+    """
+    sys.modules.setdefault("nvflare.app_opt.pt.decomposers", None)  # type: ignore[arg-type]
 
 
 def typed(decorator: Any) -> Callable[[Function], Function]:

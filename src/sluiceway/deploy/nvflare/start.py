@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sluiceway.deploy.nvflare.kits import ORG, Kit, settle
-from sluiceway.deploy.nvflare.names import GATE, KIT, RUNS, SITE
+from sluiceway.deploy.nvflare.kits import ORG, Kit, localise
+from sluiceway.deploy.nvflare.names import ENDPOINT, KIT, RUNS, SITE
 from sluiceway.errors import InputError
 
 
 def command_of(kit: Kit) -> list[str]:
-    """What starts NVFlare's own process of a kit. Raises InputError: nothing starts from it."""
+    """The command of NVFlare's process of a kit. Raises InputError: the kit has none."""
     if kit.role == "admin":
         raise InputError(f"{kit.folder} is the admin's kit; it submits, it is not started")
     module, uid = ("server", []) if kit.role == "server" else ("client", [f"uid={kit.name}"])
@@ -25,44 +25,37 @@ def command_of(kit: Kit) -> list[str]:
 
 
 def environment_of(
-    kit: Kit, site: Path | None = None, runs: Path | None = None, gate: str | None = None
+    kit: Kit, site: Path | None = None, runs: Path | None = None, endpoint: str | None = None
 ) -> dict[str, str]:
-    """What its processes are told.
+    """The environment of its processes.
 
     Args:
         site: the site's own file, for a site.
         runs: where run folders are kept, for the server; None for `runs` in the kit.
-        gate: ADDRESS:PORT for the lines of split learning, for the server; None for any address
+        endpoint: ADDRESS:PORT to listen on for split learning, for the server; None for any address
             and the port after the server's own. Port 0 is any that is free.
 
     Raises:
         InputError: a site without a file, or a server with one.
     """
-    # Fewer memory arenas, as NVFlare's own scripts set it: chunks leave less behind.
-    told = {KIT: str(kit.folder), "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "4")}
+    # Fewer memory arenas, as in NVFlare's own scripts, so that chunks leave less behind.
+    made = {KIT: str(kit.folder), "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "4")}
     if kit.role == "site":
         if site is None:
             raise InputError(f"site {kit.name} needs its site file: --site FILE")
-        told[SITE] = str(site.resolve())
-    else:
-        if site is not None:
-            raise InputError("a server has no site file")
-        told[RUNS] = str((runs or kit.folder / "runs").resolve())
-        told[GATE] = checked_gate(gate or f"0.0.0.0:{kit.address[1] + 1}")
-    return told
-
-
-def checked_gate(text: str) -> str:
-    """ADDRESS:PORT as it is. Raises InputError."""
-    address, _, port = text.rpartition(":")
+        return made | {SITE: str(site.resolve())}
+    if site is not None:
+        raise InputError("a server has no site file")
+    endpoint = endpoint or f"0.0.0.0:{kit.address[1] + 1}"
+    address, _, port = endpoint.rpartition(":")
     if not address or not port.isdecimal() or int(port) > 65535:
-        raise InputError(f"--gate {text}: give ADDRESS:PORT, such as 0.0.0.0:8003")
-    return text
+        raise InputError(f"--gate {endpoint}: give ADDRESS:PORT, such as 0.0.0.0:8003")
+    return made | {RUNS: str((runs or kit.folder / "runs").resolve()), ENDPOINT: endpoint}
 
 
-def start_here(kit: Kit, told: Mapping[str, str]) -> None:
+def start_here(kit: Kit, environment: Mapping[str, str]) -> None:
     """Become NVFlare's process of this kit; does not return."""
     command = command_of(kit)
-    settle(kit)
-    os.environ.update(told)
+    localise(kit)
+    os.environ.update(environment)
     os.execv(command[0], command)

@@ -1,4 +1,4 @@
-"""Submitting a run and bringing it home."""
+"""Submitting a run, watching it and downloading its result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from sluiceway.core.guards import RunFailed
 from sluiceway.deploy.nvflare.admin import AdminSession
 from sluiceway.deploy.nvflare.job import write_job
 from sluiceway.deploy.nvflare.names import OUTCOME
-from sluiceway.errors import BAD_INPUT, STOPPED, InputError
+from sluiceway.deploy.outcome import raise_outcome
+from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Say
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A run that is to be made on a server.
+    """A run on a server.
 
     Attributes:
         recipe: what is run.
@@ -41,34 +42,36 @@ class JobSpec:
     wait: float = 60.0
 
 
-def submit(desk: AdminSession, order: JobSpec, out: Path | None, say: Say) -> None:
-    """Submit a run, tell how it goes on, and bring home what is light of its folder.
+def submit(session: AdminSession, spec: JobSpec, out: Path | None, say: Say) -> None:
+    """Submit a run, pass on its progress, and download the light part of its folder.
 
     Args:
-        out: where recipe.toml, metrics.jsonl and summary.json are put; None leaves them there.
+        out: where recipe.toml, metrics.jsonl and summary.json are put; None downloads nothing.
 
     Raises:
         InputError: the server refuses the recipe, or there are not as many sites as clients.
-        RunFailed: a site is not there, or the run could not go on.
-        KeyboardInterrupt: it was asked to stop, and has.
+        RunFailed: a site is not connected, or the run could not go on.
+        Stopped: it was asked to stop, and has.
     """
     with scratch_folder() as folder:
-        job = sent(desk, order, folder / "job", say)
-        attend(desk, job, say)
-        brought = desk.fetch(job, folder / "brought")
-        status = desk.status(job)
-        found = outcome_in(brought)
-        for text in found.get("lines", [])[desk.told :]:
+        job = start_job(session, spec, folder / "job", say)
+        watch(session, job, say)
+        result = session.fetch(job, folder / "result")
+        status = session.status(job)
+        outcome = outcome_in(result)
+        for text in outcome.get("lines", [])[session.seen :]:
             say(str(text))
-        if brought is not None and out is not None:
+        if result is not None and out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(brought, out, dirs_exist_ok=True)
+            shutil.copytree(result, out, dirs_exist_ok=True)
             (out / OUTCOME).unlink(missing_ok=True)
-    end_as(found, status)
+    if not outcome:
+        raise RunFailed(f"the job ended as {status}, before the run did; see the server's log")
+    raise_outcome(outcome.get("code", 0), str(outcome.get("line")))
 
 
-def sent(desk: AdminSession, order: JobSpec, folder: Path, say: Say) -> str:
-    """Submit a run, once its sites are there; returns the job's id.
+def start_job(session: AdminSession, spec: JobSpec, folder: Path, say: Say) -> str:
+    """Submit a run, once its sites are connected; returns the job's id.
 
     Args:
         folder: for the job; made here.
@@ -76,53 +79,40 @@ def sent(desk: AdminSession, order: JobSpec, folder: Path, say: Say) -> str:
     Raises:
         InputError, RunFailed: see `submit`.
     """
-    if len(order.sites) != order.recipe.data.clients:
+    if len(spec.sites) != spec.recipe.data.clients:
         raise InputError(
-            f"data.clients = {order.recipe.data.clients}, but {len(order.sites)} sites are named"
+            f"data.clients = {spec.recipe.data.clients}, but {len(spec.sites)} sites are named"
         )
-    desk.await_sites(order.sites, order.wait, say)
+    session.wait_for_sites(spec.sites, spec.wait, say)
     arguments = {
-        "recipe": tomli_w.dumps(order.recipe.resolved()),
-        "name": order.name,
-        "sites": list(order.sites),
-        "resume": order.resume,
-        "force": order.force,
+        "recipe": tomli_w.dumps(spec.recipe.resolved()),
+        "name": spec.name,
+        "sites": list(spec.sites),
+        "resume": spec.resume,
+        "force": spec.force,
     }
-    write_job(folder, order.name, order.sites, arguments)
-    job = desk.submit(folder)
-    say(f"job {job}: {order.name} at {', '.join(order.sites)}")
+    write_job(folder, spec.name, spec.sites, arguments)
+    job = session.submit(folder)
+    say(f"job {job}: {spec.name} at {', '.join(spec.sites)}")
     return job
 
 
-def attend(desk: AdminSession, job: str, say: Say) -> None:
+def watch(session: AdminSession, job: str, say: Say) -> None:
     """Watch a job to its end; Ctrl-C asks it to stop, a second one aborts it."""
     try:
-        desk.watch(job, say)
+        session.watch(job, say)
     except KeyboardInterrupt:
         try:
-            desk.stop(job)
-            desk.watch(job, say, check=lambda: None)
+            session.stop(job)
+            session.watch(job, say, check=lambda: None)
         except BaseException:  # it does not run yet, or this is the second Ctrl-C
-            desk.abort(job)
+            session.abort(job)
             raise
 
 
-def outcome_in(brought: Path | None) -> dict[str, Any]:
-    """How the conductor says that it ended; empty if it could not."""
-    if brought is None or not (brought / OUTCOME).exists():
+def outcome_in(result: Path | None) -> dict[str, Any]:
+    """The outcome that the controller has written; empty if it could not."""
+    if result is None or not (result / OUTCOME).exists():
         return {}
-    found = json.loads((brought / OUTCOME).read_text(encoding="utf-8"))
+    found = json.loads((result / OUTCOME).read_text(encoding="utf-8"))
     return found if isinstance(found, dict) else {}
-
-
-def end_as(found: dict[str, Any], status: str) -> None:
-    """Raise what the run ended with; nothing if it went well."""
-    if not found:
-        raise RunFailed(f"the job ended as {status}, before the run did; see the server's log")
-    code, line = found.get("code"), str(found.get("line"))
-    if code == STOPPED:
-        raise KeyboardInterrupt
-    if code == BAD_INPUT:
-        raise InputError(line)
-    if code:
-        raise RunFailed(line)

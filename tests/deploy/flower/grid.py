@@ -33,13 +33,15 @@ class Node:
     app: ClientApp
     config: dict[str, Any] = field(default_factory=dict)
     online: bool = True
-    deaf: bool = False  # takes messages and never answers
-    gone: bool = False  # Flower answers in its place
+    deaf: bool = False  # takes messages and never replies
+    gone: bool = False  # Flower replies in its place
 
 
 @dataclass
-class DoubleGrid(Grid):
-    """Nodes by id; a message is answered when its answer is asked for."""
+class TestGrid(Grid):
+    """Nodes by id; a message is handled when its reply is pulled."""
+
+    __test__ = False
 
     nodes: Mapping[int, Node]
     waiting: dict[str, bytes] = field(default_factory=dict)

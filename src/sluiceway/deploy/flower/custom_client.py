@@ -1,4 +1,4 @@
-"""The client of a Flower app of one's own: any model, any data, any of our strategies."""
+"""The ClientApp of your own Flower app: any model, any data, any of our strategies."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from sluiceway.experiment.validation import first_fault
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Strategy
 from sluiceway.transport.local import chosen_device, standing
-from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError, Trainer, whole
 
 
 @dataclass(frozen=True)
 class ClientSetup:
-    """What a client has: the model as it was before training, and its own examples.
+    """A client's model, as it was before training, and its own examples.
 
     Attributes:
         model: made the same way everywhere; its output is logits [B, C] or has them as `.logits`.
         train: (inputs, label) of this client.
-        test: by which it judges the global model and its own; None for nothing.
+        test: on which it evaluates the global model and its own; None for none.
     """
 
     model: nn.Module
@@ -46,94 +46,94 @@ class ClientSetup:
 
 
 def client_app(
-    home: Callable[[Context], ClientSetup],
+    setup: Callable[[Context], ClientSetup],
     *,
     training: Training | None = None,
     loss: Loss = F.cross_entropy,
     device: str = "auto",
     folder: Callable[[Context], Path] | None = None,
 ) -> ClientApp:
-    """A ClientApp that trains as the strategies of `sluiceway.deploy.flower` ask.
+    """A ClientApp for the strategies of `sluiceway.deploy.flower`.
 
     Args:
-        home: called for every message, since Flower starts a process for each.
-        training: how to train; None for what the server says.
+        setup: called for every message, since Flower starts a process for each.
+        training: how to train; None for the server's settings.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
-        folder: for what the client keeps from round to round, such as control variates; by default
-            a folder in Flower's own, named after the node.
+        folder: for the client's state between rounds, such as control variates; by default a folder
+            in Flower's own, named after the node.
     """
-    place = folder or own_folder
+    place = folder or default_folder
     return site_app(
-        lambda context: OwnSite(
-            lambda: home(context), place(context), training=training, loss=loss, device=device
+        lambda context: CustomClient(
+            lambda: setup(context), place(context), training=training, loss=loss, device=device
         ),
-        lambda context: place(context) / "underway",
+        lambda context: place(context) / "transfers",
     )
 
 
-def own_folder(context: Context) -> Path:
+def default_folder(context: Context) -> Path:
     """A node's folder in Flower's."""
     return Path(get_flwr_home()) / "sluiceway" / str(context.node_id)
 
 
-class OwnSite:
-    """A `ClientHandler` around a model and data of one's own; see `client_app`."""
+class CustomClient(ClientHandler):
+    """A `ClientHandler` for your own model and data; see `client_app`."""
 
     def __init__(
         self,
-        home: Callable[[], ClientSetup],
+        setup: Callable[[], ClientSetup],
         folder: Path,
         *,
         training: Training | None,
         loss: Loss,
         device: str,
     ) -> None:
-        self.home = home
+        self.setup = setup
         self.folder = folder
         self.training = training
         self.loss = loss
         self.device = torch.device(chosen_device(device))
 
-    def answer(self, ask: Request, folder: Path) -> Response:
-        """Train, or judge the global model.
+    def handle(self, request: Request, folder: Path) -> Response:
+        """Train, or evaluate the global model.
 
         Raises:
-            SiteError: it is asked for something else, or of a number that cannot be.
+            SiteError: another request, or an impossible client number.
             WireError: the server's model has other tensors than this client's.
         """
-        number, clients = whole(ask.facts, "client"), whole(ask.facts, "clients")
+        number, clients = whole(request.facts, "client"), whole(request.facts, "clients")
         if number >= clients:
             raise SiteError(f"client {number} of {clients}")
-        if ask.what not in ("train", "evaluate") or ask.message is None:
-            raise SiteError(f"a strategy does not ask {ask.what!r}")
-        home = self.home()
-        strategy = strategy_from(ask.facts)
-        prepare(home.model.to(self.device), strategy, clients)
-        nothing: Examples = Subset(home.train, [])  # type: ignore[arg-type]
-        parts = [home.train if i == number else nothing for i in range(clients)]
-        test = nothing if home.test is None else home.test
+        if request.what not in ("train", "evaluate") or request.message is None:
+            raise SiteError(f"a strategy has no request {request.what!r}")
+        setup = self.setup()
+        strategy = strategy_from(request.facts)
+        prepare(setup.model.to(self.device), strategy, clients)
+        nothing: Examples = Subset(setup.train, [])  # type: ignore[arg-type]
+        parts = [setup.train if i == number else nothing for i in range(clients)]
+        test = nothing if setup.test is None else setup.test
         with ExitStack() as stack:
             worker = stack.enter_context(
                 standing(
-                    home.model,
+                    setup.model,
                     parts,
                     test,
                     strategy,
-                    self.training or training_from(ask.facts),
+                    self.training or training_from(request.facts),
                     loss=self.loss,
                     device=self.device,
-                    seed=whole(ask.facts, "seed"),
+                    seed=whole(request.facts, "seed"),
                 )
             )
-            if ask.what == "train":
+            if request.what == "train":
                 return Trainer(worker, number, ClientStateStore(self.folder / "states")).train(
-                    ask, folder
+                    request, folder
                 )
-            return judged(worker, ask.message)
+            return evaluated(worker, request.message)
 
 
-def judged(worker: Worker, message: Path) -> Response:
+def evaluated(worker: Worker, message: Path) -> Response:
     """The global model on the client's own test examples."""
     indices = list(range(len(worker.test)))
     if not indices:
@@ -144,7 +144,7 @@ def judged(worker: Worker, message: Path) -> Response:
 
 
 def strategy_from(facts: Mapping[str, Any]) -> Strategy:
-    """The strategy whose client half is to be played. Raises InputError, SiteError."""
+    """The strategy whose client half to run. Raises InputError, SiteError."""
     table = facts.get("method")
     if not isinstance(table, dict):
         raise SiteError("the server names no method")
@@ -154,7 +154,7 @@ def strategy_from(facts: Mapping[str, Any]) -> Strategy:
 
 
 def training_from(facts: Mapping[str, Any]) -> Training:
-    """How the server says to train. Raises SiteError."""
+    """The server's training settings. Raises SiteError."""
     try:
         return TypeAdapter(Training).validate_python(facts.get("train"))
     except ValidationError as error:

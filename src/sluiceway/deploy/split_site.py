@@ -1,4 +1,4 @@
-"""A site's part of a split run: it dials the server and answers what comes down the line."""
+"""A site's part of a split run: it connects to the server and answers its frames."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import torch.nn.functional as F
 from sluiceway.core.batches import Batch
 from sluiceway.core.evaluation import label_counts
 from sluiceway.data import ImageDataset
-from sluiceway.deploy.site_file import Invitation, Own, SiteFile
+from sluiceway.deploy.site_file import Invitation, OwnData, SiteFile
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import chosen_compressor, chosen_network, parts_of
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session
 from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.strategies import STRATEGIES
-from sluiceway.transport.protocol import Request, Response
+from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError
 from sluiceway.transport.split_site import SplitTrainer
 from sluiceway.transport.tls import Credentials, TlsClient
 
 
-class SplitWork:
-    """A client's part; the carrier has nothing to bring once the line is there."""
+class SplitRun(ClientHandler):
+    """A client's part; once it is connected, the transport has nothing to carry."""
 
-    def __init__(self, dialler: TlsClient) -> None:
-        self.dialler = dialler
+    def __init__(self, client: TlsClient) -> None:
+        self.client = client
 
-    def answer(self, ask: Request, folder: Path) -> Response:
+    def handle(self, request: Request, folder: Path) -> Response:
         """Raises SiteError."""
-        raise SiteError(f"a split run has no {ask.what!r}")
+        raise SiteError(f"a split run has no {request.what!r}")
 
     def close(self) -> None:
-        """Hang up."""
-        self.dialler.close()
+        """Disconnect."""
+        self.client.close()
 
 
 def begin_split(
@@ -46,43 +46,42 @@ def begin_split(
     invited: Invitation,
     device: str,
     keys: Credentials | None,
-    ended: Callable[[], None],
-) -> tuple[SplitWork, dict[str, Any]]:
-    """Prepare, dial, and say how much the site holds.
+    leave: Callable[[], None],
+) -> tuple[SplitRun, dict[str, Any]]:
+    """Prepare, connect, and report the label counts.
 
     Args:
         device: where the front runs.
         keys: the site's.
-        ended: called when the server says that the run has ended.
+        leave: called when the server says that the run has ended.
 
     Raises:
-        InputError: no keys, or the data are not to be had.
+        InputError: no keys, or data that a split run cannot use.
     """
-    if keys is None or invited.gate is None:
-        raise InputError("split learning needs a line to the server, which this engine has not")
+    if keys is None or invited.endpoint is None:
+        raise InputError("split learning needs a TLS connection, which this engine does not have")
     recipe = invited.recipe
     examples, test = own_images(file.data, recipe, invited)
 
-    def grounds(classes: int) -> SharedSetup:
+    def setup(classes: int) -> SharedSetup:
         if device == "cpu":
             torch.set_num_threads(recipe.run.threads)
-        return ground_of(recipe, examples, test, classes, len(invited.label_names), device)
+        return shared_setup(recipe, examples, test, classes, len(invited.label_names), device)
 
-    trainer = SplitTrainer(
-        invited.client, examples, grounds, ClientStateStore(folder / "states"), recipe.run.seed
-    )
+    states = ClientStateStore(folder / "states")
+    trainer = SplitTrainer(invited.client, examples, setup, states, recipe.run.seed)
 
     def answer(facts: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes] | None:
         if facts.get("what") == "leave":
-            ended()
+            leave()
             return None
         return trainer.answer(facts, body)
 
-    work = SplitWork(TlsClient(keys, *invited.gate, answer))
-    return work, {"label_counts": label_counts([examples])[0].tolist()}
+    run = SplitRun(TlsClient(keys, *invited.endpoint, answer))
+    return run, {"label_counts": label_counts([examples])[0].tolist()}
 
 
-def ground_of(
+def shared_setup(
     recipe: Recipe,
     examples: ImageDataset,
     test: ImageDataset,
@@ -90,11 +89,11 @@ def ground_of(
     outputs: int,
     device: str,
 ) -> SharedSetup:
-    """What both sides make alike."""
+    """What both sides construct alike."""
     chosen = recipe.model
     assert chosen.cut is not None
-    model = chosen_network(recipe, examples.shape, outputs)
     place = torch.device(device)
+    model = chosen_network(recipe, examples.shape, outputs)
     example = Batch.of(examples if len(examples) else test, torch.tensor([0]), place)
     settings = SplitSettings(
         chosen.cut,
@@ -110,8 +109,10 @@ def ground_of(
     return SharedSetup(model, settings, example, classes, recipe.data.clients)
 
 
-def own_images(own: Own, recipe: Recipe, invited: Invitation) -> tuple[ImageDataset, ImageDataset]:
-    """What the site trains on, and the test set of the same data. Raises DataError, InputError."""
+def own_images(
+    own: OwnData, recipe: Recipe, invited: Invitation
+) -> tuple[ImageDataset, ImageDataset]:
+    """The site's training data, and the test set of the same data. Raises DataError, InputError."""
     if own.path is not None:
         raise InputError("data.path takes texts; in a split run give data.name or data.share")
     session = Session()

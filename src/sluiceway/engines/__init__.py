@@ -1,0 +1,1 @@
+"""Modules under their names of 0.1."""
