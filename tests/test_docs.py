@@ -66,9 +66,10 @@ def test_contributing_is_enough_to_add_each_kind(tmp_path: Path, recipe: Path) -
     package = tmp_path / "src" / "sluiceway"
     shutil.copytree(ROOT / "src" / "sluiceway", package)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    strategy, import_strategy, _, compressor, import_compressor, family, model, data = blocks(
+    strategy, import_strategy, _, compressor, import_compressor = blocks(
         "CONTRIBUTING.md", "python"
     )
+    family, model, data = blocks("CONTRIBUTING.md", "text")
     assert len(strategy.splitlines()) < 30
     (package / "strategies" / "uniform.py").write_text(strategy, encoding="utf-8")
     strategies = package / "strategies" / "__init__.py"
