@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.moe.test_observe import batches, run
 from torch import Tensor, nn
 
 from sluiceway.fedalign import conditional_penalty, marginal_penalty
@@ -12,11 +13,6 @@ from sluiceway.moe import Observer, moe_layout, received_logits
 Make = Callable[[str], nn.Module]
 REFERENCE = torch.tensor([0.4, 0.3, 0.2, 0.1])
 ALPHA = torch.tensor([1.0, 0.25, 0.5, 0.75])
-
-
-def forward(model: nn.Module, ids: Tensor, mask: Tensor) -> None:
-    more = {"decoder_input_ids": ids[:, :5]} if hasattr(model, "decoder") else {}
-    model(input_ids=ids, attention_mask=mask, **more)
 
 
 def by_hand(logits: Tensor, ratio: Tensor, strength: Tensor, mask: Tensor | None) -> Tensor:
@@ -32,11 +28,9 @@ def by_hand(logits: Tensor, ratio: Tensor, strength: Tensor, mask: Tensor | None
 def test_gradients_of_the_gates(make: Make, family: str, kind: str) -> None:
     model = make(family).train()
     found = moe_layout(model)
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(2, 50, (2, 7), generator=generator)
-    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    ids, mask = batches()[0]
     with Observer(model, found) as observer, observer.observing(mask):
-        forward(model, ids, mask)
+        run(model, ids, mask)
     for block, step in zip(found.blocks, observer.last, strict=True):
         assert step is not None
         logits = step.logits.detach().double()

@@ -13,7 +13,7 @@ import torch
 from tests.moe.conftest import as_released
 from torch import Tensor, nn
 
-from sluiceway.moe import Observer, moe_layout, repair
+from sluiceway.moe import moe_layout, repair
 
 Make = Callable[[str], nn.Module]
 
@@ -159,22 +159,3 @@ def test_on_the_meta_device_and_without_a_config(faulty: nn.Module) -> None:
         repair(faulty.to("meta"))
         repair(block)
     torch.testing.assert_close(block(HIDDEN), by_definition(block, HIDDEN))
-
-
-def test_gradient_checkpointing(make: Make) -> None:
-    results = []
-    ids = torch.randint(2, 50, (2, 7), generator=torch.Generator().manual_seed(1))
-    for checkpointed in (False, True):
-        model = make("nllb").train()
-        if checkpointed:
-            model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        with Observer(model, moe_layout(model)) as observer, observer.observing():
-            output = model(input_ids=ids, decoder_input_ids=ids[:, :5]).last_hidden_state
-            output.pow(2).mean().backward()
-        results.append((observer.routing(), {n: p.grad for n, p in model.named_parameters()}))
-    for one, two in zip(results[0][0], results[1][0], strict=True):
-        assert torch.equal(one.load, two.load)
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-5, atol=1e-8)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from tests.moe.conftest import BERT
 from torch import nn
 
 from sluiceway.moe import NoExpertsError, find_layout, moe_layout
@@ -43,52 +44,25 @@ def transformer_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, 24)
 
 
-def resnet() -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
+def of_transformers(name: str, **settings: object) -> Callable[[], nn.Module]:
+    import transformers
 
-    return ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=2)
-    )
-
-
-def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    )
+    kind = getattr(transformers, name)
+    return lambda: kind(kind.config_class(**settings))
 
 
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    return GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, num_labels=2, pad_token_id=0)
-    )
-
-
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=50,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            num_labels=2,
-        )
-    )
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 2, "pad_token_id": 0}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "num_labels": 2}
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        bert,
-        resnet,
-        t5,
-        gpt2,
+        of_transformers("BertForSequenceClassification", **BERT, num_labels=2),
+        of_transformers("ResNetForImageClassification", **RESNET),
+        of_transformers("T5ForConditionalGeneration", vocab_size=50, **T5),
+        of_transformers("GPT2ForSequenceClassification", vocab_size=50, **GPT2),
         lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)),
         lambda: nn.TransformerEncoder(transformer_layer(), 2),
         lambda: nn.LSTM(16, 4, 2),
