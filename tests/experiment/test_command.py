@@ -1,4 +1,4 @@
-"""The command as a user meets it, on a small model and a small file of one's own."""
+"""The command as a user meets it, on a small model and small files."""
 
 from __future__ import annotations
 
@@ -6,64 +6,95 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.experiment.conftest import Run
 
 from sluiceway import __version__
 from sluiceway.cli import main
 from sluiceway.experiment.methods import methods
+from sluiceway.split.methods import METHODS
 from sluiceway.strategies import STRATEGIES
 
 KEYS = {
     *("recipe", "method", "seed", "rounds", "accuracy", "best_accuracy", "accuracy_by_round"),
     *("bytes_up", "bytes_down", "seconds", "clients", "engine", "device", "versions"),
+    *("rejected", "rejected_updates", "refused", "refused_updates"),
 }
+SPLIT_KEYS = {"accuracy_full", "accuracy_full_by_round", "kept_by_round", "channels"}
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_run_leaves_a_run_folder(recipe: Path, tmp_path: Path, name: str) -> None:
-    out = tmp_path / "out"
-    assert main(["run", str(recipe), "--set", f"method.name={name}", "--out", str(out)]) == 0
-    summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) >= KEYS
-    assert summary["method"] == name
-    assert summary["recipe"]["method"]["name"] == name
+@pytest.fixture
+def own(request: pytest.FixtureRequest) -> Path:
+    """The recipe that `request.param` names: a file of one's own."""
+    if request.param == "split_recipe":
+        pytest.importorskip("sklearn")
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [*(("recipe", n) for n in sorted(STRATEGIES)), *(("split_recipe", n) for n in sorted(METHODS))],
+    indirect=["own"],
+)
+def test_every_method_leaves_a_run_folder(own: Path, name: str, tmp_path: Path, run: Run) -> None:
+    summary, out = run(own, "out", f"method.name={name}"), tmp_path / "out"
+    split = summary["recipe"]["run"]["kind"] == "split"
+    assert set(summary) >= KEYS | (SPLIT_KEYS if split else set())
+    assert summary["method"] == summary["recipe"]["method"]["name"] == name
     assert summary["accuracy"] == summary["accuracy_by_round"][-1]
-    assert len(summary["accuracy_by_round"]) == summary["rounds"] == 3
-    assert (summary["engine"], summary["device"], summary["clients"]) == ("local", "cpu", 4)
+    assert len(summary["accuracy_by_round"]) == summary["rounds"] == (4 if split else 3)
+    told = summary["engine"], summary["device"], summary["clients"]
+    assert told == ("local", "cpu", 3 if split else 4)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["accuracy"] for line in lines] == summary["accuracy_by_round"]
     assert sum(line["bytes_up"] for line in lines) == summary["bytes_up"]
+    if split:
+        assert [line["accuracy_full"] for line in lines] == summary["accuracy_full_by_round"]
     assert (out / "report.html").stat().st_size > 10_000
     assert list((out / "checkpoints").iterdir())
     assert "method" in (out / "recipe.toml").read_text()
 
 
-def test_a_stopped_run_is_continued_to_the_same_numbers(recipe: Path, tmp_path: Path) -> None:
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    assert main(["run", str(recipe), "--out", str(whole)]) == 0
-    assert main(["run", str(recipe), "--out", str(part)]) == 0
-    (part / "summary.json").unlink()  # as after a kill before the summary
-    assert main(["run", str(recipe), "--out", str(part), "--resume"]) == 0
-    one, two = (json.loads((f / "summary.json").read_text()) for f in (whole, part))
+@pytest.mark.parametrize("own", ["split_recipe"], indirect=True)
+@pytest.mark.parametrize(
+    "settings",
+    [["run.schedule=sequential"], ["run.form=copies"], ["run.schedule=u", "model.tail=conv4"]],
+)
+def test_every_schedule_drops_channels(own: Path, settings: list[str], run: Run) -> None:
+    summary = run(own, "out", *settings, "method.name=acp-sl", "method.quantize=int8")
+    assert summary["kept_by_round"][0] == summary["channels"] == 8
+    assert summary["kept_by_round"][-1] < 8
+
+
+@pytest.mark.parametrize("own", ["split_recipe"], indirect=True)
+def test_the_same_seed_is_the_same_run(own: Path, run: Run) -> None:
+    found = [run(own, name, "method.name=acp-sl") for name in ("one", "two")]
+    for key in ("accuracy_by_round", "bytes_by_round", "masks_by_round", "scores_by_round"):
+        assert found[0][key] == found[1][key]
+
+
+def test_a_folder_with_a_run_is_continued_or_replaced_only_when_asked(
+    recipe: Path, tmp_path: Path, run: Run, refused: Callable[..., str]
+) -> None:
+    one, out = run(recipe), tmp_path / "out"
+    again = ["run", recipe, "--out", out]
+    assert "already holds a run; give --resume, --force or another --out" in refused(*again)
+    (out / "summary.json").unlink()  # as after a kill before the summary
+    assert main([*map(str, again), "--resume"]) == 0
+    two = json.loads((out / "summary.json").read_text())
     for key in ("accuracy_by_round", "bytes_up", "bytes_down", "personal_accuracy"):
         assert one[key] == two[key]
+    other = [*again, "--set", "run.seed=1"]
+    assert "holds a run of another recipe" in refused(*other, "--resume")
+    assert main([*map(str, other), "--force"]) == 0
 
 
-def test_a_folder_with_a_run_is_not_overwritten(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = str(tmp_path / "out")
-    assert main(["run", str(recipe), "--out", out]) == 0
-    assert main(["run", str(recipe), "--out", out]) == 2
-    assert "already holds a run; give --resume, --force or another --out" in capsys.readouterr().err
-    other = ["run", str(recipe), "--out", out, "--set", "run.seed=1"]
-    assert main([*other, "--resume"]) == 2
-    assert "holds a run of another recipe" in capsys.readouterr().err
-    assert main([*other, "--force"]) == 0
-
-
+@pytest.mark.slow
 def test_compare_pairs_by_seed_and_keeps_what_is_done(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,98 +119,91 @@ def test_compare_pairs_by_seed_and_keeps_what_is_done(
     assert set(again) == {"0", "1", "2"}
 
 
-def test_compare_with_and_without_a_robust_rule(recipe: Path, tmp_path: Path) -> None:
-    out, vary = tmp_path / "out", "method.robust.name=none,median,norm-clipping"
+@pytest.mark.slow
+def test_compare_with_and_without_a_robust_rule(recipe: Path, tmp_path: Path, run: Run) -> None:
+    out, vary = tmp_path / "compared", "method.robust.name=none,median,norm-clipping"
     assert main(["compare", str(recipe), "--vary", vary, "--out", str(out)]) == 0
     variants = json.loads((out / "compare.json").read_text())["variants"]
     assert [v["name"] for v in variants] == [
         f"method.robust.name={name}" for name in ("none", "median", "norm-clipping")
     ]
     assert {v["runs"]["0"]["method"] for v in variants} == {"fedalign-moe"}
-    plain = tmp_path / "plain"
-    assert main(["run", str(recipe), "--out", str(plain)]) == 0
-    found = json.loads((plain / "summary.json").read_text())
+    plain = run(recipe)
     for key in ("accuracy_by_round", "bytes_up", "bytes_down"):
-        assert found[key] == variants[0]["runs"]["0"][key]
+        assert plain[key] == variants[0]["runs"]["0"][key]
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a refused command says."""
-    assert main(arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len([line for line in said if line.startswith("sluiceway:")]) == 1
-    assert "Traceback" not in "\n".join(said)
-    return said[-1]
-
-
-def test_bad_input_is_one_line_and_exit_code_2(
-    recipe: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["split_recipe"], indirect=True)
+def test_compare_split_methods(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*settings: str) -> str:
-        flags = [part for setting in settings for part in ("--set", setting)]
-        return refused(["run", str(recipe), "--out", str(tmp_path / "bad"), *flags], capsys)
+    out = tmp_path / "out"
+    vary = ["--vary", "method.name=sl,acp-sl", "--seeds", "0,1"]
+    assert main(["compare", str(own), *vary, "--out", str(out)]) == 0
+    table = json.loads((out / "compare.json").read_text())
+    plain, pruned = (entry["measures"]["bytes_up"]["mean"] for entry in table["variants"])
+    assert pruned < plain
+    assert "| acp-sl |" in capsys.readouterr().out
+    assert (out / "report.html").exists()
 
-    assert "unknown key run.epochs; allowed in [run]: kind" in run("run.epochs=3")
-    assert "data.alpha = 0: must be greater than 0" in run("data.alpha=0")
-    assert "1000 clients for 120 examples" in run("data.clients=1000")
-    assert "method fedalign-moe needs a mixture-of-experts model" in run("model.experts=0")
-    assert "'topic'" in run("data.label_column=topic")
-    assert "top_k" in run("model.top_k=9")
-    assert "no model could be loaded" in run(f"model.name={tmp_path}")
-    assert "nosuch.csv" in run("data.path=nosuch.csv")
-    assert "run.device = 'tpu' cannot be used here" in run("run.device=tpu")
+
+@pytest.mark.parametrize(
+    ("own", "setting", "line"),
+    [
+        ("recipe", "run.epochs=3", "unknown key run.epochs; allowed in [run]: kind"),
+        ("recipe", "data.alpha=0", "data.alpha = 0: must be greater than 0 (Concentration of"),
+        ("recipe", "data.clients=1000", "1000 clients for 120 examples"),
+        ("recipe", "model.experts=0", "method fedalign-moe needs a mixture-of-experts model"),
+        ("recipe", "data.label_column=topic", "'topic'"),
+        ("recipe", "model.top_k=9", "top_k"),
+        ("recipe", "model.name=.", "no model could be loaded"),
+        ("recipe", "data.path=nosuch.csv", "nosuch.csv"),
+        ("recipe", "run.device=tpu", "run.device = 'tpu' cannot be used here"),
+        ("split_recipe", "model.cut=conv9", "'conv9' is no layer of the network; it can be cut at"),
+        ("split_recipe", "model.cut=head", "last layer"),
+        ("split_recipe", "data.clients=300", "300 clients"),
+    ],
+    indirect=["own"],
+)
+def test_a_bad_recipe_is_one_line_and_leaves_no_folder(
+    own: Path, setting: str, line: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert line in refused("run", own, "--out", tmp_path / "bad", "--set", setting)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_bad_names_and_folders_are_one_line(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SLUICEWAY_DATA", str(tmp_path))
-    nowhere = refused(["run", "agnews", "--out", str(tmp_path / "bad")], capsys)
+    nowhere = refused("run", "agnews", "--out", tmp_path / "bad")
     assert "SLUICEWAY_DATA" in nowhere
     assert "hub" in nowhere
-    assert "no recipe 'nosuch'" in refused(["run", "nosuch"], capsys)
-    assert "--seeds a,b" in refused(["compare", str(recipe), "--seeds", "a,b"], capsys)
-    assert "cannot vary 'x'" in refused(["compare", str(recipe), "--vary", "x"], capsys)
-    assert "summary.json" in refused(["report", str(tmp_path)], capsys)
-
-
-def test_a_refused_recipe_leaves_no_folder(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "none"
-    for setting in ("data.alpha=0", "model.experts=0", "data.clients=1000"):
-        assert main(["run", str(recipe), "--out", str(out), "--set", setting]) == 2
-        assert not out.exists()
+    assert "no recipe 'nosuch'" in refused("run", "nosuch")
+    assert "--seeds a,b" in refused("compare", recipe, "--seeds", "a,b")
+    assert "cannot vary 'x'" in refused("compare", recipe, "--vary", "x")
+    assert "summary.json" in refused("report", tmp_path)
+    assert "--image big" in refused("inspect", "vgg11", "--image", "big")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "sluiceway: Missing command."),
-        (["run"], "sluiceway run: Missing argument 'RECIPE'."),
-        (
-            ["run", "x", "--sett", "a"],
-            "sluiceway run: No such option '--sett'. Did you mean '--set'?",
-        ),
-        (
-            ["inspect", "x", "--width", "w"],
-            "sluiceway inspect: Invalid value for '--width': 'w' is",
-        ),
-        (
-            ["deploy", "nvflare", "submit", "x"],
-            "sluiceway deploy nvflare submit: Missing option '--k",
-        ),
-        (
-            ["keys", "nosuch"],
-            "sluiceway: 'nosuch' is no table or method; allowed: run, data, model",
-        ),
-        (
-            ["methods", "nosuch"],
-            "sluiceway: 'nosuch' is no kind of method; allowed: federated, split",
-        ),
+        ("", "sluiceway: Missing command."),
+        ("run", "sluiceway run: Missing argument 'RECIPE'."),
+        ("run x --sett a", "sluiceway run: No such option '--sett'. Did you mean '--set'?"),
+        ("inspect x --width w", "sluiceway inspect: Invalid value for '--width': 'w' is not a"),
+        ("deploy nvflare submit x", "sluiceway deploy nvflare submit: Missing option '--kit'"),
+        ("keys nosuch", "sluiceway: 'nosuch' is no table or method; allowed: run, data, model"),
+        ("methods nosuch", "sluiceway: 'nosuch' is no kind of method; allowed: federated, split"),
     ],
 )
 def test_a_wrong_argument_is_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments) == 2
+    assert main(arguments.split()) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.count("\n") == 1
@@ -200,6 +224,8 @@ def test_help_lists_flags_with_defaults_and_needs_no_torch() -> None:
         assert flag in done.stdout
     assert "[default: 3x32x32]" in done.stdout
     assert "`sluiceway keys`" in done.stdout
+    for name in ("quickstart", "agnews", "banking77", "clinc150-domains"):
+        assert f"\n{name} " in done.stdout
 
 
 def test_methods_and_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,17 +251,13 @@ def test_the_shell_completes_commands_and_recipes(typed: str, offered: set[str])
         "COMP_WORDS": typed,
         "COMP_CWORD": str(typed.count(" ")),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "sluiceway.cli"],
-        capture_output=True,
-        text=True,
-        env=os.environ | asked,
-    )
+    command = [sys.executable, "-m", "sluiceway.cli"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked)
     assert set(done.stdout.split()) == offered
 
 
 def test_inspect_shows_routers_experts_and_traffic(
-    model_folder: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     assert main(["inspect", str(model_folder), "--experts", "4"]) == 0
     shown = capsys.readouterr().out
@@ -244,7 +266,7 @@ def test_inspect_shows_routers_experts_and_traffic(
     assert "across the wire" in shown
     # up 32 * 16 + 32, down 16 * 32 + 16, times four experts of four bytes, and the router
     assert f"{(4 * (2 * 512 + 48) + 4 * 16) * 4 / 1e6:.1f} MB" in shown
-    assert "--experts 8 shows a dense model" in refused(["inspect", str(model_folder)], capsys)
+    assert "--experts 8 shows a dense model" in refused("inspect", model_folder)
 
 
 def test_inspect_shows_what_adapters_make_of_the_traffic(
@@ -255,16 +277,14 @@ def test_inspect_shows_what_adapters_make_of_the_traffic(
     lines = {words[0]: words[1:] for line in shown if (words := line.split())}
     # of rank 2 and 4 experts, up and down: A 2 * (16 + 32), B 2 * (32 + 16); a router of 4 * 16
     a, b, router, base = (4 * n for n in (4 * 2 * 48, 4 * 2 * 48, 64, 4 * 2 * 512))
-    for name, up, down in (
-        ("frozen-a", b, a + b),
-        ("residual", a + b, a + b + base),
-        ("average", a + b, a + b),
-    ):
-        assert lines[name] == [f"{(n + router) / 1e6:.2f}" for n in (up, down)]
+    traffic = {"frozen-a": (b, a + b), "residual": (a + b, a + b + base), "average": (a + b, a + b)}
+    for name, both in traffic.items():
+        assert lines[name] == [f"{(n + router) / 1e6:.2f}" for n in both]
 
 
-def test_recipes_lists_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes"]) == 0
-    listed = capsys.readouterr().out
-    for name in ("quickstart", "agnews", "banking77", "clinc150-domains"):
-        assert name in listed
+def test_inspect_lists_cut_points_with_their_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "conv4", "--width", "8", "--image", "1x28x28"]) == 0
+    shown = capsys.readouterr().out
+    assert "conv2" in shown
+    assert "8x7x7" in shown
+    assert f"{8 * 7 * 7 * 4:,}" in shown

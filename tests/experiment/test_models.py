@@ -2,106 +2,60 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaModel,
-    MixtralConfig,
-    MixtralModel,
-    OlmoeConfig,
-    OlmoeModel,
-    Qwen3MoeConfig,
-    Qwen3MoeModel,
-    SwitchTransformersConfig,
-    SwitchTransformersModel,
-)
+import transformers
+from tests.experiment.conftest import Run
+from tests.moe.conftest import FAMILIES
+from transformers import AutoTokenizer
 
-from sluiceway.cli import main
+from sluiceway.errors import InputError
 from sluiceway.experiment.models import classifier, load_pretrained
 from sluiceway.experiment.recipe import Model
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Any] = {
-    "mixtral": lambda: MixtralModel(MixtralConfig(**SMALL, num_local_experts=4)),
-    "olmoe": lambda: OlmoeModel(OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2)),
-    "qwen3-moe": lambda: Qwen3MoeModel(
-        Qwen3MoeConfig(
-            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
-        )
-    ),
-    "switch": lambda: SwitchTransformersModel(
-        SwitchTransformersConfig(
-            vocab_size=64,
-            d_model=16,
-            d_ff=32,
-            d_kv=8,
-            num_heads=2,
-            num_layers=2,
-            num_decoder_layers=2,
-            num_sparse_encoder_layers=1,
-            num_experts=4,
-        )
-    ),
-    "llama": lambda: LlamaModel(LlamaConfig(**SMALL)),
-}
+Save = Callable[..., Path]
 
 
-@pytest.fixture(params=sorted(MODELS))
-def folder(request: pytest.FixtureRequest, tmp_path: Path, model_folder: Path) -> Path:
-    """A saved tiny model of one family, with the tests' tokenizer."""
-    torch.manual_seed(0)
-    path = tmp_path / request.param
-    MODELS[request.param]().save_pretrained(path)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(path)
-    return path
+@pytest.fixture
+def save(tmp_path: Path, model_folder: Path) -> Save:
+    """Saves a tiny model of a family with the tests' tokenizer, as a class of transformers."""
+
+    def one(family: str, kind: str = "", name: str = "model", **more: Any) -> Path:
+        torch.manual_seed(0)
+        found, settings = FAMILIES[family]
+        cls = getattr(transformers, kind or found)
+        config = cls.config_class(**(settings | {"vocab_size": 64, "pad_token_id": 0} | more))
+        cls(config).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return one
 
 
-@pytest.mark.parametrize("train", ["moe", "layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "train"),
+    [
+        ("mixtral", "moe"),
+        ("mixtral", "layers"),
+        ("olmoe", "moe"),
+        ("qwen3", "moe"),
+        ("switch", "moe"),
+        ("llama", "moe"),
+    ],
+)
 def test_a_recipe_runs_on_every_family(
-    folder: Path, tmp_path: Path, csv_file: Path, train: str
+    family: str, train: str, recipe: Path, save: Save, run: Run
 ) -> None:
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text(
-        f"""
-        [run]
-        rounds = 2
-        workers = 1
-        device = "cpu"
-        [data]
-        path = "{csv_file}"
-        clients = 3
-        alpha = 1.0
-        max_tokens = 10
-        [model]
-        name = "{folder}"
-        experts = 4
-        train = "{train}"
-        [method]
-        name = "fedalign-moe"
-        [train]
-        lr = 0.01
-        """
-    )
-    out = tmp_path / "out"
-    assert main(["run", str(recipe), "--out", str(out)]) == 0
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["refused_updates"] == 0
-    assert summary["bytes_up"] > 0
+    folder = save(family, "SwitchTransformersModel" if family == "switch" else "")
+    found = run(recipe, "out", f"model.name={folder}", f"model.train={train}", "run.rounds=2")
+    assert found["rejected_updates"] == 0
+    assert found["bytes_up"] > 0
 
 
 def test_what_is_trained(model_folder: Path) -> None:
@@ -122,108 +76,61 @@ def test_what_is_trained(model_folder: Path) -> None:
     assert head <= dense
 
 
-def qwen(folder: Path, model_folder: Path, **more: Any) -> Path:
-    """A saved causal language model with 4 experts and the tests' tokenizer."""
-    from transformers import Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        **(SMALL | more), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    return folder
-
-
-def switch(folder: Path, model_folder: Path) -> Path:
-    """A saved encoder-decoder with 4 experts and the tests' tokenizer."""
-    from transformers import SwitchTransformersForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = SwitchTransformersConfig(
-        vocab_size=64,
-        d_model=16,
-        d_ff=32,
-        d_kv=8,
-        num_heads=2,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_experts=4,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        decoder_start_token_id=0,
-    )
-    SwitchTransformersForConditionalGeneration(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    return folder
-
-
-def run(recipe: Path, out: Path, *settings: str) -> dict[str, Any]:
-    flags = [part for setting in settings for part in ("--set", setting)]
-    assert main(["run", str(recipe), "--out", str(out), *flags]) == 0
-    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    return found
-
-
 @pytest.fixture
-def words_recipe(tmp_path: Path, csv_file: Path) -> Path:
-    path = tmp_path / "words.toml"
-    path.write_text(
-        f"""
-        [run]
-        rounds = 3
-        workers = 1
-        device = "cpu"
-        [data]
-        path = "{csv_file}"
-        clients = 3
-        alpha = 1.0
-        max_tokens = 14
-        [model]
+def words_recipe(recipe: Path) -> Path:
+    text = recipe.read_text().replace("max_tokens = 12", "max_tokens = 14")
+    text = text.replace("clients = 4", "clients = 3").replace("alpha = 0.5", "alpha = 1.0")
+    text = text.replace("lr = 0.02", "lr = 0.01").replace(
+        "experts = 4",
+        """train = "all"
         answer = "likelihood"
-        prompt = "{{text}} w9"
-        words = ["w1", "w2", "w3"]
-        train = "all"
-        [method]
-        name = "fedalign-moe"
-        [train]
-        lr = 0.01
-        """
+        prompt = "{text} w9"
+        words = ["w1", "w2", "w3"]""",
     )
-    return path
+    recipe.write_text(text)
+    return recipe
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["Qwen3MoeForCausalLM", "SwitchTransformersForConditionalGeneration"]
+)
 def test_a_language_model_learns_to_say_the_label(
-    kind: str, tmp_path: Path, model_folder: Path, words_recipe: Path
+    kind: str, save: Save, words_recipe: Path, run: Run
 ) -> None:
-    make = qwen if kind == "decoder" else switch
-    folder = make(tmp_path / "model", model_folder)
-    found = run(words_recipe, tmp_path / "out", f"model.name={folder}")
+    folder = save("qwen3" if kind.startswith("Qwen") else "switch", kind)
+    found = run(words_recipe, "out", f"model.name={folder}")
     assert found["accuracy"] > 0.6  # chance is a third
-    assert found["refused_updates"] == 0
+    assert found["rejected_updates"] == 0
 
 
+@pytest.mark.slow
 def test_adapters_half_precision_and_recomputing_in_one_recipe(
-    tmp_path: Path, model_folder: Path, words_recipe: Path
+    save: Save, words_recipe: Path, run: Run
 ) -> None:
-    folder = qwen(tmp_path / "model", model_folder)
-    whole = run(words_recipe, tmp_path / "a", f"model.name={folder}", "model.train=moe")
+    # bfloat16 experts must be a multiple of 16 bytes wide
+    folder = save("qwen3", "Qwen3MoeForCausalLM", moe_intermediate_size=16)
+    name = f"model.name={folder}"
+    whole = run(words_recipe, "a", name, "model.train=moe")
     settings = ["model.train=moe", "model.lora=2", "model.dtype=bfloat16"]
     more = ["train.checkpointing=true", "train.accumulate=2", "train.mixed=bfloat16"]
-    found = run(words_recipe, tmp_path / "b", f"model.name={folder}", *settings, *more)
-    assert found["refused_updates"] == 0
+    found = run(words_recipe, "b", name, *settings, *more)
+    assert found["rejected_updates"] == 0
     assert found["bytes_up"] < whole["bytes_up"] / 2
-    lossless = run(words_recipe, tmp_path / "c", f"model.name={folder}", *settings[:2])
+    lossless = run(words_recipe, "c", name, *settings[:2])
     assert lossless["accuracy_by_round"] != whole["accuracy_by_round"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["head", "likelihood"])
 def test_questions_with_endings(
-    answer: str, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    answer: str,
+    tmp_path: Path,
+    model_folder: Path,
+    save: Save,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import pandas as pd
-
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number in range(120):
@@ -237,54 +144,47 @@ def test_questions_with_endings(
     (tmp_path / "mmlu").mkdir()
     pd.DataFrame(rows).to_parquet(tmp_path / "mmlu" / "test.parquet")
     monkeypatch.setenv("SLUICEWAY_DATA", str(tmp_path))
-    folder = qwen(tmp_path / "model", model_folder) if answer == "likelihood" else model_folder
+    folder = save("qwen3", "Qwen3MoeForCausalLM") if answer == "likelihood" else model_folder
     found = run(
-        Path("mmlu"),
-        tmp_path / "out",
-        *(f"model.name={folder}", f"model.answer={answer}", "model.experts=4", "data.clients=3"),
-        *(
-            "data.limit=0",
-            "data.test_limit=0",
-            "run.rounds=2",
-            "run.workers=1",
-            "data.max_tokens=24",
-        ),
-        *("run.device=cpu", "model.train=all", "train.lr=0.01"),
+        "mmlu",
+        "out",
+        *(f"model.name={folder}", f"model.answer={answer}", "model.experts=4", "model.train=all"),
+        *("data.clients=3", "data.limit=0", "data.test_limit=0", "data.max_tokens=24"),
+        *("run.rounds=2", "run.workers=1", "run.device=cpu", "train.lr=0.01"),
     )
     assert found["data_source"].startswith("SLUICEWAY_DATA/mmlu (")
     assert "80/20 split of our own" in found["data_source"]
     assert found["label_names"] == ["A", "B", "C", "D"]
     assert 0 <= found["accuracy"] <= 1
-    assert found["refused_updates"] == 0
+    assert found["rejected_updates"] == 0
 
 
 def test_what_cannot_be_asked_of_a_model_is_one_line(
-    tmp_path: Path, model_folder: Path, words_recipe: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model_folder: Path,
+    save: Save,
+    words_recipe: Path,
+    refused: Callable[..., str],
 ) -> None:
-    folder = qwen(tmp_path / "model", model_folder)
-    small = qwen(tmp_path / "small", model_folder, vocab_size=20)
+    name = f"model.name={save('qwen3', 'Qwen3MoeForCausalLM')}"
+    small = save("qwen3", "Qwen3MoeForCausalLM", "small", vocab_size=20)
 
-    def refused(*settings: str) -> str:
+    def line(*settings: str) -> str:
         flags = [part for setting in settings for part in ("--set", setting)]
-        out = str(tmp_path / "bad")
-        assert main(["run", str(words_recipe), "--out", out, *flags]) == 2
-        (line,) = [n for n in capsys.readouterr().err.splitlines() if n.startswith("sluiceway:")]
-        return line
+        return refused("run", words_recipe, "--out", tmp_path / "bad", *flags)
 
-    assert "is an encoder; use model.answer" in refused(f"model.name={model_folder}")
-    name = f"model.name={folder}"
-    assert "has 1 words for 3 classes" in refused(name, 'model.words=["w1"]')
-    clash = refused(name, 'model.words=["w1", "w2", "w2 w3"]')
+    assert "is an encoder; use model.answer" in line(f"model.name={model_folder}")
+    assert "has 1 words for 3 classes" in line(name, 'model.words=["w1"]')
+    clash = line(name, 'model.words=["w1", "w2", "w2 w3"]')
     assert "'w2' and 'w2 w3' both begin with" in clash
-    assert "model.prompt = 'no text': it must have {text} once" in refused("model.prompt=no text")
-    assert "max_tokens" in refused(name, "data.max_tokens=6")
-    assert "tokenizer and model must belong together" in refused(f"model.name={small}")
-    assert "model.dtype = 'int8'" in refused(name, "model.dtype=int8")
+    assert "model.prompt = 'no text': it must have {text} once" in line("model.prompt=no text")
+    assert "max_tokens" in line(name, "data.max_tokens=6")
+    assert "tokenizer and model must belong together" in line(f"model.name={small}")
+    assert "model.dtype = 'int8'" in line(name, "model.dtype=int8")
 
 
+@pytest.mark.slow
 def test_smollm2_is_a_language_model_from_a_gguf_file() -> None:
-    from sluiceway.errors import InputError
-
     try:
         loaded = load_pretrained("smollm2", language=True)
     except InputError as error:
