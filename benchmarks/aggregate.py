@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.guards import finite
 from sluiceway.core.messages import read_update, write_update
 from sluiceway.core.parameters import exchanged
@@ -96,7 +97,7 @@ def timed(count: int, rounds: int) -> dict[str, list[float]]:
             for method in ("fedavg", "fedalign-moe"):
                 made = ready(method, tensors, found, count)
                 began = time.perf_counter()
-                made.aggregate(map(read_update, paths))
+                aggregate(made, map(read_update, paths))
                 taken[method].append(time.perf_counter() - began)
             began = time.perf_counter()
             one_pass(paths)
@@ -167,7 +168,7 @@ def measure_memory(name: str, count: int) -> None:
             for path in paths:
                 yield read_update(path)
 
-        made.aggregate(coming())
+        aggregate(made, coming())
         peak.going = False
         peak.join()
     held = (peak.anonymous - start["RssAnon"]) / size

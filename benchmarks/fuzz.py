@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError, checksum
 from sluiceway.core.guards import fault
 from sluiceway.core.handshake import HandshakeError, ModelSignature
@@ -337,7 +338,7 @@ class World:
         require_size([*found.tensors.values(), *found.extra.values()], data)
         if why is None:
             strategy = copy.deepcopy(self.strategy)
-            strategy.aggregate([found])
+            aggregate(strategy, [found])
 
     def read_smashed(self, given: tuple[int, bool, bytes]) -> None:
         index, back, data = given

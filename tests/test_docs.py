@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 clients = [TinyText(8, 1), TinyText(40, 2)]
 strategy = sluiceway.Uniform()
 result = sluiceway.federate(TinyClassifier(), clients, TinyText(20, 3), strategy, rounds=1)
-assert len(result.records) == 1 and not result.records[0].refused, result.records
+assert len(result.records) == 1 and not result.records[0].rejected, result.records
 
 images = TensorDataset(torch.randn(12, 1, 8, 8), torch.arange(12) % 3)
 sent = []

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.settings import Training
 from sluiceway.experiment.compare import Interval
 from sluiceway.federated.client import Worker, prepare
@@ -49,7 +50,7 @@ METHODS: dict[str, Callable[[], Strategy]] = {
     "fedavg": FedAvg,
     "usage": Usage,
     "fedmoe": FedMoE,
-    "median": lambda: Median(FedAvg()),
+    "median": lambda: FedAvg().with_rules(Median()),
     "fedalign-moe": FedAlignMoE,
     "weights = select": lambda: FedAlignMoE(weights="select"),
     "gates alone": lambda: FedAlignMoE(semantic=False),
@@ -159,7 +160,7 @@ def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) ->
             update = worker.train(client, Broadcast(1, start), {}, personal=False)
             updates.append(update.__class__(**{**vars(update), "tensors": copied(update.tensors)}))
             own.append(accuracy(model, dict(model.named_parameters()), test))
-        strategy.aggregate(updates)
+        aggregate(strategy, updates)
         found[name] = accuracy(model, strategy.tensors, test)
         if name == "fedavg":
             found["clients"] = sum(own) / CLIENTS

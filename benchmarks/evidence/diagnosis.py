@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Session
 from sluiceway.moe import Block, ParamSlice
-from sluiceway.strategies import STRATEGIES, FedAlignMoE, FedAvg, Update
+from sluiceway.strategies import STRATEGIES, FedAlignMoE, Update
 from sluiceway.strategies.base import PARAMETERS
 
 MEASURES = (
@@ -61,7 +61,10 @@ class Diagnosis(FedAlignMoE):
     def streams(self) -> bool:
         return False
 
-    def aggregate(self, updates: Iterable[Update]) -> None:
+    def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
+        super().begin(number, updates)
+        if not updates:
+            return
         held = list(updates)
         found = [self.measured(held, block) for block in self.layout.blocks]
         self.found = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
@@ -71,7 +74,6 @@ class Diagnosis(FedAlignMoE):
         }
         others = [piece for piece in self.shared_pieces if piece.param not in owned]
         self.found["other drift"] = self.drift(held, others)
-        FedAvg.aggregate(self, held)
 
     def measured(self, held: Sequence[Update], block: Block) -> dict[str, float]:
         """The measures of one block."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.settings import Training
 from sluiceway.experiment.builders import head_for, parts_of
 from sluiceway.experiment.compare import Interval
@@ -85,9 +86,9 @@ def measured(recipe: Recipe, session: Session, rounds: int) -> dict[str, float]:
                 if len(examples)
             ]
             if number < rounds:
-                strategy.aggregate(updates)
+                aggregate(strategy, updates)
         old = strategy.tensors
-        strategy.aggregate(updates)
+        aggregate(strategy, updates)
         new, strategy.tensors = strategy.tensors, old
         groups = groups_of(strategy)
         choices = {"none": set[str]()} | groups | {"all": set[str]().union(*groups.values())}

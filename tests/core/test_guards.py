@@ -182,7 +182,7 @@ def test_duplicates_stale_and_strange_answers_do_not_count() -> None:
 
     loop, script = scripted([answers], Rounds(rounds=1))
     (record,) = loop.run().records
-    assert record.refused == {
+    assert record.rejected == {
         0: "a second update in the same round",
         1: "stale: it answers round 9, this is round 1",
     }
@@ -195,10 +195,10 @@ def test_a_round_with_too_few_is_played_again_and_leaves_no_trace() -> None:
     def lost(honest: list[Update]) -> list[Update | Failure]:
         return [honest[0], Failure(1, "gone"), Failure(2, "gone")]
 
-    plan = Rounds(rounds=1, min_clients=2, repeats=2)
+    plan = Rounds(rounds=1, min_clients=2, max_retries=2)
     loop, script = scripted([lost, lost, lambda honest: [*honest]], plan)
     (record,) = loop.run().records
-    assert record.repeats == 2
+    assert record.retries == 2
     assert record.failed == {1: "gone", 2: "gone"}
     assert (record.bytes_up, record.bytes_down) == (5 * 100, 3 * 3 * 10)
     assert script.settled == [[0, 1, 2]]
@@ -257,7 +257,7 @@ class Slow(TinyText):
 class Diverging(FedAvg):
     """The client with 17 examples sends NaN."""
 
-    def finish(self, client):  # type: ignore[no-untyped-def]
+    def finish_training(self, client):  # type: ignore[no-untyped-def]
         if client.steps == 3:
             with torch.no_grad():
                 client.params["head.bias"].fill_(float("nan"))
@@ -290,9 +290,9 @@ def test_a_run_goes_on_without_those_who_fail() -> None:
             2: "OSError: the scanner is offline",
             4: "no update within 4 s",
         }
-        assert list(record.refused) == [3]
-        assert record.repeats == 0
-    assert (result.failed, result.refused) == (12, 3)
+        assert list(record.rejected) == [3]
+        assert record.retries == 0
+    assert (result.failed, result.rejected) == (12, 3)
     outcome = Outcome(result, "here", ["one", "two", "three"])
     summary = json.loads(json.dumps(summarise(load_recipe("quickstart"), outcome, "cpu", 1.0)))
     assert (summary["failed_updates"], summary["refused_updates"]) == (12, 3)

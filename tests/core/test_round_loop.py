@@ -76,7 +76,7 @@ def test_every_strategy_learns(name: str, text_test: TinyText) -> None:
     assert result.best_accuracy > 0.6  # three balanced classes
     assert result.bytes_up > 0
     assert result.bytes_down > 0
-    assert result.refused == 0
+    assert result.rejected == 0
 
 
 def test_the_model_ends_as_the_global_model(
@@ -95,7 +95,7 @@ def test_the_model_ends_as_the_global_model(
 class Poisoned(FedAvg):
     """Client 0's experts turn to NaN in round 2."""
 
-    def finish(self, client: LocalContext) -> dict[str, Tensor]:
+    def finish_training(self, client: LocalContext) -> dict[str, Tensor]:
         if client.broadcast.round == 2 and len(client.state) == 0 and client.steps == 4:
             with torch.no_grad():
                 next(p for n, p in client.params.items() if "experts" in n)[1].fill_(float("nan"))
@@ -109,9 +109,9 @@ def test_an_update_with_nan_is_named_left_out_and_counted(
     result = federate(
         moe_model, clients, text_test, Poisoned(), rounds=3, training=TRAINING, device="cpu"
     )
-    assert [list(r.refused) for r in result.records] == [[], [0], []]
-    assert "NaN or Inf in backbone" in result.records[1].refused[0]
-    assert result.refused == 1
+    assert [list(r.rejected) for r in result.records] == [[], [0], []]
+    assert "NaN or Inf in backbone" in result.records[1].rejected[0]
+    assert result.rejected == 1
     assert all(bool(t.isfinite().all()) for t in result.tensors.values())
 
 

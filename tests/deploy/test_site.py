@@ -98,7 +98,7 @@ def test_sites_train_on_files_of_their_own(recipe: Path, csv_file: Path, tmp_pat
     assert sum(found.label_counts[0]) == held
     assert found.label_counts[0][0] == 0
     assert found.label_counts[1][0] > 0
-    assert found.refused == found.failed == 0
+    assert found.rejected == found.failed == 0
 
 
 def test_a_class_that_the_run_does_not_have(recipe: Path, csv_file: Path, tmp_path: Path) -> None:

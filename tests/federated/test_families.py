@@ -103,7 +103,7 @@ def test_a_round_of_every_family(family: str, method: str, lora: bool) -> None:
     result = federate(
         model, clients, test, strategy(method), training=Training(lr=0.01), rounds=1, device="cpu"
     )
-    assert result.refused == 0
+    assert result.rejected == 0
     assert result.records[0].loss < 20
     found = moe_layout(model)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

@@ -80,7 +80,7 @@ def test_half_precision_parameters_train(dtype: torch.dtype, name: str) -> None:
     result = federate(model, clients, test, name, rounds=3, training=training, device="cpu")
     losses = [record.train_loss for record in result.records]
     assert losses[-1] < 0.75 * losses[0]
-    assert result.refused == 0
+    assert result.rejected == 0
     assert {param.dtype for param in model.parameters()} == {dtype}
     assert {tensor.dtype for tensor in result.tensors.values()} == {dtype}
 

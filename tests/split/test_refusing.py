@@ -36,10 +36,10 @@ def test_a_client_with_nan_pictures_is_left_out(schedule: str, method: str) -> N
         [Pictures(30, 1), Broken(24, 2), Pictures(17, 4)], schedule=schedule, method=method
     )
     for record in result.records:
-        assert list(record.refused) == [1]
-        assert "(batch 0)" in record.refused[1]
+        assert list(record.rejected) == [1]
+        assert "(batch 0)" in record.rejected[1]
         assert math.isfinite(record.loss)
-    assert result.refused == 3
+    assert result.rejected == 3
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
 
 
@@ -70,5 +70,5 @@ def bursting(logits: Tensor, labels: Tensor) -> Tensor:
 def test_a_tail_that_answers_nan_is_not_believed() -> None:
     result = run([Pictures(32, 1), Pictures(5, 4)], schedule="u", loss=bursting, rounds=2)
     for record in result.records:
-        assert record.refused == {1: "NaN or Inf in the gradient of the tail"}
+        assert record.rejected == {1: "NaN or Inf in the gradient of the tail"}
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())

@@ -153,5 +153,5 @@ def test_a_front_that_is_not_finite_is_left_out() -> None:
     images = sets[1].tensors[0]
     images[3] = float("nan")
     result = train(sets=sets, schedule="copies", rounds=1, training=SGD)
-    assert result.records[0].refused == {1: "NaN or Inf in the smashed data (batch 0)"}
+    assert result.records[0].rejected == {1: "NaN or Inf in the smashed data (batch 0)"}
     assert all(v.isfinite().all() for n, v in result.tensors.items() if n.startswith("conv1"))

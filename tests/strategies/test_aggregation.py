@@ -14,6 +14,7 @@ from tests.worlds import TinyClassifier
 from torch import Tensor
 
 from sluiceway import fedalign
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.parameters import exchanged
 from sluiceway.federated.client import trained_layout
 from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, moe_layout
@@ -100,7 +101,7 @@ def load_of(u: Update, key: str) -> float:
 
 def test_fedavg_is_the_example_weighted_mean_with_absent_experts_unchanged() -> None:
     made, updates = ready("fedavg"), several()
-    made.aggregate(updates)
+    aggregate(made, updates)
     assert_pieces(made, mean_by_loop(updates, lambda u, key: u.examples))
 
 
@@ -113,19 +114,19 @@ def test_fedavg_by_hand() -> None:
         Update(0, 1, 1, all_pieces | {"head.bias": torch.full_like(old, 4.0)}, [routing(g)]),
         Update(1, 1, 3, all_pieces | {"head.bias": torch.full_like(old, 8.0)}, [routing(g)]),
     ]
-    made.aggregate(updates)
+    aggregate(made, updates)
     assert made.tensors["head.bias"].tolist() == [7.0, 7.0, 7.0]  # (1 * 4 + 3 * 8) / 4
 
 
 def test_usage_weighs_experts_by_their_tokens() -> None:
     made, updates = ready("usage"), several()
-    made.aggregate(updates)
+    aggregate(made, updates)
     assert_pieces(made, mean_by_loop(updates, load_of))
 
 
 def test_fedmoe_averages_over_holders_and_gate_rows_follow() -> None:
     made, updates = ready("fedmoe", hold=0.0), several()
-    made.aggregate(updates)
+    aggregate(made, updates)
 
     def weight(u: Update, key: str) -> float | Tensor:
         held = (u.routing[0].load > 0).double()
@@ -142,7 +143,7 @@ def test_fedmoe_averages_over_holders_and_gate_rows_follow() -> None:
 
 def test_fedmoe_leaves_what_nobody_holds() -> None:
     made = ready("fedmoe", hold=0.0)
-    made.aggregate([update(0, absent=[1]), update(1, absent=[1, 2])])
+    aggregate(made, [update(0, absent=[1]), update(1, absent=[1, 2])])
     for piece in ANATOMY.expert(0, 1):
         assert torch.equal(piece.of(made.tensors), piece.of(TENSORS))
     (gate,) = ANATOMY.blocks[0].gate
@@ -163,7 +164,7 @@ def test_fedmoe_holder_needs_a_share_of_the_uniform_load() -> None:
 def test_an_expert_nobody_used_stays_as_it_was() -> None:
     for name in ("fedavg", "usage", "fedmoe", "fedalign-moe"):
         made = ready(name)
-        made.aggregate([update(0, absent=[3]), update(1, absent=[3])])
+        aggregate(made, [update(0, absent=[3]), update(1, absent=[3])])
         for piece in ANATOMY.expert(0, 3):
             assert torch.equal(piece.of(made.tensors), piece.of(TENSORS)), name
 
@@ -182,7 +183,7 @@ def test_an_expert_nobody_used_stays_as_it_was() -> None:
 )
 def test_one_client_alone_gets_exactly_its_own_tensors(name: str, parameters: dict) -> None:
     made, alone = ready(name, clients=1, **parameters), update(0, examples=7)
-    made.aggregate(iter([alone]))
+    aggregate(made, iter([alone]))
     for piece in ANATOMY.pieces(TENSORS):
         assert torch.equal(piece.of(made.tensors), alone.tensors[piece.key]), piece.key
 
@@ -190,8 +191,8 @@ def test_one_client_alone_gets_exactly_its_own_tensors(name: str, parameters: di
 def test_fedalign_with_every_switch_off_is_fedavg_bit_for_bit() -> None:
     off, plain = ready("fedalign-moe", **OFF), ready("fedavg")
     for seed in range(3):
-        off.aggregate(several(seed))
-        plain.aggregate(several(seed))
+        aggregate(off, several(seed))
+        aggregate(plain, several(seed))
     for name, tensor in plain.tensors.items():
         assert torch.equal(off.tensors[name], tensor), name
 
@@ -202,8 +203,8 @@ def test_the_order_of_updates_changes_nothing_beyond_rounding(order: list[int], 
     one, other = ready(name), ready(name)
     for seed in range(2):
         updates = several(seed)
-        one.aggregate(updates)
-        other.aggregate([updates[i] for i in order])
+        aggregate(one, updates)
+        aggregate(other, [updates[i] for i in order])
     for key, tensor in one.tensors.items():
         torch.testing.assert_close(other.tensors[key], tensor, atol=2e-6, rtol=1e-5)
 
@@ -276,7 +277,7 @@ def fedalign_by_loop(
 def test_fedalign_moe_is_what_the_documentation_says_over_two_rounds(weights: str) -> None:
     made, updates = ready("fedalign-moe", weights=weights), several()
     wanted, r_g = fedalign_by_loop(updates, None, weights)
-    made.aggregate(iter(updates))
+    aggregate(made, iter(updates))
     assert_pieces(made, wanted)
     assert isinstance(made, FedAlignMoE)
     torch.testing.assert_close(made.routing[0], r_g)
@@ -289,7 +290,7 @@ def test_each_ablation_step_changes_the_aggregate() -> None:
     seen = []
     for on in ([], ["align"], ["align", "consistency"], ["align", "consistency", "semantic"]):
         made = ready("fedalign-moe", **(OFF | dict.fromkeys(on, True)))
-        made.aggregate(several())
+        aggregate(made, several())
         seen.append(torch.cat([t.flatten() for t in made.tensors.values()]))
     for i, one in enumerate(seen):
         for other in seen[i + 1 :]:
@@ -303,7 +304,7 @@ def test_fedadam_is_the_papers_recursion() -> None:
     v = {n: torch.zeros_like(t) for n, t in old.items()}
     for seed in range(3):
         updates = [update(0, 10, seed=seed), update(1, 30, seed=seed)]
-        made.aggregate(updates)
+        aggregate(made, updates)
         for name in old:
             pieces = ANATOMY.pieces([name])
             mean = sum(
@@ -328,10 +329,10 @@ def test_private_parts_do_not_cross() -> None:
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_state_dict_continues_exactly(name: str) -> None:
     made, fresh = ready(name), ready(name)
-    made.aggregate(several(0))
+    aggregate(made, several(0))
     fresh.load_state_dict({k: t.clone() for k, t in made.state_dict().items()})
-    made.aggregate(several(1))
-    fresh.aggregate(several(1))
+    aggregate(made, several(1))
+    aggregate(fresh, several(1))
     for key, tensor in made.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], tensor), key
 
@@ -346,8 +347,8 @@ def test_low_precision_parameters_are_averaged_in_float32() -> None:
     made = strategy("fedavg")
     made.setup({"w": torch.zeros(4, dtype=torch.bfloat16)}, MoELayout(()), 3)
     values = [1.0, 1.0078125, 1.0]  # neighbours in bfloat16
-    made.aggregate(
-        [Update(i, 1, 1, {"w": torch.full((4,), x).bfloat16()}) for i, x in enumerate(values)]
+    aggregate(
+        made, [Update(i, 1, 1, {"w": torch.full((4,), x).bfloat16()}) for i, x in enumerate(values)]
     )
     assert made.tensors["w"].dtype == torch.bfloat16
     wanted = torch.tensor(sum(values) / 3).bfloat16()
@@ -357,7 +358,7 @@ def test_low_precision_parameters_are_averaged_in_float32() -> None:
 def test_the_gate_is_combined_row_by_row_as_the_mathematics_says() -> None:
     made, updates = ready("fedalign-moe"), several()
     assert isinstance(made, FedAlignMoE)
-    made.aggregate(updates)
+    aggregate(made, updates)
     (gate,) = ANATOMY.blocks[0].gate
     sent = torch.stack([u.tensors[gate] for u in updates])
     wanted = torch.einsum("ne,ned->ed", made.gate_weights[0], sent.double()).float()
@@ -412,10 +413,10 @@ def test_matched_by_meaning_is_as_if_nothing_had_changed_places(
         for u in honest
     ]
     assert (set(moved[1].tensors) != set(honest[1].tensors)) == (order[2] != 2 and absent != [])
-    made.aggregate(moved)
-    wanted.aggregate(honest)
+    aggregate(made, moved)
+    aggregate(wanted, honest)
     for name, tensor in wanted.tensors.items():
         assert torch.equal(made.tensors[name], tensor), name
     apart = ready("fedalign-moe")
-    apart.aggregate(moved)
+    aggregate(apart, moved)
     assert any(not torch.equal(apart.tensors[name], t) for name, t in wanted.tensors.items())

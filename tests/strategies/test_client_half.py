@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.settings import Training
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe import Observer
@@ -32,7 +33,7 @@ def client_of(
         observer=Observer(model, strategy.layout),
         state={},
     )
-    strategy.start(client)
+    strategy.start_training(client)
     return client, forward(client)
 
 
@@ -146,7 +147,7 @@ def test_scaffold_server_control_is_the_mean_over_all_clients() -> None:
     worker = Worker(model, [TinyText(8, 1), TinyText(8, 2)], TinyText(9, 2), strategy, Training())
     updates = [worker.train(i, strategy.broadcast(1), {}, personal=False) for i in range(2)]
     made = [update.extra for update in updates]
-    strategy.aggregate(updates)
+    aggregate(strategy, updates)
     for name, control in strategy.control.items():
         wanted = sum(m[f"control/{name}"] for m in made) / 4
         torch.testing.assert_close(control, wanted, atol=1e-7, rtol=1e-5)

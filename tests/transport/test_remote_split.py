@@ -110,9 +110,9 @@ def test_a_site_that_is_gone_for_a_while(
             chosen, transport=transport, endpoint=endpoint, progress=Progress(on_round=back)
         )
         handlers["site-1"].close()
-    assert [list(record.refused) for record in found.records] == [[], [1], [1], []]
-    assert "the connection is down" in found.records[1].refused[1]
-    assert "not connected to the server" in found.records[2].refused[1]
+    assert [list(record.rejected) for record in found.records] == [[], [1], [1], []]
+    assert "the connection is down" in found.records[1].rejected[1]
+    assert "not connected to the server" in found.records[2].rejected[1]
 
 
 def test_a_client_that_sends_nan_sits_out(
@@ -129,8 +129,8 @@ def test_a_client_that_sends_nan_sits_out(
     monkeypatch.setattr(SplitClient, "send", send)
     with nearby(tmp_path) as (transport, endpoint):
         found, _ = run(small(split_recipe), transport=transport, endpoint=endpoint)
-    assert [list(record.refused) for record in found.records] == [[], [2], []]
-    assert "NaN or Inf" in found.records[1].refused[2]
+    assert [list(record.rejected) for record in found.records] == [[], [2], []]
+    assert "NaN or Inf" in found.records[1].rejected[2]
 
 
 def test_a_site_with_a_strange_certificate_does_not_get_in(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -44,11 +44,11 @@ class Failure:
 
 @dataclass
 class UpdateFilter:
-    """Counts a round's updates on their way to the strategy, and leaves out what would harm it.
+    """Checks and counts a round's answers, and leaves out updates that would do harm.
 
     Attributes:
         strategy: set up; what an update must have is asked of it.
-        round: the round that is played.
+        round: the round that is run.
         asked: the clients that were sent its broadcast.
         least: usable updates that the round needs, >= 1.
         on_update: called after every answer with (done, of).
@@ -62,42 +62,45 @@ class UpdateFilter:
     done: int = 0
     nbytes: int = 0
     used: list[int] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
+    rejected: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     personal: dict[int, float] = field(default_factory=dict)
     losses: list[tuple[int, float]] = field(default_factory=list)
     error: BaseException | None = None
 
-    def usable(self, coming: Iterator[Update | Failure]) -> Iterator[Update]:
-        """The updates that pass `fault`.
+    def accept(self, answer: Update | Failure) -> Update | None:
+        """The update, if it passes `fault`; None for any other answer, which is noted."""
+        self.done += 1
+        self.nbytes += answer.nbytes
+        usable = None
+        if isinstance(answer, Failure):
+            self.failed[answer.client] = answer.why
+            self.error = self.error or answer.error
+        elif why := fault(answer, self.strategy, self.round, self.asked, self.used):
+            self.rejected[answer.client] = why
+        else:
+            usable = answer
+            self.used.append(answer.client)
+            self.losses.append((answer.examples, answer.metrics.get("loss", float("nan"))))
+            if "personal_accuracy" in answer.metrics:
+                self.personal[answer.client] = answer.metrics["personal_accuracy"]
+        self.on_update(self.done, len(self.asked))
+        return usable
 
-        Raises:
-            TooFewUpdates: at the end, so that no strategy has taken the round yet.
-        """
-        for answer in coming:
-            self.done += 1
-            self.nbytes += answer.nbytes
-            if isinstance(answer, Failure):
-                self.failed[answer.client] = answer.why
-                self.error = self.error or answer.error
-            elif why := fault(answer, self.strategy, self.round, self.asked, self.used):
-                self.refused[answer.client] = why
-            else:
-                self.used.append(answer.client)
-                self.losses.append((answer.examples, answer.metrics.get("loss", float("nan"))))
-                if "personal_accuracy" in answer.metrics:
-                    self.personal[answer.client] = answer.metrics["personal_accuracy"]
-                yield answer
-            self.on_update(self.done, len(self.asked))
-        if len(self.used) < self.least:
-            raise TooFewUpdates(
-                f"round {self.round}: {len(self.used)} of {len(self.asked)} updates could be used, "
-                f"run.min_clients = {self.least}{self.first_fault()}"
-            ) from self.error
+    def too_few(self) -> TooFewUpdates | None:
+        """The error to raise where the round has fewer usable updates than it needs."""
+        if len(self.used) >= self.least:
+            return None
+        error = TooFewUpdates(
+            f"round {self.round}: {len(self.used)} of {len(self.asked)} updates could be used, "
+            f"run.min_clients = {self.least}{self.first_fault()}"
+        )
+        error.__cause__ = self.error
+        return error
 
     def first_fault(self) -> str:
         """The first client that gave no usable update, and why; for a message."""
-        faults = {**self.refused, **self.failed}
+        faults = {**self.rejected, **self.failed}
         if not faults:
             return ""
         client = min(faults)
@@ -122,7 +125,7 @@ def fault(
     Args:
         update: as it came.
         strategy: set up; says what an update must have.
-        number: of the round that is played.
+        number: of the round that is run.
         asked: the clients that take part in it.
         used: those of whom an update was used already.
     """

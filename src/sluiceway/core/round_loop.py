@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from sluiceway.core.aggregation import Aggregation
 from sluiceway.core.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -36,26 +37,26 @@ class Rounds:
 
     rounds: in [1, 99999]. participation: share of the clients that train in a round, in (0, 1]; at
     least one does. seed: in [0, 2^63); everything random in the run comes from it. min_clients:
-    usable updates that a round needs, in [1, 10^5]. repeats: how often a round that has fewer is
-    played again, in [0, 1000], with clients drawn anew; then the run ends.
+    usable updates that a round needs, in [1, 10^5]. max_retries: how often a round that has fewer
+    is tried again, in [0, 1000], with clients drawn anew; then the run ends.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
     participation: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     min_clients: int = Field(default=1, ge=1, le=100_000)
-    repeats: int = Field(default=1, ge=0, le=1000)
+    max_retries: int = Field(default=1, ge=0, le=1000)
 
-    def chosen(self, number: int, eligible: Sequence[int], repeat: int = 0) -> list[int]:
+    def chosen(self, number: int, eligible: Sequence[int], retry: int = 0) -> list[int]:
         """The clients of round `number`, in ascending order, of those that hold examples.
 
         Args:
             number: from 1.
             holders: at least one.
-            repeat: 0 when the round is played first.
+            retry: 0 when the round is first tried.
         """
         count = self.count(eligible)
-        rng = np.random.default_rng([self.seed, number, *([repeat] if repeat else [])])
+        rng = np.random.default_rng([self.seed, number, *([retry] if retry else [])])
         return sorted(rng.choice(np.asarray(eligible), size=count, replace=False).tolist())
 
     def count(self, eligible: Sequence[int]) -> int:
@@ -105,9 +106,9 @@ class Record:
     """One round, as a line of metrics.jsonl.
 
     `accuracy_by_client` is the global model's, on each client's mix of labels (None for a client
-    without examples). `refused` names the clients whose update was left out, and why; `failed`
-    those that gave none. `repeats` tells how often the round was played again for want of usable
-    updates: bytes, refused and failed are of all its turns, clients those of the last.
+    without examples). `rejected` names the clients whose update was left out, and why; `failed`
+    those that gave none. `retries` says how often the round was tried again for want of usable
+    updates: bytes, rejected and failed are of all its attempts, clients those of the last.
     """
 
     round: int
@@ -118,23 +119,24 @@ class Record:
     bytes_down: int
     seconds: float
     clients: list[int]
-    refused: dict[int, str]
+    rejected: dict[int, str]
     accuracy_by_client: list[float | None]
     report: dict[str, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-    repeats: int = 0
+    retries: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self) | {
             key: {str(client): why for client, why in getattr(self, key).items()}
-            for key in ("refused", "failed")
+            for key in ("rejected", "failed")
         }
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
-        """The inverse of `as_dict`. Raises ValueError for what is none."""
-        return TypeAdapter(cls).validate_python(plain)
+        """The inverse of `as_dict`, by the names of version 0.1 too. Raises ValueError."""
+        older = {"refused": "rejected", "repeats": "retries"}
+        return TypeAdapter(cls).validate_python({older.get(k, k): v for k, v in plain.items()})
 
 
 @dataclass
@@ -185,9 +187,9 @@ class Result:
         return sum(record.seconds for record in self.records)
 
     @property
-    def refused(self) -> int:
+    def rejected(self) -> int:
         """Updates that were left out, all rounds."""
-        return sum(len(record.refused) for record in self.records)
+        return sum(len(record.rejected) for record in self.records)
 
     @property
     def failed(self) -> int:
@@ -213,6 +215,26 @@ class Result:
             raise CheckpointError(f"{saved.folder / 'run.json'} is not ours ({why})") from error
         self.records += records
         self.personal_accuracy |= personal
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A round up to the point where its updates are added up.
+
+    Attributes:
+        filter: what was accepted and what was not.
+        aggregation: the running sums.
+        bytes_down: packed length of the broadcasts.
+    """
+
+    filter: UpdateFilter
+    aggregation: Aggregation
+    bytes_down: int
+
+    @property
+    def too_few(self) -> TooFewUpdates | None:
+        """The error of a round without enough usable updates."""
+        return self.filter.too_few()
 
 
 @dataclass
@@ -259,11 +281,11 @@ class Loop:
             shutil.copytree(saved.folder / "clients", self.states, dirs_exist_ok=True)
 
     def run(self) -> Result:
-        """Play the rounds that are left.
+        """Run the rounds that are left.
 
         Raises:
             ValueError: too few clients hold examples.
-            TooFewUpdates: a round had too few usable updates, however often it was played.
+            TooFewUpdates: a round had too few usable updates, however often it was tried.
             StorageError: a checkpoint cannot be written.
             Stopped: the run was asked to stop.
         """
@@ -284,50 +306,57 @@ class Loop:
         return self.result
 
     def run_round(self, number: int, eligible: Sequence[int]) -> Record:
-        """One round, as often as it takes."""
+        """One round, tried again with other clients while it has too few usable updates."""
         began = time.perf_counter()
-        turns: list[tuple[UpdateFilter, int]] = []
+        attempts: list[Attempt] = []
         while True:
-            chosen = self.rounds.chosen(number, eligible, len(turns))
-            tally = UpdateFilter(
-                self.strategy, number, chosen, self.rounds.min_clients, self.on_update
-            )
-            try:
-                self.attempt(tally, self.last_of(number, chosen, eligible))
-                turns.append((tally, self.engine.broadcast_bytes() * len(chosen)))
+            # 1. Sample the clients.
+            chosen = self.rounds.chosen(number, eligible, len(attempts))
+            # 2. They train on the broadcast; their updates are checked and added up.
+            attempts.append(self.attempt(number, chosen, self.last_of(number, chosen, eligible)))
+            if not attempts[-1].too_few:
                 break
-            except TooFewUpdates:
-                turns.append((tally, self.engine.broadcast_bytes() * len(chosen)))
-                if len(turns) > self.rounds.repeats:
-                    raise
+            if len(attempts) > self.rounds.max_retries:
+                raise attempts[-1].too_few
+        # 3. The strategy takes its new global values; clients keep what they have to.
+        stands = attempts[-1]
+        stands.aggregation.finish()
+        # 4. Evaluate.
         found = self.engine.evaluate(self.strategy.tensors)
-        self.engine.commit(tally.used)
-        self.result.personal_accuracy |= tally.personal
+        self.engine.commit(stands.filter.used)
+        self.result.personal_accuracy |= stands.filter.personal
+        # 5. Record.
+        filters = [attempt.filter for attempt in attempts]
         return Record(
             round=number,
             accuracy=found.accuracy,
             loss=found.mean_loss,
-            train_loss=tally.mean_loss(),
-            bytes_up=sum(attempt.nbytes for attempt, _ in turns),
-            bytes_down=sum(down for _, down in turns),
+            train_loss=stands.filter.mean_loss(),
+            bytes_up=sum(one.nbytes for one in filters),
+            bytes_down=sum(attempt.bytes_down for attempt in attempts),
             seconds=time.perf_counter() - began,
             clients=chosen,
-            refused={c: why for attempt, _ in turns for c, why in attempt.refused.items()},
+            rejected={client: why for one in filters for client, why in one.rejected.items()},
             accuracy_by_client=[
                 found.weighted_accuracy(counts) if counts.sum() else None
                 for counts in self.label_counts
             ],
             report=self.strategy.report(),
-            failed={c: why for attempt, _ in turns for c, why in attempt.failed.items()},
-            repeats=len(turns) - 1,
+            failed={client: why for one in filters for client, why in one.failed.items()},
+            retries=len(attempts) - 1,
         )
 
-    def attempt(self, tally: UpdateFilter, personal: set[int]) -> None:
-        """Send the broadcast out, and let the strategy take what comes back."""
-        keep = not self.strategy.streams()
-        broadcast = self.strategy.broadcast(tally.round)
-        coming = self.engine.train(broadcast, list(tally.asked), personal, keep=keep)
-        self.strategy.aggregate(tally.usable(coming))
+    def attempt(self, number: int, chosen: Sequence[int], personal: set[int]) -> Attempt:
+        """Broadcast, and push each usable update into the strategy as it arrives."""
+        checks = UpdateFilter(
+            self.strategy, number, chosen, self.rounds.min_clients, self.on_update
+        )
+        broadcast = self.strategy.broadcast(number)
+        aggregation = Aggregation(self.strategy, number)
+        for answer in self.engine.train(broadcast, chosen, personal, keep=aggregation.holds):
+            if (update := checks.accept(answer)) is not None:
+                aggregation.add(update)
+        return Attempt(checks, aggregation, self.engine.broadcast_bytes() * len(chosen))
 
     def last_of(self, number: int, chosen: Sequence[int], eligible: Sequence[int]) -> set[int]:
         """Those of the chosen that take part in no later round."""

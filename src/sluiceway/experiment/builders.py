@@ -131,7 +131,7 @@ def plan_of(recipe: Recipe) -> Rounds:
         participation=recipe.run.participation,
         seed=recipe.run.seed,
         min_clients=recipe.run.min_clients,
-        repeats=recipe.run.max_retries,
+        max_retries=recipe.run.max_retries,
     )
 
 

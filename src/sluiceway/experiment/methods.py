@@ -14,11 +14,10 @@ from sluiceway.experiment.keys import sentence
 from sluiceway.experiment.validation import checked
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
-from sluiceway.strategies import ROBUST, STRATEGIES, Strategy
-from sluiceway.strategies.robust import Robust
+from sluiceway.strategies import ROBUST, STRATEGIES, Strategy, UpdateRule
 
 #: What `method.robust.name` may be; "none" so that a comparison can leave it out.
-RULES: dict[str, type[Robust]] = {"none": Robust, **ROBUST}
+RULES: dict[str, type[UpdateRule] | None] = {"none": None, **ROBUST}
 
 
 #: Kinds of methods, and where a recipe names one.
@@ -76,32 +75,38 @@ def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor
     parameters = {key: value for key, value in table.items() if key not in apart}
     made: Strategy | Compressor = checked("method", known[name], parameters, sorted(apart))
     if isinstance(made, Strategy) and "robust" in table:
-        return hardened(made, table["robust"])
+        made = made.with_rules(*robust_rules(table["robust"]))
     return made
 
 
-def hardened(inner: Strategy, table: Any) -> Robust:
-    """A strategy inside of the rule that [method.robust] names. Raises InputError."""
+def robust_rules(table: Any) -> list[UpdateRule]:
+    """The rule that [method.robust] names; none for "none". Raises InputError."""
     if not isinstance(table, Mapping):
         raise InputError(f"method.robust = {quoted(table)}: must be a table with a name")
     name = table.get("name")
     if not isinstance(name, str) or name not in RULES:
         raise InputError(f"method.robust.name = {quoted(name)}; allowed: {', '.join(RULES)}")
     parameters = {key: value for key, value in table.items() if key != "name"}
-    made: Robust = checked("method.robust", RULES[name], {"inner": inner} | parameters, ["name"])
-    return made
+    rule = RULES[name]
+    if rule is None:
+        if parameters:
+            raise InputError(f"method.robust.{min(parameters)}: the rule none has no parameters")
+        return []
+    made: UpdateRule = checked("method.robust", rule, parameters, ["name"])
+    return [made]
 
 
 def method_table(table: Mapping[str, Any], made: Strategy | Compressor) -> dict[str, Any]:
     """[method] with defaults included, of the object that it made."""
     robust = {}
-    if isinstance(made, Robust):
-        robust = {"robust": {"name": table["robust"]["name"], **parameters_of(made)}}
-        made = made.inner
+    if "robust" in table:
+        rules = made.rules if isinstance(made, Strategy) else ()
+        parameters = {key: value for rule in rules for key, value in parameters_of(rule).items()}
+        robust = {"robust": {"name": table["robust"]["name"], **parameters}}
     return {"name": table["name"], **parameters_of(made), **robust}
 
 
-def parameters_of(made: Strategy | Compressor) -> dict[str, Any]:
+def parameters_of(made: Strategy | Compressor | UpdateRule) -> dict[str, Any]:
     """The parameters of a checked dataclass, by the names that a recipe uses."""
     kind = TypeAdapter(type(made))
     found: dict[str, Any] = kind.dump_python(made, by_alias=True, exclude_none=True)

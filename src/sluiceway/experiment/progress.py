@@ -37,11 +37,11 @@ def described(record: Record) -> str:
         f"round {record.round}: accuracy {record.accuracy:.4f}, loss {record.loss:.3f}, "
         f"{moved:.1f} MB, {record.seconds:.1f} s"
     )
-    for word, faults in (("refused", record.refused), ("failed", record.failed)):
+    for word, faults in (("refused", record.rejected), ("failed", record.failed)):
         if faults:
             client, why = min(faults.items())
             line += f", {len(faults)} {word} (client {client}: {why})"
-    return line + (f", played {record.repeats + 1} times" if record.repeats else "")
+    return line + (f", played {record.retries + 1} times" if record.retries else "")
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def bar(console: Console) -> Iterator[Progress]:
                 accuracy=f"{record.accuracy:.4f}",
                 moved=total["moved"],
             )
-            if record.refused or record.failed:
+            if record.rejected or record.failed:
                 say(described(record))
 
         def on_update(done: int, of: int) -> None:

@@ -144,7 +144,7 @@ def run_federated(
         test,
         strategy,
         **rounds_of(recipe, device, progress, checkpoint),
-        repeats=recipe.run.max_retries,
+        max_retries=recipe.run.max_retries,
         timeout=recipe.run.timeout,
         training=training,
         workers=workers,

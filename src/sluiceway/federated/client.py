@@ -150,10 +150,10 @@ class Worker:
                 state=state,
                 master_params=master_params_of(self.params),
             )
-            self.strategy.start(client)
+            self.strategy.start_training(client)
             metrics = self.fit(client, examples)
             routing = seen.routing() if seen else []
-            extra = dict(self.strategy.finish(client))
+            extra = dict(self.strategy.finish_training(client))
         state |= {f"private/{n}": self.exchanged[n].detach().cpu().clone() for n in self.initial}
         if personal:
             metrics["personal_accuracy"] = self.personal_accuracy(examples)

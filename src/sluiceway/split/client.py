@@ -135,7 +135,7 @@ class SplitClient:
             observer=None,
             state=self.state,
         )
-        self.strategy.start(self.role)
+        self.strategy.start_training(self.role)
         self._batches = self.batches(round)
 
     def batches(self, round: int) -> Iterator[tuple[BatchId, Batch]]:
@@ -157,7 +157,7 @@ class SplitClient:
             crossing: the scores are in the message too.
         """
         scores = self.scorer.scores() if self.scorer is not None else None
-        extra = dict(self.strategy.finish(self.role))
+        extra = dict(self.strategy.finish_training(self.role))
         model = {
             piece.key: piece.of(self.owned)
             for piece in self.strategy.shared_pieces

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sluiceway.core.aggregation import aggregate
 from sluiceway.core.batches import Examples
 from sluiceway.core.guards import fault
 from sluiceway.core.messages import WireError, message_of
@@ -102,7 +103,7 @@ class SplitLoop:
             # 3. Train: smashed data up and gradients down, batch by batch.
             self.train(round, present)
             # 4. Average the layers that clients trained.
-            self.strategy.aggregate(self.collect_updates(round, present))
+            aggregate(self.strategy, self.collect_updates(round, present), round)
         # 5. Write the averages into the global layers.
         self.commit(chosen)
         # 6. Evaluate.
@@ -203,8 +204,9 @@ class SplitLoop:
         """
         back, strategy = exchanged(self.model.back), FedAvg()
         strategy.setup(back, MoELayout(()), len(clients))
-        strategy.aggregate(
-            Update(c.number, 0, c.size, exchanged(self.servers[c.number].back)) for c in clients
+        aggregate(
+            strategy,
+            [Update(c.number, 0, c.size, exchanged(self.servers[c.number].back)) for c in clients],
         )
         for layers in (back, *(exchanged(server.back) for server in self.servers.values())):
             for name, value in strategy.tensors.items():
@@ -242,7 +244,7 @@ class SplitLoop:
             bytes_down=self.traffic.down,
             seconds=time.perf_counter() - began,
             clients=list(chosen),
-            refused=self.rejected,
+            rejected=self.rejected,
             accuracy_by_client=[
                 found.of(i).weighted_accuracy(held) if held.sum() else None
                 for i, held in enumerate(self.label_counts)

@@ -92,7 +92,11 @@ def split_train(
         CheckpointError, StorageError: see `Checkpoint`.
     """
     plan = Rounds(
-        rounds=rounds, participation=participation, seed=seed, min_clients=min_clients, repeats=0
+        rounds=rounds,
+        participation=participation,
+        seed=seed,
+        min_clients=min_clients,
+        max_retries=0,
     )
     settings = SplitSettings(
         cut_at=cut_at,
@@ -159,8 +163,8 @@ def require_usable(
         TooFewUpdates: fewer than `min_clients` clients' layers could be used.
         Diverged: a layer, which must be the server's, is not finite.
     """
-    used = len(record.clients) - len(record.refused)
-    first = "".join(f" (client {c}: {why})" for c, why in sorted(record.refused.items())[:1])
+    used = len(record.clients) - len(record.rejected)
+    first = "".join(f" (client {c}: {why})" for c, why in sorted(record.rejected.items())[:1])
     if used < min_clients:
         raise TooFewUpdates(
             f"round {record.round}: the layers of {used} of {len(record.clients)} clients could be "

@@ -10,6 +10,7 @@ from sluiceway.strategies.base import (
     RunningMean,
     Strategy,
     Update,
+    UpdateRule,
 )
 from sluiceway.strategies.fedadam import FedAdam
 from sluiceway.strategies.fedalign_moe import FedAlignMoE
@@ -70,6 +71,7 @@ __all__ = [
     "Strategy",
     "TrimmedMean",
     "Update",
+    "UpdateRule",
     "Usage",
     "strategy",
 ]

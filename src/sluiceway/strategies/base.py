@@ -7,18 +7,15 @@ something extra back. So a new method is one file. It decides nothing about tran
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, Observer, ParamSlice
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 #: How every strategy's parameters are checked: unknown names, values out of range, and numbers
 #: that are infinite or NaN are errors.
@@ -103,8 +100,25 @@ class LocalContext:
         self.master_params = self.master_params or self.params
 
 
+class UpdateRule(Protocol):
+    """A function on a round's updates, called before the strategy adds them up; see `robust`."""
+
+    def streams(self) -> bool:
+        """True if it changes each update by itself, so that it may be called with one at a time."""
+        ...
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        """The updates to add up instead; the strategy is read and not changed."""
+        ...
+
+
 class Strategy:
-    """Base of all strategies. `FedAvg` is the one to start from when writing another."""
+    """Base of all strategies. `FedAvg` is the one to start from when writing another.
+
+    A round on the server: `broadcast`, then `begin`, `accumulate` for each update as it arrives,
+    `finish`. A round on a client: `start_training`, then `penalty` and `correct` in every step,
+    `finish_training`.
+    """
 
     name: ClassVar[str]
     #: Needs a mixture-of-experts model.
@@ -113,6 +127,13 @@ class Strategy:
     tensors: dict[str, Tensor]
     layout: MoELayout
     clients: int
+    #: Applied in turn to the updates of every round, before they are added up.
+    rules: tuple[UpdateRule, ...] = ()
+
+    def with_rules(self, *rules: UpdateRule) -> Self:
+        """Itself, with these rules on its updates, such as `Median()`."""
+        self.rules = rules
+        return self
 
     # -- the server's half ---------------------------------------------------------------------
 
@@ -151,22 +172,32 @@ class Strategy:
         return {}
 
     def client_extra(self) -> Mapping[str, Tensor] | None:
-        """What `finish` may send, as tensors of the same names, shapes and types.
+        """What `finish_training` may send, as tensors of the same names, shapes and types.
 
         An update with anything else is refused. None leaves it open: then only NaN and Inf are.
         """
         return None
 
-    def aggregate(self, updates: Iterable[Update]) -> None:
-        """Fold one round's updates into `self.tensors`. Streams: each update is read once.
+    def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
+        """Begin to add up the updates of round `number`, from 1; what was begun before is dropped.
 
-        Nothing of the strategy may change before the updates have ended: reading one raises where
-        a run is stopped or too few are usable, and the round is then played again.
+        Args:
+            number: of the round.
+            updates: all of the round's updates, in the order in which `accumulate` is given them;
+                none where `streams` says that they are not needed.
         """
         raise NotImplementedError
 
+    def accumulate(self, update: Update) -> None:
+        """Add one update to the running sums. The global values stay as they are."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Put the new global values into `self.tensors`; without any update they stay."""
+        raise NotImplementedError
+
     def streams(self) -> bool:
-        """True if `aggregate` is done with an update before it asks for the next."""
+        """True if `begin` needs no updates, so that each is forgotten once it is added."""
         return True
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -206,7 +237,7 @@ class Strategy:
 
     # -- the client's half ---------------------------------------------------------------------
 
-    def start(self, client: LocalContext) -> None:
+    def start_training(self, client: LocalContext) -> None:
         """Called once the received values are in the model, before the first step."""
 
     def penalty(self, client: LocalContext) -> Tensor | None:
@@ -220,7 +251,7 @@ class Strategy:
         because they overflowed.
         """
 
-    def finish(self, client: LocalContext) -> Mapping[str, Tensor]:
+    def finish_training(self, client: LocalContext) -> Mapping[str, Tensor]:
         """What the update carries beside the model, at the end of local training."""
         return {}
 

@@ -7,7 +7,7 @@ our reconstruction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -68,7 +68,6 @@ class FedAlignMoE(FedAvg):
     def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
         super().setup(tensors, layout, clients)
         self.routing: list[Tensor] = []
-        self.kept_share = 1.0
 
     def trains(self, param: str, layout: MoELayout) -> bool:
         frozen = self.gate == "frozen" and param in layout.gate_params
@@ -86,28 +85,36 @@ class FedAlignMoE(FedAvg):
         return {f"routing/{block}": r_g.float() for block, r_g in enumerate(self.routing)}
 
     def streams(self) -> bool:
-        # Directions and regions are compared before anything is added up.
-        return not (self.semantic or self.match == "meaning")
+        # Weights need every client's routing report, and directions its tensors.
+        return not (self.align or self.consistency or self.semantic or self.match == "meaning")
 
-    def aggregate(self, updates: Iterable[Update]) -> None:
-        if not (self.align or self.consistency or self.semantic or self.match == "meaning"):
-            super().aggregate(updates)
+    def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
+        super().begin(number, updates)
+        self.ordered: dict[int, Update] = {}
+        if not updates:
             return
-        held = list(updates)  # weights need every client's report before any tensor is added up
-        if not held:
-            return
+        held = list(updates)
         if self.match == "meaning":
             for block in self.layout.blocks:
                 held = self.matched(held, block)
+            self.ordered = {update.client: update for update in held}
         self.rows = {update.client: row for row, update in enumerate(held)}
         self.gate_weights = [self.client_weights(held, b) for b in range(len(self.layout.blocks))]
-        self.routing = [
+        self.next_routing = [
             fedalign.global_routing(w, stacked(held, b, "routing"))
             for b, w in enumerate(self.gate_weights)
         ]
         if self.semantic:
             self.expert_weights = [self.semantic_weights(held, b) for b in self.layout.blocks]
-        super().aggregate(held)
+
+    def accumulate(self, update: Update) -> None:
+        super().accumulate(self.ordered.get(update.client, update))
+
+    def finish(self) -> None:
+        if self.mean.total and not self.streams():
+            self.routing = self.next_routing
+        self.ordered = {}
+        super().finish()
 
     def matched(self, held: Sequence[Update], block: Block) -> list[Update]:
         """The updates with the experts of one block in the common order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
@@ -30,20 +30,23 @@ class FedAvg(Strategy):
     name: ClassVar[str] = "fedavg"
     lora: Literal["frozen-a", "residual", "average"] = "frozen-a"
 
-    def aggregate(self, updates: Iterable[Update]) -> None:
+    def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         shared = {piece.param for piece in self.shared_pieces}
-        mean = RunningMean({name: self.tensors[name] for name in self.tensors if name in shared})
-        products = RunningProducts(self.tensors, self.pairs if self.lora == "residual" else ())
-        seen = False
-        for update in updates:
-            seen = True
-            for piece in self.shared_pieces:
-                mean.add(piece, update.tensors.get(piece.key), self.weight(update, piece))
-            for pair in products.pairs:
-                products.add(pair, update, self.weight(update, pair.b))
-        if seen:
-            new = mean.result()
-            self.tensors = {**self.tensors, **self.step(new | products.folded(new))}
+        self.mean = RunningMean({name: t for name, t in self.tensors.items() if name in shared})
+        pairs = self.pairs if self.lora == "residual" else ()
+        self.products = RunningProducts(self.tensors, pairs)
+
+    def accumulate(self, update: Update) -> None:
+        for piece in self.shared_pieces:
+            self.mean.add(piece, update.tensors.get(piece.key), self.weight(update, piece))
+        for pair in self.products.pairs:
+            self.products.add(pair, update, self.weight(update, pair.b))
+
+    def finish(self) -> None:
+        if self.mean.total:
+            new = self.mean.result()
+            self.tensors = {**self.tensors, **self.step(new | self.products.folded(new))}
+        del self.mean, self.products
 
     def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
         """How much this client's value of this piece counts, >= 0; need not be normalised."""

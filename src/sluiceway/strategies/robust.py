@@ -1,153 +1,53 @@
-"""Robust aggregation, around any strategy: a few clients that send nonsense do little harm.
+"""Robust aggregation: rules on a round's updates, so that a few bad clients do little harm.
 
-A robust rule holds another strategy, which sees hardened updates in place of those that came. So
-client halves, server optimisers and what crosses stay those of the strategy inside. Only tensors
-are hardened: routing reports and numbers of examples are taken as clients tell them, and an update
-with NaN never gets here.
+A rule is a function from a round's updates to those that are added up in their place (see
+`UpdateRule`), and goes with every strategy: `FedAvg().with_rules(Median())`. Client halves, server
+optimisers and what crosses stay the strategy's own. Only tensors are hardened: routing reports and
+numbers of examples are taken as clients tell them, and an update with NaN never gets here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, InstanceOf
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.moe import BlockRouting, MoELayout, ParamSlice
-from sluiceway.strategies.base import PARAMETERS, Broadcast, LocalContext, Strategy, Update
+from sluiceway.strategies.base import PARAMETERS, Strategy, Update, UpdateRule
 
 #: Values that are worked on at a time: of one client, or of up to sixteen together.
 SLICE = 1 << 16
 
 
-@dataclass(config=PARAMETERS)
-class Robust(Strategy):
-    """Does all that `inner` does, and itself nothing more. What it holds is `inner`'s too."""
-
-    inner: InstanceOf[Strategy] = Field(exclude=True)
-
-    def __getattr__(self, name: str) -> Any:
-        # Unpickling asks before there is anything inside.
-        if name == "inner" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    @property
-    def needs_experts(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_experts
-
-    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
-        self.inner.setup(tensors, layout, clients)
-
-    def broadcast(self, number: int) -> Broadcast:
-        return self.inner.broadcast(number)
-
-    def server_extra(self) -> Mapping[str, Tensor]:
-        return self.inner.server_extra()
-
-    def client_extra(self) -> Mapping[str, Tensor] | None:
-        return self.inner.client_extra()
-
-    def aggregate(self, updates: Iterable[Update]) -> None:
-        self.inner.aggregate(updates)
-
-    def streams(self) -> bool:
-        return self.inner.streams()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.inner.load_state_dict(state)
-
-    def report(self) -> dict[str, float]:
-        return self.inner.report()
-
-    def trains(self, param: str, layout: MoELayout) -> bool:
-        return self.inner.trains(param, layout)
-
-    def server_owned(self, layout: MoELayout) -> frozenset[str]:
-        return self.inner.server_owned(layout)
-
-    def private(self, param: str) -> bool:
-        return self.inner.private(param)
-
-    def sends(self, piece: ParamSlice, routing: Sequence[BlockRouting]) -> bool:
-        return self.inner.sends(piece, routing)
-
-    def wants_regions(self) -> bool:
-        return self.inner.wants_regions()
-
-    def start(self, client: LocalContext) -> None:
-        self.inner.start(client)
-
-    def penalty(self, client: LocalContext) -> Tensor | None:
-        return self.inner.penalty(client)
-
-    def correct(self, client: LocalContext) -> None:
-        self.inner.correct(client)
-
-    def finish(self, client: LocalContext) -> Mapping[str, Tensor]:
-        return self.inner.finish(client)
-
-
 @dataclass(config=PARAMETERS, kw_only=True)
-class Centred(Robust):
-    """Every update gets the same values: of each coordinate a centre of what the clients sent.
-
-    The mean that `inner` takes is then the centre, whatever its weights, and its server step
-    applies to it [ours]. A piece's centre is over the clients that sent it, and all updates carry
-    it; a piece that nobody sent stays absent [ours]. So an expert that one client used alone is
-    that client's. Extra tensors are centred by name, for the updates that have them; where
-    their shapes differ, each update keeps its own [ours].
-
-    Memory: the centres (one copy of what crosses), and one piece of every client at a time.
-    """
-
-    def cut(self, count: int) -> int:
-        """How many of `count` >= 1 values are dropped at each end, in [0, count / 2)."""
-        raise NotImplementedError(f"{type(self).__name__} must say how many values are dropped")
-
-    def streams(self) -> bool:
-        return False
-
-    def aggregate(self, updates: Iterable[Update]) -> None:
-        held = list(updates)
-        tensors = Centres([update.tensors for update in held], self.cut)
-        extra = Centres([update.extra for update in held], self.cut)
-        self.inner.aggregate(
-            replace(
-                update,
-                tensors=tensors.instead_of(update.tensors, tensors.names),
-                extra=extra.instead_of(update.extra, list(update.extra)),
-            )
-            for update in held
-        )
-
-
-@dataclass(config=PARAMETERS, kw_only=True)
-class Median(Centred):
-    """Coordinate-wise median [paper: Yin et al., arXiv 1803.01498, option I].
+class Median:
+    """Coordinate-wise median [paper: Yin et al., arXiv 1803.01498, option I]; see `centred`.
 
     Of an even number of values it is the mean of the two in the middle. Clients count alike. It
     stays within what the honest ones sent while they are more than half of a piece's senders.
     """
 
     def cut(self, count: int) -> int:
+        """How many of `count` >= 1 values are dropped at each end."""
         return (count - 1) // 2
+
+    def streams(self) -> bool:
+        return False
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        return centred(updates, self.cut)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
-class TrimmedMean(Centred):
-    """Coordinate-wise trimmed mean [paper: Yin et al., arXiv 1803.01498, option II].
+class TrimmedMean:
+    """Coordinate-wise trimmed mean [paper: Yin et al., arXiv 1803.01498, option II]; see `centred`.
 
     Of N values of a coordinate the floor(share N) smallest and as many largest are dropped, and
     the plain mean of the rest is taken. It stays within what the honest clients sent while no
@@ -159,17 +59,50 @@ class TrimmedMean(Centred):
     share: float = Field(default=0.1, ge=0, lt=0.5)
 
     def cut(self, count: int) -> int:
+        """How many of `count` >= 1 values are dropped at each end, in [0, count / 2)."""
         # 0.29 * 100 is a little less than 29 in floating point
         return min(int(self.share * count + 1e-9), (count - 1) // 2)
 
+    def streams(self) -> bool:
+        return False
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        return centred(updates, self.cut)
+
+
+def centred(updates: list[Update], cut: Callable[[int], int]) -> list[Update]:
+    """The same values for every update: of each coordinate a centre of what the clients sent.
+
+    The mean that the strategy takes is then the centre, whatever its weights, and its server step
+    applies to it [ours]. A piece's centre is over the clients that sent it, and all updates carry
+    it; a piece that nobody sent stays absent [ours]. So an expert that one client used alone is
+    that client's. Extra tensors are centred by name, for the updates that have them; where their
+    shapes differ, each update keeps its own [ours].
+
+    Memory: the centres (one copy of what crosses), and one piece of every client at a time.
+
+    Args:
+        cut: how many of so many values are dropped at each end.
+    """
+    tensors = Centres([update.tensors for update in updates], cut)
+    extra = Centres([update.extra for update in updates], cut)
+    return [
+        replace(
+            update,
+            tensors=tensors.instead_of(update.tensors, tensors.names),
+            extra=extra.instead_of(update.extra, list(update.extra)),
+        )
+        for update in updates
+    ]
+
 
 @dataclass(config=PARAMETERS, kw_only=True)
-class NormClipping(Robust):
+class NormClipping:
     """w_i' = old + min(1, limit / ||w_i - old||) (w_i - old) [paper: Sun et al., arXiv 1911.07963].
 
     The L2 norm is that of a client's whole change, over all floating-point pieces it sent. An
-    update within the limit is handed on as it came. `inner` weighs clients as ever, by the numbers
-    of examples that they tell.
+    update within the limit is handed on as it came. The strategy weighs clients as ever, by the
+    numbers of examples that they tell.
 
     Extra tensors are clipped only where there is no fixed limit, for theirs would be another: a
     client's as one change from zero, to the median of those norms [ours].
@@ -180,30 +113,26 @@ class NormClipping(Robust):
     limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def streams(self) -> bool:
-        return self.limit is not None and self.inner.streams()
+        return self.limit is not None
 
-    def aggregate(self, updates: Iterable[Update]) -> None:
-        old = self.inner.tensors
-        pieces = {piece.key: piece for piece in self.inner.shared_pieces}
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        pieces = {piece.key: piece for piece in strategy.shared_pieces}
 
         def received(name: str) -> Tensor | None:
-            return pieces[name].of(old) if name in pieces else None
+            return pieces[name].of(strategy.tensors) if name in pieces else None
 
+        tensors = [Change(update.tensors, received) for update in updates]
         if self.limit is not None:
-            limit = self.limit
-            self.inner.aggregate(
-                replace(update, tensors=Change(update.tensors, received).within(limit))
-                for update in updates
-            )
-            return
-        held = list(updates)
-        tensors = [Change(update.tensors, received) for update in held]
-        extra = [Change(update.extra, lambda name: torch.zeros(())) for update in held]
+            return [
+                replace(update, tensors=change.within(self.limit))
+                for update, change in zip(updates, tensors, strict=True)
+            ]
+        extra = [Change(update.extra, lambda name: torch.zeros(())) for update in updates]
         limits = [median([one.norm for one in part] or [0.0]) for part in (tensors, extra)]
-        self.inner.aggregate(
-            replace(update, tensors=sent.within(limits[0]), extra=beside.within(limits[1]))
-            for update, sent, beside in zip(held, tensors, extra, strict=True)
-        )
+        return [
+            replace(update, tensors=sent.within(limits[0]), extra=besides.within(limits[1]))
+            for update, sent, besides in zip(updates, tensors, extra, strict=True)
+        ]
 
 
 class Lazily(Mapping[str, Tensor]):
@@ -333,7 +262,7 @@ class Change:
 
 
 #: Every robust rule by the name that `method.robust.name` uses.
-ROBUST: dict[str, type[Robust]] = {
+ROBUST: dict[str, type[UpdateRule]] = {
     "median": Median,
     "trimmed-mean": TrimmedMean,
     "norm-clipping": NormClipping,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -40,19 +40,21 @@ class Scaffold(FedAvg):
     def client_extra(self) -> Mapping[str, Tensor]:
         return self.server_extra()
 
-    def aggregate(self, updates: Iterable[Update]) -> None:
-        change = {name: torch.zeros_like(t) for name, t in self.control.items()}
+    def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
+        super().begin(number, updates)
+        self.change = {name: torch.zeros_like(t) for name, t in self.control.items()}
 
-        def fold_controls() -> Iterable[Update]:
-            for update in updates:
-                for name, total in change.items():
-                    if (sent := update.extra.get(f"control/{name}")) is not None:
-                        total.add_(sent)
-                yield update
+    def accumulate(self, update: Update) -> None:
+        super().accumulate(update)
+        for name, total in self.change.items():
+            if (sent := update.extra.get(f"control/{name}")) is not None:
+                total.add_(sent)
 
-        super().aggregate(fold_controls())
-        for name, total in change.items():
+    def finish(self) -> None:
+        super().finish()
+        for name, total in self.change.items():
             self.control[name].add_(total, alpha=1 / self.clients)
+        del self.change
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | dict(self.server_extra())
@@ -66,7 +68,7 @@ class Scaffold(FedAvg):
 
     # -- the client's half ---------------------------------------------------------------------
 
-    def start(self, client: LocalContext) -> None:
+    def start_training(self, client: LocalContext) -> None:
         own = {name: client.state.get(f"control/{name}") for name in client.params}
         server = {name: client.broadcast.extra[f"control/{name}"] for name in client.params}
         client.scratch["shift"] = {
@@ -84,7 +86,7 @@ class Scaffold(FedAvg):
             client.scratch["sum"][name].add_(param.grad)
             param.grad.add_(client.scratch["shift"][name])
 
-    def finish(self, client: LocalContext) -> Mapping[str, Tensor]:
+    def finish_training(self, client: LocalContext) -> Mapping[str, Tensor]:
         sent: dict[str, Tensor] = {}
         for name, total in client.scratch["sum"].items():
             key = f"control/{name}"

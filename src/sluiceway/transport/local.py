@@ -186,7 +186,7 @@ def federate(
     workers: int = 1,
     threads: int | None = None,
     min_clients: int = 1,
-    repeats: int = 1,
+    max_retries: int = 1,
     timeout: float = 0,
     features: FeatureCache | None = None,
     on_start: Callable[[], None] = lambda: None,
@@ -204,7 +204,7 @@ def federate(
         clients: each client's data set of (inputs, label); may be empty for some.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
-        rounds, participation, seed, min_clients, repeats: see `Rounds`.
+        rounds, participation, seed, min_clients, max_retries: see `Rounds`.
         training: how a client trains; see `Training`.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
@@ -233,7 +233,7 @@ def federate(
         participation=participation,
         seed=seed,
         min_clients=min_clients,
-        repeats=repeats,
+        max_retries=max_retries,
     )
     place = torch.device(chosen_device(device))
     if (workers > 1 or timeout) and place.type != "cpu":

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from sluiceway import strategies as rules
+from sluiceway.core.aggregation import Aggregation
 from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import Failure, UpdateFilter
 from sluiceway.core.messages import WireError, read_update, take_values
@@ -34,7 +35,6 @@ from sluiceway.errors import line
 from sluiceway.experiment.methods import parameters_of
 from sluiceway.federated.client import prepare
 from sluiceway.strategies import Broadcast, Update
-from sluiceway.strategies.robust import Robust
 
 log = getLogger("flwr").log
 
@@ -138,15 +138,21 @@ class Adapter(FlowerStrategy):
             raise ValueError(f"round {server_round} was not configured")
         kept: set[int] = set()
         with scratch_folder() as folder:
-            self.rule.aggregate(tally.usable(self.updates(replies, folder, kept)))
+            aggregation = Aggregation(self.rule, server_round)
+            for answer in self.updates(replies, folder, kept):
+                if (update := tally.accept(answer)) is not None:
+                    aggregation.add(update)
+            if error := tally.too_few():
+                raise error
+            aggregation.finish()
         self.based |= dict.fromkeys(kept & set(tally.used), server_round)
-        for word, faults in (("refused", tally.refused), ("failed", tally.failed)):
+        for word, faults in (("refused", tally.rejected), ("failed", tally.failed)):
             for number, why in faults.items():
                 log(WARNING, "client %s (%s) %s: %s", number, self.nodes[number].name, word, why)
         metrics: dict[str, int | float | list[int] | list[float]] = {
             "train_loss": tally.mean_loss(),
             "used": len(tally.used),
-            "refused": len(tally.refused),
+            "refused": len(tally.rejected),
             "failed": len(tally.failed),
             **self.rule.report(),
         }
@@ -186,16 +192,8 @@ class Adapter(FlowerStrategy):
     def summary(self) -> None:
         """Log what the strategy is."""
         size = sum(tensor.nbytes for tensor in self.rule.tensors.values())
-        log(INFO, "\t├──> %s %s", self.rule.name, parameters_of(self.inner))
+        log(INFO, "\t├──> %s %s", self.rule.name, parameters_of(self.rule))
         log(INFO, "\t└──> %s clients, %.1f MB are exchanged", self.clients, size / 1e6)
-
-    @property
-    def inner(self) -> rules.Strategy:
-        """The strategy whose client half runs: the one inside of a robust one."""
-        found = self.rule
-        while isinstance(found, Robust):
-            found = found.inner
-        return found
 
     def follow(self, arrays: ArrayRecord) -> None:
         """Take the global values from Flower's loop, unless they are those given to it."""
@@ -203,7 +201,7 @@ class Adapter(FlowerStrategy):
             return
         tensors = {name: tensor.clone() for name, tensor in self.rule.tensors.items()}
         take_values(tensors, unpacked(arrays), needed=tensors)
-        self.inner.tensors = tensors
+        self.rule.tensors = tensors
         self._held = arrays
 
     def connected(self, chosen: Sequence[int], grid: Grid) -> list[int]:
@@ -216,7 +214,7 @@ class Adapter(FlowerStrategy):
         facts = {
             "client": number,
             "clients": self.clients,
-            "method": {"name": self.inner.name, **parameters_of(self.inner)},
+            "method": {"name": self.rule.name, **parameters_of(self.rule)},
             "train": TypeAdapter(Training).dump_python(self.training),
             "seed": self.plan.seed,
             "run": self.run,

@@ -1,0 +1,59 @@
+"""One round's updates on their way into a strategy: pushed one at a time, never pulled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sluiceway.strategies import Strategy, Update
+
+
+class Aggregation:
+    """Hands each update to the strategy's rules and then to the strategy, as it arrives.
+
+    Where the strategy or one of its rules must see every update first, they are held until
+    `finish`. Nothing of the strategy that outlives the round changes before `finish`, so that a
+    round can be given up at any point before it.
+
+    Args:
+        strategy: set up.
+        number: of the round, from 1.
+    """
+
+    def __init__(self, strategy: Strategy, number: int) -> None:
+        self.strategy = strategy
+        self.number = number
+        self.held: list[Update] = []
+        #: Whether updates must stay readable until `finish`.
+        self.holds = not (strategy.streams() and all(rule.streams() for rule in strategy.rules))
+        if not self.holds:
+            strategy.begin(number)
+
+    def add(self, update: Update) -> None:
+        """Take one usable update."""
+        if self.holds:
+            self.held.append(update)
+            return
+        updates = [update]
+        for rule in self.strategy.rules:
+            updates = rule(updates, self.strategy)
+        for changed in updates:
+            self.strategy.accumulate(changed)
+
+    def finish(self) -> None:
+        """Let the strategy take its new global values."""
+        if self.holds:
+            updates = self.held
+            for rule in self.strategy.rules:
+                updates = rule(updates, self.strategy)
+            self.strategy.begin(self.number, updates)
+            for update in updates:
+                self.strategy.accumulate(update)
+        self.strategy.finish()
+
+
+def aggregate(strategy: Strategy, updates: Iterable[Update], number: int = 1) -> None:
+    """Combine all of a round's updates at once; `strategy.tensors` are the new global values."""
+    aggregation = Aggregation(strategy, number)
+    for update in updates:
+        aggregation.add(update)
+    aggregation.finish()
