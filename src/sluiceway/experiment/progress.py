@@ -37,7 +37,7 @@ def described(record: Record) -> str:
         f"round {record.round}: accuracy {record.accuracy:.4f}, loss {record.loss:.3f}, "
         f"{moved:.1f} MB, {record.seconds:.1f} s"
     )
-    for word, faults in (("refused", record.rejected), ("failed", record.failed)):
+    for word, faults in (("rejected", record.rejected), ("failed", record.failed)):
         if faults:
             client, why = min(faults.items())
             line += f", {len(faults)} {word} (client {client}: {why})"

@@ -38,7 +38,7 @@ def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> 
             "seconds": seconds,
             "empty_clients": result.empty,
             "rejected_updates": result.rejected,
-            "rejected": left_out(records, "refused"),
+            "rejected": left_out(records, "rejected"),
             "failed_updates": result.failed,
             "failed": left_out(records, "failed"),
             "repeated_rounds": sum(record.retries for record in result.records),
