@@ -53,7 +53,7 @@ def result_of(rounds: int = 4, seed: int = 0, better: float = 0.0) -> Result:
             bytes_down=1_000_000,
             seconds=1.5,
             clients=[0, 2],
-            refused={2: "NaN or Inf in <gate>"} if n == 2 else {},
+            rejected={2: "NaN or Inf in <gate>"} if n == 2 else {},
             accuracy_by_client=[0.6, None, 0.7],
         )
         for n in range(1, rounds + 1)

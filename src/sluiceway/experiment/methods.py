@@ -90,7 +90,9 @@ def robust_rules(table: Any) -> list[UpdateRule]:
     rule = RULES[name]
     if rule is None:
         if parameters:
-            raise InputError(f"method.robust.{min(parameters)}: the rule none has no parameters")
+            raise InputError(
+                f"unknown key method.robust.{min(parameters)}; allowed in [method.robust]: name"
+            )
         return []
     made: UpdateRule = checked("method.robust", rule, parameters, ["name"])
     return [made]
