@@ -117,9 +117,11 @@ def test_the_local_numbers_with_a_part_of_the_clients(tmp_path: Path) -> None:
 
 
 def test_the_local_numbers_of_a_robust_rule(tmp_path: Path) -> None:
-    found = Adapter(rules.Median(inner=rules.FedAvg()), model(), clients=3, training=TRAINING)
+    found = Adapter(
+        rules.FedAvg().with_rules(rules.Median()), model(), clients=3, training=TRAINING
+    )
     result = found.start(world(tmp_path), num_rounds=3)
-    assert same(result.arrays, local(rules.Median(inner=rules.FedAvg())).tensors)
+    assert same(result.arrays, local(rules.FedAvg().with_rules(rules.Median())).tensors)
 
 
 def test_clients_judge_and_the_loop_evaluates(tmp_path: Path) -> None:
@@ -228,12 +230,16 @@ def test_lost_clients_are_done_without_until_too_few_are_left(tmp_path: Path) ->
 
 
 def test_values_from_elsewhere_are_gone_on_from(tmp_path: Path) -> None:
-    first = Adapter(rules.Median(inner=rules.FedAvg()), model(), clients=3, training=TRAINING)
+    first = Adapter(
+        rules.FedAvg().with_rules(rules.Median()), model(), clients=3, training=TRAINING
+    )
     held = first.start(world(tmp_path / "a"), num_rounds=1).arrays
     fresh = Adapter(rules.FedAvg(), model(), clients=3, training=TRAINING)
     fresh.follow(held)
     assert same(fresh.arrays(), unpacked(held))
-    robust = Adapter(rules.Median(inner=rules.FedAvg()), model(), clients=3, training=TRAINING)
+    robust = Adapter(
+        rules.FedAvg().with_rules(rules.Median()), model(), clients=3, training=TRAINING
+    )
     robust.follow(held)
     assert same(packed(robust.rule.broadcast(1)), unpacked(held))
 
