@@ -53,12 +53,12 @@ def test_results_come_in_order_whoever_is_first(pool: Pool[int]) -> None:
     assert list(pool.map(add, [])) == []
 
 
-def test_a_lost_task_loses_no_other(pool: Pool[int]) -> None:
+def test_a_failed_task_fails_no_other(pool: Pool[int]) -> None:
     found: list[Any] = list(pool.map(fail, [(n,) for n in range(8)], timeout=2))
     assert found[0] == 100
     assert found[5:] == [105, 106, 107]
-    assert all(isinstance(lost, TaskFailure) for lost in found[1:5])
-    assert [lost.why for lost in found[1:5]] == [
+    assert all(isinstance(failed, TaskFailure) for failed in found[1:5])
+    assert [failed.why for failed in found[1:5]] == [
         "ValueError: no",
         "its process ended by signal 9",
         "its process ended with code 7",
@@ -70,9 +70,9 @@ def test_a_lost_task_loses_no_other(pool: Pool[int]) -> None:
 
 
 def test_an_error_that_cannot_be_sent_is_told(pool: Pool[int]) -> None:
-    (lost,) = pool.map(raise_unpicklable, [()])
-    assert lost.why == "Unpicklable: odd"
-    assert "raise Unpicklable" in str(lost.error)
+    (failed,) = pool.map(raise_unpicklable, [()])
+    assert failed.why == "Unpicklable: odd"
+    assert "raise Unpicklable" in str(failed.error)
 
 
 def test_leaving_early_ends_what_runs(pool: Pool[int]) -> None:
@@ -82,15 +82,15 @@ def test_leaving_early_ends_what_runs(pool: Pool[int]) -> None:
         break
     pool.close()
     assert time.monotonic() - began < 60
-    assert not pool.seats
+    assert not pool.workers
 
 
 def test_a_worker_killed_between_tasks_is_replaced(pool: Pool[int]) -> None:
     list(pool.map(add, [(1,), (2,)]))
-    for seat in pool.seats:
-        assert seat.process.pid is not None
-        os.kill(seat.process.pid, signal.SIGKILL)
-        seat.process.join()
+    for worker in pool.workers:
+        assert worker.process.pid is not None
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.join()
     assert list(pool.map(add, [(1,), (2,)])) == [101, 102]
 
 

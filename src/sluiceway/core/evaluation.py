@@ -93,7 +93,7 @@ def evaluate(
     loss: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
 ) -> Evaluation:
-    """The model as it stands on the examples at these positions; leaves it in evaluation mode."""
+    """The model, as it is, on the examples at these positions; leaves it in evaluation mode."""
     model.eval()
     classes = int(labels_of(examples).max()) + 1 if len(examples) else 0
     none = torch.zeros(classes, dtype=torch.int64)

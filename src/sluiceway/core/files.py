@@ -19,8 +19,8 @@ PREFIX = "sluiceway-"
 def scratch_folder() -> Iterator[Path]:
     """A new folder for this process, removed at the end; those of killed runs are removed first.
 
-    Whoever uses a folder holds the lock beside it, from before there is a folder, and the system
-    lets go of the lock however a process ends.
+    The process that uses a folder holds the lock next to it, from before the folder exists; the
+    system releases the lock however the process ends.
     """
     room = Path(tempfile.gettempdir())
     for left in room.glob(f"{PREFIX}*"):
@@ -45,7 +45,7 @@ def remove_if_unused(folder: Path) -> None:
 
 
 def lock_of(folder: Path) -> Path:
-    """The lock beside a folder."""
+    """The lock file next to a folder."""
     return folder.with_name(f"{folder.name}.lock")
 
 

@@ -189,7 +189,7 @@ def tensors_fault(update: Update, strategy: Strategy) -> str | None:
 
 
 def extra_fault(extra: Mapping[str, Tensor], like: Mapping[str, Tensor] | None) -> str | None:
-    """What is wrong with what an update has beside the model; `like` None leaves names open."""
+    """What is wrong with the extra tensors of an update; `like` None leaves names open."""
     if like is not None and (strange := sorted(set(extra) - set(like))):
         return f"{strange[0]} was not to be sent"
     for name, value in extra.items():

@@ -1,8 +1,8 @@
-"""What a client and its server must agree on before the first round.
+"""The handshake: what a client and its server must agree on before the first round.
 
 Parameter names and the layout of adapters differ between releases of transformers and PEFT, so a
-client that joins shows its card, and a difference is told by its first tensor and by the versions
-on both sides, not by an error deep in a round.
+client that joins sends its model signature, and a difference is reported by its first tensor and by
+the versions on both sides, not by an error deep in a round.
 """
 
 from __future__ import annotations

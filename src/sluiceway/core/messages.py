@@ -1,7 +1,7 @@
 """Messages as safetensors bytes: any float type, absent experts, never pickle.
 
 A message is one safetensors file. Names say what a tensor is (`model/...`, `extra/...`,
-`routing/<block>/...`); the header's metadata holds the few numbers beside them. Reading is lazy:
+`routing/<block>/...`); the header's metadata holds a few numbers more. Reading is lazy:
 a tensor is taken from the file when it is asked for.
 
 A reader trusts nothing of a message: whatever its bytes, it is read or refused by a `WireError` of

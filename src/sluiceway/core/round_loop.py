@@ -89,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def commit(self, clients: Sequence[int]) -> None:
-        """The last round stands: what these clients keep from it is kept; of others it is not."""
+        """The round is final: keep the new states of these clients, and drop all others."""
         ...
 
     def broadcast_bytes(self) -> int:
@@ -319,19 +319,19 @@ class Loop:
             if len(attempts) > self.rounds.max_retries:
                 raise attempts[-1].too_few
         # 3. The strategy takes its new global values; clients keep what they have to.
-        stands = attempts[-1]
-        stands.aggregation.finish()
+        final = attempts[-1]
+        final.aggregation.finish()
         # 4. Evaluate.
         found = self.engine.evaluate(self.strategy.tensors)
-        self.engine.commit(stands.filter.used)
-        self.result.personal_accuracy |= stands.filter.personal
+        self.engine.commit(final.filter.used)
+        self.result.personal_accuracy |= final.filter.personal
         # 5. Record.
         filters = [attempt.filter for attempt in attempts]
         return Record(
             round=number,
             accuracy=found.accuracy,
             loss=found.mean_loss,
-            train_loss=stands.filter.mean_loss(),
+            train_loss=final.filter.mean_loss(),
             bytes_up=sum(one.nbytes for one in filters),
             bytes_down=sum(attempt.bytes_down for attempt in attempts),
             seconds=time.perf_counter() - began,

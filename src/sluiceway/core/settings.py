@@ -56,7 +56,7 @@ class Training(Optimisation):
         those of Hugging Face do.
 
     Parameters in half precision are stepped through float32 copies, made anew in every round
-    (4 bytes a trained value, beside what the optimiser holds); they cross in their own type.
+    (4 bytes a trained value, besides what the optimiser holds); they cross in their own type.
     With float16 anywhere the loss is scaled, and a step whose gradients overflow is left out.
     The rest is as of `Optimisation`.
     """

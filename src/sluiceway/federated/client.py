@@ -1,6 +1,6 @@
 """How one client trains and what it sends; how a model is evaluated on the test set.
 
-A `Worker` holds one model and plays every client in turn: the received values are written into
+A `Worker` holds one model and trains as every client in turn: the received values are written into
 it, it trains in place, and the trained values go out.
 """
 
@@ -75,7 +75,7 @@ def trained_layout(layout: MoELayout, names: set[str]) -> MoELayout:
 
 
 class Worker:
-    """One model that plays any client, and evaluates.
+    """One model that trains as any client, and evaluates.
 
     Args:
         model: trained in place.
@@ -121,7 +121,7 @@ class Worker:
     def train(
         self, number: int, broadcast: Broadcast, state: dict[str, Tensor], *, personal: bool
     ) -> Update:
-        """Play client `number` for one round.
+        """Train as client `number` for one round.
 
         Args:
             number: of the client, from 0; it must hold at least one example.
@@ -222,7 +222,7 @@ class Worker:
         return loss.detach(), penalty.detach()
 
     def training_mode(self) -> None:
-        """Training mode, but for modules that are wholly frozen."""
+        """Training mode, except for modules that are entirely frozen."""
         self.model.train()
         for module in self.still:
             module.eval()
@@ -238,7 +238,7 @@ class Worker:
             return evaluate(self.model, self.test, indices, self.loss, self.device)
 
     def personal_accuracy(self, examples: Examples) -> float:
-        """Accuracy of the model as it stands, classes weighted as the client holds them.
+        """Accuracy of the model as it is, classes weighted as the client holds them.
 
         Of each class it holds, the first test examples are taken, `PERSONAL` in all at most.
         """

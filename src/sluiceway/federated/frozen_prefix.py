@@ -239,7 +239,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int) -> tuple[Te
 
 @dataclass
 class FeatureExamples:
-    """A data set whose batches carry the trunk's output beside the inputs."""
+    """A data set whose batches carry the frozen prefix's output along with the inputs."""
 
     examples: Examples
     rows: Tensor

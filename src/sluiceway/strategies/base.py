@@ -33,7 +33,7 @@ class Broadcast:
     Attributes:
         round: number of the round, from 1.
         tensors: the shared parameters and buffers, by their name in the model.
-        extra: what the strategy sends beside them (control variates, global routing, ...).
+        extra: what else the strategy sends (control variates, global routing, ...).
     """
 
     round: int
@@ -52,7 +52,7 @@ class Update:
         tensors: the trained values (not differences) by `ParamSlice.key`; experts that saw no token
             are absent. May be a lazy mapping over a file.
         routing: what the client measured per MoE block; empty for a dense model.
-        extra: what the strategy's client half sends beside them.
+        extra: what else the strategy's client half sends.
         metrics: numbers for people to read (loss, seconds, ...).
         nbytes: length of the packed message, in bytes.
     """
@@ -82,7 +82,7 @@ class LocalContext:
         masters: what the optimiser steps, by name: the parameters themselves, or float32 copies
             of half-precision ones, which follow each step. `correct` finds gradients here.
         steps: optimiser steps taken in this round.
-        scratch: room for the strategy within this round.
+        scratch: for the strategy to use within this round.
     """
 
     model: nn.Module
@@ -168,7 +168,7 @@ class Strategy:
         return Broadcast(number, shared, self.server_extra())
 
     def server_extra(self) -> Mapping[str, Tensor]:
-        """What the broadcast carries beside the model; nothing unless a strategy says so."""
+        """What the broadcast carries besides the model; nothing unless a strategy says so."""
         return {}
 
     def client_extra(self) -> Mapping[str, Tensor] | None:
@@ -252,7 +252,7 @@ class Strategy:
         """
 
     def finish_training(self, client: LocalContext) -> Mapping[str, Tensor]:
-        """What the update carries beside the model, at the end of local training."""
+        """What the update carries besides the model, at the end of local training."""
         return {}
 
 

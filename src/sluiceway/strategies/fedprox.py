@@ -26,7 +26,7 @@ class FedProx(FedAvg):
     def penalty(self, client: LocalContext) -> Tensor | None:
         if self.mu == 0:
             return None
-        # The masters, since half-precision parameters cannot tell small distances.
+        # The float32 copies: half-precision parameters cannot represent small distances.
         distances = [
             torch.sum((value - client.received[name]) ** 2)
             for name, value in client.master_params.items()

@@ -3,7 +3,7 @@
 A rule is a function from a round's updates to those that are added up in their place (see
 `UpdateRule`), and goes with every strategy: `FedAvg().with_rules(Median())`. Client halves, server
 optimisers and what crosses stay the strategy's own. Only tensors are hardened: routing reports and
-numbers of examples are taken as clients tell them, and an update with NaN never gets here.
+numbers of examples are taken as clients report them, and an update with NaN never gets here.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class NormClipping:
 
     The L2 norm is that of a client's whole change, over all floating-point pieces it sent. An
     update within the limit is handed on as it came. The strategy weighs clients as ever, by the
-    numbers of examples that they tell.
+    numbers of examples that they report.
 
     Extra tensors are clipped only where there is no fixed limit, for theirs would be another: a
     client's as one change from zero, to the median of those norms [ours].

@@ -43,11 +43,11 @@ PART = 256
 
 
 class LocalEngine:
-    """Plays clients by one or more workers; the number of workers changes no result.
+    """Trains clients in one or more worker processes; the number of workers changes no result.
 
     Messages are packed into files of a temporary folder, so that what is counted is what would
     cross, and so that updates that wait for the others take no memory. What clients keep is in
-    files too, and changes with `commit` only: a round that does not stand leaves no trace.
+    files too, and changes with `commit` only: a round that is given up leaves no trace.
 
     A client whose training raises, whose process dies or who takes too long has failed; the others
     go on.
@@ -154,7 +154,7 @@ def answer(number: int, done: Path | TaskFailure) -> Update | Failure:
 def train_client(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
     """Train one client from a packed broadcast to a packed update, whose path is returned.
 
-    What the client keeps is read from `kept`, and written beside the update.
+    What the client keeps is read from `kept`, and written next to the update.
     """
     state = load_file(kept) if kept.exists() else {}
     update = worker.train(number, read_broadcast(down), state, personal=personal)
@@ -208,7 +208,7 @@ def federate(
         training: how a client trains; see `Training`.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
-        workers: processes that play clients; results do not depend on it where `threads` is set.
+        workers: processes that train clients; results do not depend on it where `threads` is set.
         threads: torch threads for each worker.
         timeout: seconds that a client may train before the round goes on without it, 0 for any;
             its process is ended, so this needs the CPU. Results then depend on the machine.
@@ -222,7 +222,7 @@ def federate(
         ValueError: nothing to train, too few clients with examples, several workers or a timeout
             on a GPU.
         TooFewUpdates: a round had fewer than `min_clients` usable updates, however often it was
-            played; CheckpointError, StorageError: see `Checkpoint`.
+            tried; CheckpointError, StorageError: see `Checkpoint`.
         NoExpertsError: the strategy needs experts and the model has none.
         pydantic.ValidationError: a setting out of range.
     """

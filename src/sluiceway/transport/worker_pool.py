@@ -1,4 +1,8 @@
-"""Worker processes that may fail: a task whose process dies or takes too long is lost, no other."""
+"""Worker processes that may fail: a process that dies or takes too long fails its task, no other.
+
+This pool is our own: pebble 5.2.3 gives up its whole pool when an idle worker is killed ("Unexpected
+error within the Pool"), and concurrent.futures documents the same (BrokenProcessPool).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class RemoteError(Exception):
 
 
 @dataclass
-class Seat:
+class WorkerProcess:
     """A worker process, and the task that it has: its index and when it was given."""
 
     process: BaseProcess
@@ -60,7 +64,7 @@ class Pool(Generic[T]):
     common: T
     processes: int
     threads: int = 1
-    seats: list[Seat] = field(default_factory=list, init=False)
+    workers: list[WorkerProcess] = field(default_factory=list, init=False)
 
     def map(
         self,
@@ -85,86 +89,86 @@ class Pool(Generic[T]):
         waiting = deque(range(len(arguments)))
         done: dict[int, Any] = {}
         try:
-            for turn in range(len(arguments)):
-                while turn not in done:
+            for index in range(len(arguments)):
+                while index not in done:
                     check_stop()
                     self.give(task, arguments, waiting)
                     self.collect(done, timeout)
-                yield done.pop(turn)
+                yield done.pop(index)
         finally:
-            for seat in [seat for seat in self.seats if seat.task is not None]:
-                self.end(seat)
+            for worker in [worker for worker in self.workers if worker.task is not None]:
+                self.end(worker)
 
     def give(
         self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], waiting: deque[int]
     ) -> None:
         """Give waiting tasks to idle processes, starting those that are not there."""
-        for seat in [s for s in self.seats if s.task is None and not s.process.is_alive()]:
-            self.end(seat)
-        while len(self.seats) < min(self.processes, len(self.seats) + len(waiting)):
-            self.seats.append(self.started())
-        for seat in self.seats:
-            if seat.task is None and waiting:
-                seat.task, seat.since = waiting.popleft(), time.monotonic()
+        for worker in [s for s in self.workers if s.task is None and not s.process.is_alive()]:
+            self.end(worker)
+        while len(self.workers) < min(self.processes, len(self.workers) + len(waiting)):
+            self.workers.append(self.started())
+        for worker in self.workers:
+            if worker.task is None and waiting:
+                worker.task, worker.since = waiting.popleft(), time.monotonic()
                 with contextlib.suppress(OSError):  # it has just died, which `collect` will see
-                    seat.connection.send_bytes(pickle.dumps((task, arguments[seat.task])))
+                    worker.connection.send_bytes(pickle.dumps((task, arguments[worker.task])))
 
     def collect(self, done: dict[int, Any], timeout: float | None) -> None:
-        """Wait a moment for results; note those that came, and tasks that were lost."""
-        busy = [seat for seat in self.seats if seat.task is not None]
+        """Wait a moment for results; note those that came, and tasks that failed."""
+        busy = [worker for worker in self.workers if worker.task is not None]
         ready = wait([s.connection for s in busy] + [s.process.sentinel for s in busy], TICK)
-        for seat in busy:
-            task = seat.task
+        for worker in busy:
+            task = worker.task
             assert task is not None
-            if seat.connection in ready or seat.process.sentinel in ready:
-                done[task] = self.result(seat)
-            elif timeout and time.monotonic() - seat.since > timeout:
+            if worker.connection in ready or worker.process.sentinel in ready:
+                done[task] = self.result(worker)
+            elif timeout and time.monotonic() - worker.since > timeout:
                 done[task] = TaskFailure(f"no update within {timeout:g} s")
-                self.end(seat)
+                self.end(worker)
 
-    def result(self, seat: Seat) -> Any:
-        """What this seat's process gave, which is then idle; a `TaskFailure` if it has died."""
+    def result(self, worker: WorkerProcess) -> Any:
+        """What this worker's process gave, which is then idle; a `TaskFailure` if it has died."""
         try:
-            if seat.connection.poll():
-                found = pickle.loads(seat.connection.recv_bytes())
-                seat.task = None
+            if worker.connection.poll():
+                found = pickle.loads(worker.connection.recv_bytes())
+                worker.task = None
                 if isinstance(found, TaskFailure) and found.error is not None:
                     found.error.__cause__ = RemoteError(found.trace)  # pickle leaves it out
                 return found
         except (EOFError, OSError):
             pass
-        self.end(seat)
-        code = seat.process.exitcode
+        self.end(worker)
+        code = worker.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with code {code}"
         return TaskFailure(f"its process ended {how}")
 
-    def end(self, seat: Seat) -> None:
-        """End a process, whatever it does; another takes its seat when there is a task."""
-        self.seats.remove(seat)
-        if seat.process.exitcode is None:
-            seat.process.join(0.05)  # one that is dying tells how
-        seat.process.kill()
-        seat.process.join()
-        seat.connection.close()
+    def end(self, worker: WorkerProcess) -> None:
+        """End a process, whatever it does; another is started when there is a task."""
+        self.workers.remove(worker)
+        if worker.process.exitcode is None:
+            worker.process.join(0.05)  # a dying process gets time to set its exit code
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
 
-    def started(self) -> Seat:
+    def started(self) -> WorkerProcess:
         """A new process, ready for tasks."""
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
         mine, its = context.Pipe()
-        others = [seat.connection for seat in self.seats]
+        others = [worker.connection for worker in self.workers]
         process = context.Process(  # type: ignore[attr-defined]
             target=work, args=(its, self.common, self.threads, os.getpid(), [mine, *others])
         )
         process.daemon = True
         process.start()
         its.close()
-        return Seat(process, mine)
+        return WorkerProcess(process, mine)
 
     def close(self) -> None:
         """End all processes."""
-        for seat in list(self.seats):
-            self.end(seat)
+        for worker in list(self.workers):
+            self.end(worker)
 
 
 def work(
@@ -185,11 +189,11 @@ def work(
         try:
             found = task(common, *arguments)
         except Exception as error:
-            found = lost(error)
+            found = failure_of(error)
         connection.send_bytes(pickle.dumps(found))
 
 
-def lost(error: Exception) -> TaskFailure:
+def failure_of(error: Exception) -> TaskFailure:
     """What a worker says of an error."""
     trace = traceback.format_exc()
     said = TaskFailure(described(error), error, trace)
