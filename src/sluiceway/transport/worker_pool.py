@@ -1,7 +1,7 @@
 """Worker processes that may fail: a process that dies or takes too long fails its task, no other.
 
-This pool is our own: pebble 5.2.3 gives up its whole pool when an idle worker is killed ("Unexpected
-error within the Pool"), and concurrent.futures documents the same (BrokenProcessPool).
+This pool is our own: pebble 5.2.3 gives up its whole pool when an idle worker is killed
+("Unexpected error within the Pool"), and concurrent.futures documents the same.
 """
 
 from __future__ import annotations
