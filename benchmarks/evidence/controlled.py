@@ -1,10 +1,10 @@
-"""A small mixture of experts with known regions, in which the disease can be dialled from 0 to 1.
+"""A small mixture of experts with known regions: how far clients disagree is a parameter.
 
     python benchmarks/evidence/controlled.py          5 seeds; table, JSON and plot into docs/
 
 Tokens are of four regions, and in each another rule leads from a token to its label, so that every
 region has its own right expert. A base model is trained on all regions; then ten clients train it
-on data of their own, and one aggregation follows. Dials say how their models differ:
+on data of their own, and one aggregation follows. Three parameters say how their models differ:
 
 - roles: this share of the clients has its experts, and the gate's rows with them, in another order.
   Each such client computes the same as the others, but the expert of an index has another role.
@@ -13,8 +13,8 @@ on data of their own, and one aggregation follows. Dials say how their models di
 - regions: all begin alike, but this share of a client's tokens is of one region, and it trains five
   times as long, so that gates and experts drift by themselves.
 
-What is shown is the accuracy of the aggregated model on all regions, beside the mean accuracy of
-the clients' models that went into it.
+Shown are the accuracy of the aggregated model on all regions, and the mean accuracy of the clients'
+models that went into it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,36 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from pages import Value, table
+from pictures import by_round, panels
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sluiceway.core.aggregation import aggregate
 from sluiceway.core.settings import Training
-from sluiceway.experiment.compare import Interval
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
-from sluiceway.strategies import Broadcast, FedAlignMoE, FedAvg, FedMoE, Median, Strategy, Usage
+from sluiceway.strategies import (
+    Broadcast,
+    FedAlignMoE,
+    FedAvg,
+    FedMoE,
+    Median,
+    Strategy,
+    Update,
+    Usage,
+)
 
 REGIONS, LABELS, WIDTH, HIDDEN, CLIENTS, TOKENS = 4, 4, 16, 24, 10, 256
-#: Positions of each dial.
-DIALS = {
+#: Values of each parameter.
+VALUES = {
     "roles": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     "gates": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     "regions": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
@@ -136,10 +148,12 @@ def with_another_gate(base: Mapping[str, Tensor], seed: int, size: float) -> dic
     return turned
 
 
-def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) -> dict[str, float]:
+def one_point(
+    parameter: str, value: float, seed: int, base: Mapping[str, Tensor]
+) -> dict[str, float]:
     """Accuracy after one aggregation by each method, and the mean of the clients' own."""
     test = world(2000, 5000 + seed)
-    share, epochs = (value, 5) if dial == "regions" else (0.0, 1)
+    share, epochs = (value, 5) if parameter == "regions" else (0.0, 1)
     sets = [world(TOKENS, 100 * seed + i, i % REGIONS, share) for i in range(CLIENTS)]
     training = Training(lr=3e-3, batch_size=16, local_epochs=epochs)
     found: dict[str, float] = {}
@@ -153,12 +167,11 @@ def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) ->
         updates, own = [], []
         for client in range(CLIENTS):
             start = dict(base)
-            if dial == "roles":
+            if parameter == "roles":
                 start = with_other_roles(base, client, value)
-            if dial == "gates":
+            if parameter == "gates":
                 start = with_another_gate(base, 1000 * seed + client, value)
-            update = worker.train(client, Broadcast(1, start), {}, personal=False)
-            updates.append(update.__class__(**{**vars(update), "tensors": copied(update.tensors)}))
+            updates.append(copied(worker.train(client, Broadcast(1, start), {}, personal=False)))
             own.append(accuracy(model, dict(model.named_parameters()), test))
         aggregate(strategy, updates)
         found[name] = accuracy(model, strategy.tensors, test)
@@ -167,50 +180,9 @@ def one_point(dial: str, value: float, seed: int, base: Mapping[str, Tensor]) ->
     return found
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, which the next client does not train."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def table(results: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> str:
-    """Markdown: a row a method and dial, mean and 95 % interval; differences to FedAvg paired."""
-    lines = []
-    for dial, points in results.items():
-        lines += [
-            f"| {dial} | {' | '.join(points)} |",
-            f"|---|{'---:|' * len(points)}",
-        ]
-        for name in ("clients", *METHODS):
-            cells = []
-            for runs in points.values():
-                mean = Interval.of([run[name] for run in runs])
-                text = f"{mean.mean:.3f} ± {mean.half:.3f}"
-                if name not in ("clients", "fedavg"):
-                    gap = Interval.of([run[name] - run["fedavg"] for run in runs])
-                    text += " *" if abs(gap.mean) > gap.half else ""
-                cells.append(text)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(results: Mapping[str, Mapping[str, list[dict[str, float]]]], path: Path) -> None:
-    """Accuracy over each dial, with 95 % intervals."""
-    figure, axes = plt.subplots(1, len(results), figsize=(14, 4))
-    for axis, (dial, points) in zip(axes, results.items(), strict=True):
-        x = [float(value) for value in points]
-        for name in ("clients", *METHODS):
-            means = [Interval.of([run[name] for run in runs]) for runs in points.values()]
-            style = {"color": "black", "linestyle": ":"} if name == "clients" else {}
-            axis.errorbar(
-                x, [m.mean for m in means], [m.half for m in means], label=name, capsize=2, **style
-            )
-        axis.set_xlabel(f"{dial} differ")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy after one aggregation")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def copied(update: Update) -> Update:
+    """The same in memory of its own, which the next client does not train."""
+    return replace(update, tensors={name: t.clone() for name, t in update.tensors.items()})
 
 
 def main() -> None:
@@ -220,17 +192,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, dict[str, list[dict[str, float]]]] = {dial: {} for dial in DIALS}
-    bases = [trained_base(seed) for seed in range(args.seeds)]
-    for dial, points in results.items():
-        for value in DIALS[dial]:
-            points[f"{value:g}"] = [
-                one_point(dial, value, seed, base) for seed, base in enumerate(bases)
-            ]
+    shown = ["clients", *METHODS]
+    runs: dict[str, dict[str, dict[int, Any]]] = {p: {m: {} for m in shown} for p in VALUES}
+    for seed in range(args.seeds):
+        base = trained_base(seed)
+        for parameter, values in VALUES.items():
+            found = [one_point(parameter, value, seed, base) for value in values]
+            for method in shown:
+                accuracies = [point[method] for point in found]
+                runs[parameter][method][seed] = {"values": values, "accuracy_by_round": accuracies}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "controlled.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    plot(results, args.out / "controlled.png")
-    print(table(results))
+    (args.out / "controlled.json").write_text(json.dumps(runs), encoding="utf-8")
+    panels(runs, list(runs), shown, args.out / "controlled.png", by_value, "parameter")
+    for parameter, values in VALUES.items():
+        columns: dict[str, Value] = {f"{v:g}": partial(at, i) for i, v in enumerate(values)}
+        same = dict.fromkeys(columns, runs[parameter])
+        print(f"{parameter}:\n\n{table(same, list(columns), shown, columns, 'fedavg')}\n")
+
+
+def at(position: int, run: Mapping[str, Any]) -> float:
+    """Accuracy at one value of the parameter."""
+    return float(run["accuracy_by_round"][position])
+
+
+def by_value(mine: Mapping[int, Mapping[str, Any]]) -> tuple[Any, Any]:
+    """Values of a parameter [V], and accuracies [seeds, V]."""
+    return mine[0]["values"], by_round(mine)[1]
 
 
 if __name__ == "__main__":

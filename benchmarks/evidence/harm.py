@@ -1,8 +1,8 @@
-"""Where the harm of skewed clients sits: the clients' models with one group of parameters averaged.
+"""Which parameters lose by skewed clients: clients' models with one group of parameters averaged.
 
     python benchmarks/evidence/harm.py                         AG News and 20 Newsgroups, 3 seeds
 
-FedAvg plays some rounds. Of the last one, every client's own model is tested on the whole test set,
+FedAvg runs some rounds. Of the last one, every client's own model is tested on the whole test set,
 then with the averaged gates in it, the averaged experts, the averaged rest (head, attention), and
 all of them. What averaging a group gains is what the group's drift had cost; if averaging gates or
 experts lost accuracy, they would be the one-size-fits-none that FedAlign-MoE is made against.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -104,8 +105,7 @@ def measured(recipe: Recipe, session: Session, rounds: int) -> dict[str, float]:
 
 def copied(update: Update) -> Update:
     """The same, in memory of its own."""
-    tensors = {name: tensor.clone() for name, tensor in update.tensors.items()}
-    return update.__class__(**{**vars(update), "tensors": tensors})
+    return replace(update, tensors={name: t.clone() for name, t in update.tensors.items()})
 
 
 def main() -> None:
