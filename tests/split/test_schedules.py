@@ -54,7 +54,7 @@ def begun(
     message = built.round_start(1)
     turns = []
     for client in local(built):
-        client.begin(1, message, built.masks.mask(client.number))
+        client.begin(1, message, built.masks.mask(client.client_id))
         turns.append(next(client.batches(1)))
     return built, [name for name, _ in turns], [batch for _, batch in turns]
 
@@ -92,7 +92,9 @@ def test_gradient_i_belongs_to_batch_i(
     server = built.servers[-1]
     if schedule == "u":
         opened = [server.open(message, labels=False) for message in messages]
-        replies, refused = server.step_u(opened, lambda n, m: local(built)[n.client].finish(n, m))
+        replies, refused = server.step_u(
+            opened, lambda n, m: local(built)[n.client].tail_gradient(n, m)
+        )
         assert refused == {}
     else:
         replies = server.step([server.open(message, labels=True) for message in messages])
@@ -103,7 +105,7 @@ def test_gradient_i_belongs_to_batch_i(
         for name, gradient in gradients.items():
             # Of the tail it is the mean over the client's own batch as it stands.
             moved = (old[name] - client.params[name].detach()) / STEP.lr
-            assert torch.allclose(moved, gradient, rtol=1e-3, atol=2e-5), (client.number, name)
+            assert torch.allclose(moved, gradient, rtol=1e-3, atol=2e-5), (client.client_id, name)
 
 
 @few
@@ -135,7 +137,7 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
     message, steps = other.round_start(1), {}
     for client in local(other):
         client.begin(1, message)
-        steps[client.number] = client.batches(1)
+        steps[client.client_id] = client.batches(1)
     for number in turns:
         name, batch = next(steps[number])
         client = local(other)[number]
@@ -148,7 +150,7 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
             {n: t.detach() for n, t in yours.owned.items()},
         )
         assert yours.scorer is not None
-        assert torch.equal(yours.scorer.scores().float(), one.masks.scores[mine.number].float())  # type: ignore[union-attr]
+        assert torch.equal(yours.scorer.scores().float(), one.masks.scores[mine.client_id].float())  # type: ignore[union-attr]
 
 
 class Post:

@@ -69,10 +69,10 @@ def test_a_restarted_server_goes_on(
         with monkeypatch.context() as patch:
             received = remote_split.RemoteClient.receive
 
-            def receive(party: remote_split.RemoteClient, name: Any, message: bytes) -> None:
+            def receive(client: remote_split.RemoteClient, name: Any, message: bytes) -> None:
                 if name.round == 3 and name.batch == 1:
                     raise Broken
-                received(party, name, message)
+                received(client, name, message)
 
             patch.setattr(remote_split.RemoteClient, "receive", receive)
             with pytest.raises(Broken):
@@ -94,10 +94,10 @@ def test_a_site_that_is_gone_for_a_while(
         received = remote_split.RemoteClient.receive
         keys = handlers["site-1"].keys
 
-        def receive(party: remote_split.RemoteClient, name: Any, message: bytes) -> None:
-            if party.number == 1 and (name.round, name.batch) == (2, 1):
+        def receive(client: remote_split.RemoteClient, name: Any, message: bytes) -> None:
+            if client.client_id == 1 and (name.round, name.batch) == (2, 1):
                 handlers["site-1"].close()
-            received(party, name, message)
+            received(client, name, message)
 
         def back(record: Any) -> None:
             if record.round == 3:
@@ -121,7 +121,7 @@ def test_a_client_that_sends_nan_sits_out(
     sending = SplitClient.send
 
     def send(side: SplitClient, name: Any, batch: Any) -> bytes:
-        if side.number == 2 and name.round == 2:
+        if side.client_id == 2 and name.round == 2:
             with torch.no_grad():
                 next(iter(side.params.values())).fill_(float("nan"))
         return sending(side, name, batch)

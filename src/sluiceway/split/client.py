@@ -41,7 +41,7 @@ class SplitClient:
     """One client, as a `ClientProxy` of this process.
 
     Args:
-        number: from 0.
+        client_id: from 0.
         examples: its data; labels stay here in a U-shape.
         model: whose front and tail are copied.
         config: what both sides know.
@@ -52,7 +52,7 @@ class SplitClient:
 
     def __init__(
         self,
-        number: int,
+        client_id: int,
         examples: Examples,
         model: SplitModel,
         config: SplitConfig,
@@ -60,7 +60,7 @@ class SplitClient:
         scorer: ChannelScorer | None,
         seed: int,
     ) -> None:
-        self.number, self.size, self.examples = number, len(examples), examples
+        self.client_id, self.size, self.examples = client_id, len(examples), examples
         self.front, self.tail = copy.deepcopy(model.front), copy.deepcopy(model.tail)
         self.config, self.strategy, self.scorer, self.seed = config, strategy, scorer, seed
         self.smallest = model.smallest[0]
@@ -110,7 +110,7 @@ class SplitClient:
                 self.scorer.watch(batch.run(front), batch.labels)
         scores = self.scorer.scores()
         parts = {} if scores is None else {"scores": {"channels": scores.float()}}
-        return message_of(parts, {"client": self.number})
+        return message_of(parts, {"client": self.client_id})
 
     def begin(self, round: int, message: bytes, mask: Tensor | None = None) -> None:
         """Take the layers of a round, and let the strategy start.
@@ -140,14 +140,14 @@ class SplitClient:
 
     def batches(self, round: int) -> Iterator[tuple[BatchId, Batch]]:
         """The client's batches of a round, shuffled and augmented by a seed of their own."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, round, self.number))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, round, self.client_id))
         count = 0
         for _ in range(self.config.training.local_epochs):
             order = torch.randperm(self.size, generator=generator)
             for part in order.split(self.config.training.batch_size):
                 if len(part) >= self.smallest:
                     batch = Batch.of(self.examples, part, self.config.device, generator)
-                    yield BatchId(self.number, round, count), batch
+                    yield BatchId(self.client_id, round, count), batch
                     count += 1
 
     def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
@@ -174,18 +174,18 @@ class SplitClient:
                 "sum": torch.tensor(total, dtype=torch.float64),
             }
             self.losses = []
-        facts = {"client": self.number, "round": round, "examples": self.size}
+        facts = {"client": self.client_id, "round": round, "examples": self.size}
         return message_of(parts, facts), scores
 
     # -- a step --------------------------------------------------------------------------------
 
-    def ask(self, batch_id: BatchId, crosses: bool) -> None:
+    def request(self, batch_id: BatchId, crosses: bool) -> None:
         """Leave the next batch out, unless it crosses; see `ClientProxy`."""
         if not crosses:
             self._next(batch_id)
 
-    def sent(self, batch_id: BatchId) -> bytes:
-        """The next batch, packed. Raises WireError if it is not the one that was asked for."""
+    def smashed_data(self, batch_id: BatchId) -> bytes:
+        """The next batch, packed. Raises WireError if it is not the requested one."""
         return self.send(batch_id, self._next(batch_id))
 
     def _next(self, batch_id: BatchId) -> Batch:
@@ -205,7 +205,7 @@ class SplitClient:
         self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
         return message
 
-    def finish(self, batch_id: BatchId, message: bytes) -> bytes:
+    def tail_gradient(self, batch_id: BatchId, message: bytes) -> bytes:
         """In a U-shape: run the tail on what the server made, and pack the gradient of the loss."""
         assert self.tail is not None
         link, labels = self.config.tail_link, self.waiting[batch_id].labels

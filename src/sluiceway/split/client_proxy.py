@@ -19,11 +19,11 @@ class ClientProxy(Protocol):
     """A client of the run; every method may raise `Away`.
 
     Attributes:
-        number: from 0.
+        client_id: from 0.
         size: examples that it holds.
     """
 
-    number: int
+    client_id: int
     size: int
 
     def rate(self) -> bytes:
@@ -32,13 +32,13 @@ class ClientProxy(Protocol):
     def begin(self, round: int, message: bytes, mask: Tensor | None) -> None:
         """Start a round with the server's message, and with a mask [C] that is not in it."""
 
-    def ask(self, batch_id: BatchId, crosses: bool) -> None:
+    def request(self, batch_id: BatchId, crosses: bool) -> None:
         """Have it send its next batch, or leave that batch out."""
 
-    def sent(self, batch_id: BatchId) -> bytes:
+    def smashed_data(self, batch_id: BatchId) -> bytes:
         """The packed smashed data that were asked for."""
 
-    def finish(self, batch_id: BatchId, message: bytes) -> bytes:
+    def tail_gradient(self, batch_id: BatchId, message: bytes) -> bytes:
         """In a U-shape: the packed gradient of its tail by what the server made of a batch."""
 
     def receive(self, batch_id: BatchId, message: bytes) -> None:

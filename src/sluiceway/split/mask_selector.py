@@ -14,7 +14,7 @@ from sluiceway.split.methods import ChannelChoice
 from sluiceway.split.scorers import FixedScores
 from sluiceway.strategies.base import unprefixed
 
-#: Key of what all clients share, where others have the client's number.
+#: Key of what all clients share, where others have the client id.
 ALL = -1
 
 
@@ -53,8 +53,8 @@ class MaskSelector:
             return []
         return [client for client in clients if client not in self.scores]
 
-    def choose(self, number: int, clients: Sequence[int]) -> None:
-        """Choose the masks of round `number`, in which these clients take part.
+    def choose(self, round: int, clients: Sequence[int]) -> None:
+        """Choose the masks of a round, in which these clients take part.
 
         Without scores nothing is chosen, and everything is sent: so it is in the warm-up, with
         masks of their own also for clients that first take part after it.
@@ -62,7 +62,7 @@ class MaskSelector:
         for key in [ALL] if self.merged else clients:
             scores = self.of(key)
             if scores is not None:
-                self.choosers[key].choose(number, scores)
+                self.choosers[key].choose(round, scores)
 
     def of(self, key: int) -> Tensor | None:
         """The scores that decide a mask, [C] float64; None before there are any.

@@ -54,7 +54,7 @@ class SplitLoop:
         plan: how many rounds there are, and who takes part.
         test: the global test set.
         label_counts: who holds what, [clients, classes].
-        clients: by number, those without examples included.
+        clients: in order of their ids, those without examples included.
 
     Attributes:
         servers: the server's side by client, or of `ALL`.
@@ -75,16 +75,16 @@ class SplitLoop:
         self.setup, self.clients, self.label_counts = setup, clients, label_counts
         self.model, self.strategy = setup.model, setup.strategy
         self.sizes: list[int] = label_counts.sum(1).tolist()
-        self.eligible = [number for number, size in enumerate(self.sizes) if size]
+        self.eligible = [client_id for client_id, size in enumerate(self.sizes) if size]
         self.servers = setup.servers()
         self.evaluator = Evaluator(test, setup.config)
         largest = sorted(self.sizes, reverse=True)[: len(plan.chosen(1, self.eligible))]
         nbytes, crossing = setup.round_bytes(largest), setup.model.shape[0]
         self.masks = MaskSelector(setup.choice, crossing, self.sizes, nbytes, plan.seed)
-        for number in range(len(clients)):  # scores that are known from the beginning
-            scorer = setup.scorer(number)
+        for client_id in range(len(clients)):  # scores that are known from the beginning
+            scorer = setup.scorer(client_id)
             if scorer is not None and (scores := scorer.scores()) is not None:
-                self.masks.rate(number, scores)
+                self.masks.rate(client_id, scores)
 
     def run_round(self, round: int, chosen: Sequence[int]) -> SplitRecord:
         """One round with the chosen clients."""
@@ -92,10 +92,10 @@ class SplitLoop:
         self.traffic, self.rejected = Traffic(), dict[int, str]()
         self.losses, self.counts = list[tuple[int, float]](), dict[str, int]()
         # 1. Choose the channels; clients whose scores are needed already rate theirs first.
-        for number in self.masks.unrated(chosen):
-            self.collect_initial_scores(self.clients[number])
+        for client_id in self.masks.unrated(chosen):
+            self.collect_initial_scores(self.clients[client_id])
         self.masks.choose(round, chosen)
-        clients = [self.clients[number] for number in chosen]
+        clients = [self.clients[client_id] for client_id in chosen]
         # In sequence each client is a group of its own, whose average is its front: handed on.
         for group in [[c] for c in clients] if self.setup.schedule == "sequential" else [clients]:
             # 2. Send the layers.
@@ -115,23 +115,23 @@ class SplitLoop:
             message = client.rate()
             if self.masks.crossing:
                 self.traffic.up += len(message)
-            scores = read_initial_scores(message, client.number, self.model.shape[0])
+            scores = read_initial_scores(message, client.client_id, self.model.shape[0])
             if scores is not None:
-                self.masks.rate(client.number, scores)
+                self.masks.rate(client.client_id, scores)
         except WireError as error:
-            self.rejected[client.number] = str(error)
+            self.rejected[client.client_id] = str(error)
 
     def send_layers(self, round: int, clients: Sequence[ClientProxy]) -> list[ClientProxy]:
         """Start the round at the clients; returns those that could be reached."""
         message, present = self.round_start(round), []
         for client in clients:
             try:
-                mask = None if self.masks.crossing else self.masks.mask(client.number)
+                mask = None if self.masks.crossing else self.masks.mask(client.client_id)
                 client.begin(round, message, mask)
                 self.traffic.down += len(message)
                 present.append(client)
             except Away as error:
-                self.rejected[client.number] = str(error)
+                self.rejected[client.client_id] = str(error)
         return present
 
     def round_start(self, round: int) -> bytes:
@@ -146,7 +146,7 @@ class SplitLoop:
         """Clients train with the server's layers, or each with the server's copy for it."""
         config, smallest = self.setup.config, self.model.smallest[0]
         sizes = {
-            c.number: config.epoch_batches(c.size, smallest) * config.training.local_epochs
+            c.client_id: config.epoch_batches(c.size, smallest) * config.training.local_epochs
             for c in clients
         }
         copies = self.setup.schedule == "copies"
@@ -155,13 +155,13 @@ class SplitLoop:
                 self.rejected |= train_together(
                     group,
                     round,
-                    {c.number: sizes[c.number] for c in group},
-                    self.servers[group[0].number if copies else ALL],
+                    {c.client_id: sizes[c.client_id] for c in group},
+                    self.servers[group[0].client_id if copies else ALL],
                     self.traffic,
                     tails=self.model.tail is not None,
                 )
         if copies:
-            self.average_copies([c for c in clients if c.number not in self.rejected])
+            self.average_copies([c for c in clients if c.client_id not in self.rejected])
 
     def collect_updates(self, round: int, clients: Sequence[ClientProxy]) -> list[Update]:
         """The layers at the end of the round of the clients that were not rejected."""
@@ -169,12 +169,12 @@ class SplitLoop:
         for client in clients:
             try:
                 update = self.update_of(round, client)
-                why = fault(update, self.strategy, round, [client.number])
+                why = fault(update, self.strategy, round, [client.client_id])
             except WireError as error:
                 why = str(error)
             if why is not None:
-                self.rejected.setdefault(client.number, why)
-            elif client.number not in self.rejected:
+                self.rejected.setdefault(client.client_id, why)
+            elif client.client_id not in self.rejected:
                 updates.append(update)
         return updates
 
@@ -182,7 +182,7 @@ class SplitLoop:
         """A client's layers at the end of its round; scores, losses and counts are noted."""
         message, scores = client.end(round, self.masks.crossing)
         self.traffic.up += len(message)
-        found = read_round_end(message, client.number, round, self.model.shape[0])
+        found = read_round_end(message, client.client_id, round, self.model.shape[0])
         if found.scores is not None:
             scores = found.scores
         counted = batch_counts(self.model.client_layers())
@@ -191,10 +191,10 @@ class SplitLoop:
         for name, value in found.counts.items():
             self.counts[name] = max(value, self.counts.get(name, 0))
         self.losses.append(found.loss)
-        if scores is not None and client.number not in self.rejected:
-            self.masks.rate(client.number, scores)
-        number, size, nbytes = client.number, client.size, len(message)
-        return Update(number, round, size, found.model, extra=found.extra, nbytes=nbytes)
+        if scores is not None and client.client_id not in self.rejected:
+            self.masks.rate(client.client_id, scores)
+        client_id, size, nbytes = client.client_id, client.size, len(message)
+        return Update(client_id, round, size, found.model, extra=found.extra, nbytes=nbytes)
 
     @torch.no_grad()
     def average_copies(self, clients: Sequence[ClientProxy]) -> None:
@@ -204,10 +204,11 @@ class SplitLoop:
         """
         back, strategy = exchanged(self.model.back), FedAvg()
         strategy.setup(back, MoELayout(()), len(clients))
-        aggregate(
-            strategy,
-            [Update(c.number, 0, c.size, exchanged(self.servers[c.number].back)) for c in clients],
-        )
+        updates = [
+            Update(c.client_id, 0, c.size, exchanged(self.servers[c.client_id].back))
+            for c in clients
+        ]
+        aggregate(strategy, updates)
         for layers in (back, *(exchanged(server.back) for server in self.servers.values())):
             for name, value in strategy.tensors.items():
                 layers[name].copy_(value)

@@ -44,18 +44,18 @@ def train_together(
     round.
 
     Args:
-        sizes: of each client's batches, by its number.
+        sizes: of each client's batches, by its id.
         tails: clients hold the last layers, and the labels stay there.
 
     Returns:
-        By the number of such a client, why.
+        By the id of such a client, why.
     """
     rejected: dict[int, str] = {}
     done = dict.fromkeys(sizes, 0)
-    by_number = {client.number: client for client in clients}
+    by_id = {client.client_id: client for client in clients}
 
     def tail(batch_id: BatchId, message: bytes) -> bytes:
-        answer = by_number[batch_id.client].finish(batch_id, message)
+        answer = by_id[batch_id.client].tail_gradient(batch_id, message)
         traffic.down += len(message)
         traffic.up += len(answer)
         return answer
@@ -67,40 +67,39 @@ def train_together(
         except errors as error:
             rejected[batch_id.client] = f"{error} (batch {batch_id.batch})"
 
-    for chosen in spread([len(sizes[client.number]) for client in clients]):
+    for chosen in spread([len(sizes[client.client_id]) for client in clients]):
         check_stop()
-        present = [clients[i] for i in chosen if clients[i].number not in rejected]
-        batch_ids = {c.number: BatchId(c.number, round, done[c.number]) for c in present}
-        examples = sum(sizes[number][one.batch] for number, one in batch_ids.items())
-        done |= {number: one.batch + 1 for number, one in batch_ids.items()}
-        # 1. Ask for the batches, so that all clients work at the same time.
-        enough = examples >= server.smallest
-        for client in present:
-            with rejecting(batch_ids[client.number]):
-                client.ask(batch_ids[client.number], enough)
+        present = [clients[i].client_id for i in chosen if clients[i].client_id not in rejected]
+        batch_ids = [BatchId(client_id, round, done[client_id]) for client_id in present]
+        done |= {one.client: one.batch + 1 for one in batch_ids}
+        # 1. Request the batches, so that all clients work at the same time.
+        enough = sum(sizes[one.client][one.batch] for one in batch_ids) >= server.smallest
+        for one in batch_ids:
+            with rejecting(one):
+                by_id[one.client].request(one, enough)
         if not enough:
             continue
         # 2. Take the smashed data.
-        opened: dict[int, Smashed] = {}
-        for client in present:
-            if client.number not in rejected:
-                with rejecting(batch_ids[client.number], ValueError):
-                    message = client.sent(batch_ids[client.number])
+        opened: dict[BatchId, Smashed] = {}
+        for one in batch_ids:
+            if one.client not in rejected:
+                with rejecting(one, ValueError):
+                    message = by_id[one.client].smashed_data(one)
                     traffic.up += len(message)
-                    opened[client.number] = server.open(message, labels=not tails)
+                    opened[one] = server.open(message, labels=not tails)
         if sum(len(smashed.values) for smashed in opened.values()) < server.smallest:
             continue
         # 3. Step on the server; in a U-shape by way of the clients' tails.
         if tails:
-            replies, refused = server.step_u(list(opened.values()), tail)
-            rejected |= refused
+            replies, failed = server.step_u(list(opened.values()), tail)
+            rejected |= failed
         else:
             replies = server.step(list(opened.values()))
         # 4. Return the gradients, on which the clients step.
-        for number, reply in zip(opened, replies, strict=True):
+        for one, reply in zip(opened, replies, strict=True):
             traffic.down += len(reply)
-            with rejecting(batch_ids[number]):
-                by_number[number].receive(batch_ids[number], reply)
+            with rejecting(one):
+                by_id[one.client].receive(one, reply)
     return rejected
 
 

@@ -124,19 +124,19 @@ class SharedSetup:
         tensors = exchanged(self.model.client_layers())
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
-    def scorer(self, client: int) -> ChannelScorer | None:
+    def scorer(self, client_id: int) -> ChannelScorer | None:
         """A client's scorer; None for a method that chooses no channels."""
         if self.choice is None:
             return None
         own = self.choice.masks == "client"
-        seed = derive_seed(self.seed, client) if own else self.seed
+        seed = derive_seed(self.seed, client_id) if own else self.seed
         return self.choice.scorer(self.model.shape[0], self.config.classes, seed)
 
-    def client(self, client: int, examples: Examples) -> SplitClient:
+    def client(self, client_id: int, examples: Examples) -> SplitClient:
         """A client with its layers."""
-        scorer = self.scorer(client)
+        scorer = self.scorer(client_id)
         return SplitClient(
-            client, examples, self.model, self.config, self.strategy, scorer, self.seed
+            client_id, examples, self.model, self.config, self.strategy, scorer, self.seed
         )
 
     def servers(self) -> dict[int, SplitServer]:

@@ -24,7 +24,7 @@ def state_of(loop: SplitLoop) -> dict[str, dict[str, Tensor]]:
     return {
         "layers": {name: tensor for part in parts for name, tensor in part.items()},
         "strategy": loop.strategy.state_dict(),
-        "clients": joined({str(c.number): c.state_dict() for c in loop.clients}),
+        "clients": joined({str(c.client_id): c.state_dict() for c in loop.clients}),
         "servers": joined({str(key): s.trained.state_dict() for key, s in loop.servers.items()}),
         "copies": joined({str(key): back.state_dict() for key, back in copies.items()}),
         "masks": loop.masks.state_dict(),
@@ -48,7 +48,7 @@ def restore(loop: SplitLoop, saved: Saved) -> None:
                 tensor.copy_(state[file][name])
         loop.strategy.load_state_dict(state["strategy"])
         for client in loop.clients:
-            client.load_state_dict(unprefixed(state["clients"], f"{client.number}/"))
+            client.load_state_dict(unprefixed(state["clients"], f"{client.client_id}/"))
         for key, server in loop.servers.items():
             server.trained.load_state_dict(unprefixed(state["servers"], f"{key}/"))
         loop.masks.load_state_dict(state["masks"])

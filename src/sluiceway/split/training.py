@@ -116,7 +116,7 @@ def split_train(
         first = next(examples for examples in clients if len(examples))
         example = Batch.of(first, torch.tensor([0]), settings.device)
         setup = SharedSetup(model, settings, example, counts.shape[1], len(clients))
-        here = [setup.client(number, examples) for number, examples in enumerate(clients)]
+        here = [setup.client(client_id, examples) for client_id, examples in enumerate(clients)]
         loop = SplitLoop(setup, plan, test, counts, here)
         return run_rounds(loop, plan, on_start, on_round, checkpoint)
 
@@ -131,7 +131,7 @@ def run_rounds(
     """Run the rounds that are left."""
     plan.check(loop.eligible)
     result = Result(
-        empty=[number for number, size in enumerate(loop.sizes) if not size],
+        empty=[client_id for client_id, size in enumerate(loop.sizes) if not size],
         label_counts=loop.label_counts.tolist(),
     )
     if saved := checkpoint.newest() if checkpoint else None:

@@ -42,7 +42,7 @@ class RemoteClient:
     """A client at a site; see `ClientProxy`.
 
     Attributes:
-        number, size: see `ClientProxy`.
+        client_id, size: see `ClientProxy`.
         site: its name.
         server: accepts its connection.
         facts: what it needs to build its layers, ready for JSON.
@@ -54,7 +54,7 @@ class RemoteClient:
         based: the round after which it has its newest valid state, 0 for none.
     """
 
-    number: int
+    client_id: int
     size: int
     site: str
     server: TlsServer
@@ -128,11 +128,11 @@ class RemoteClient:
         self.connect(ROUND_WAIT)
         return self.exchange({"what": "rate"})[1]
 
-    def begin(self, number: int, opening: bytes, mask: Tensor | None) -> None:
+    def begin(self, round: int, opening: bytes, mask: Tensor | None) -> None:
         facts = {
             "what": "begin",
             "run": self.run,
-            "round": number,
+            "round": round,
             "based": self.based,
             "keep": self.keep,
             "mask": None if mask is None else mask.tolist(),
@@ -145,21 +145,21 @@ class RemoteClient:
         except ValueError as error:  # connected, but unable to take part
             raise Away(str(error)) from None
 
-    def ask(self, name: BatchId, crosses: bool) -> None:
-        self.send({"what": "send" if crosses else "pass", "batch": name.batch})
+    def request(self, batch_id: BatchId, crosses: bool) -> None:
+        self.send({"what": "send" if crosses else "pass", "batch": batch_id.batch})
 
-    def sent(self, name: BatchId) -> bytes:
+    def smashed_data(self, batch_id: BatchId) -> bytes:
         return self.reply()[1]
 
-    def finish(self, name: BatchId, message: bytes) -> bytes:
-        return self.exchange({"what": "finish", "batch": name.batch}, message)[1]
+    def tail_gradient(self, batch_id: BatchId, message: bytes) -> bytes:
+        return self.exchange({"what": "finish", "batch": batch_id.batch}, message)[1]
 
-    def receive(self, name: BatchId, message: bytes) -> None:
-        self.send({"what": "receive", "batch": name.batch}, message)
+    def receive(self, batch_id: BatchId, message: bytes) -> None:
+        self.send({"what": "receive", "batch": batch_id.batch}, message)
 
-    def end(self, number: int, crossing: bool) -> tuple[bytes, Tensor | None]:
+    def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
         _, message = self.exchange({"what": "end", "scores": crossing or self.own_mask})
-        self.based = number
+        self.based = round
         return message, None
 
     def state_dict(self) -> dict[str, Tensor]:

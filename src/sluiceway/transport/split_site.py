@@ -117,11 +117,11 @@ class SplitTrainer:
 
     def send(self, facts: dict[str, Any], _: bytes) -> Reply:
         """The next batch, packed."""
-        return {}, self.side.sent(self.name_of(facts))
+        return {}, self.side.smashed_data(self.name_of(facts))
 
     def pass_over(self, facts: dict[str, Any], _: bytes) -> Reply:
         """Leave the next batch out."""
-        self.side.ask(self.name_of(facts), False)
+        self.side.request(self.name_of(facts), False)
         return {}, b""
 
     def name_of(self, facts: dict[str, Any]) -> BatchId:
@@ -130,7 +130,7 @@ class SplitTrainer:
 
     def finish(self, facts: dict[str, Any], message: bytes) -> Reply:
         """Run the tail, and send its gradient."""
-        return {}, self.side.finish(self.name_of(facts), message)
+        return {}, self.side.tail_gradient(self.name_of(facts), message)
 
     def receive(self, facts: dict[str, Any], message: bytes) -> Reply:
         """Step on the gradient of a batch."""
