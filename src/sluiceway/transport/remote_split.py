@@ -228,7 +228,7 @@ def split_remote(
             raise ValueError("no client holds any example")
         example = Batch.of(test, torch.tensor([0]), settings.device)
         setup = SharedSetup(model, settings, example, counts.shape[1], len(transport.sites))
-        parties = [
+        clients = [
             RemoteClient(
                 number,
                 int(counts[number].sum()),
@@ -244,15 +244,15 @@ def split_remote(
             for number, site in enumerate(transport.sites)
         ]
         try:
-            for party in parties:
-                party.connect(FIRST_WAIT)
+            for client in clients:
+                client.connect(FIRST_WAIT)
         except WireError as error:
             raise RunFailed(str(error)) from None
-        loop = SplitLoop(setup, plan, test, counts, parties)
+        loop = SplitLoop(setup, plan, test, counts, clients)
         try:
             devices = [settings.device] if settings.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 return run_rounds(loop, plan, on_start, on_round, checkpoint)
         finally:
-            for party in parties:
-                party.leave()
+            for client in clients:
+                client.leave()
