@@ -159,7 +159,7 @@ def large(deployment: Deployment, folder: Path) -> dict[str, Any]:
     with opened(deployment.admin, START_TIMEOUT) as session:
         session.wait_for_sites(SITES[:1], START_TIMEOUT, print)
         with repeated(memory.look, 0.2):
-            job = session.submit(folder / "job")
+            job = session.session.submit_job(str(folder / "job"))
             session.watch(job, print)
         result = session.fetch(job, folder / "result")
     assert result is not None

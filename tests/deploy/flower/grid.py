@@ -14,6 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as Proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -44,9 +45,8 @@ class TestGrid(Grid):
     __test__ = False
 
     nodes: Mapping[int, Node]
-    waiting: dict[str, bytes] = field(default_factory=dict)
+    waiting: dict[str, PackedMessage] = field(default_factory=dict)
     crossed: int = 0
-    largest: int = 0
     asked: int = 0
 
     def __post_init__(self) -> None:
@@ -67,11 +67,7 @@ class TestGrid(Grid):
         return [number for number, node in self.nodes.items() if node.online]
 
     def get_nodes(self) -> list[NodeInfo]:
-        return [
-            NodeInfo(node_id=number, name=node.name)
-            for number, node in self.nodes.items()
-            if node.online
-        ]
+        return [NodeInfo(node_id=n, name=self.nodes[n].name) for n in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return [self.push(message) for message in messages]
@@ -80,63 +76,48 @@ class TestGrid(Grid):
         key = message.object_id
         message.metadata.__dict__["_message_id"] = key
         self.asked += 1
-        self.waiting[key] = self.carried(message)
+        self.waiting[key] = self.packed(message)
         return key
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [reply for key in message_ids if key in self.waiting and (reply := self.answer(key))]
+        return [reply for key in message_ids if key in self.waiting and (reply := self.reply(key))]
 
-    def answer(self, key: str) -> Message | None:
-        message = inflated(self.waiting[key])
+    def reply(self, key: str) -> Message | None:
+        message = self.waiting[key].unpacked()
         node = self.nodes[message.metadata.dst_node_id]
         if node.deaf:
             return None
         del self.waiting[key]
         if node.gone:
-            return replied(message, Error(5, "Destination Node is not available."))
+            return Message(Error(5, "Destination Node is not available."), reply_to=message)
         context = Context(7, message.metadata.dst_node_id, node.config, RecordDict(), {}, 7)
-        return inflated(self.carried(node.app(message, context)))
+        return self.packed(node.app(message, context)).unpacked()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
 
-    def carried(self, message: Message) -> bytes:
+    def packed(self, message: Message) -> PackedMessage:
         """A message as bytes: its proto, and every object in it."""
         parts = {key: found.deflate() for key, found in get_all_nested_objects(message).items()}
-        self.largest = max(self.largest, *(len(part) for part in parts.values()))
-        assert self.largest <= OBJECT_LIMIT
-        self.crossed += sum(len(part) for part in parts.values())
-        return flat(message, parts)
+        assert max(map(len, parts.values())) <= OBJECT_LIMIT
+        self.crossed += sum(map(len, parts.values()))
+        head = message_to_proto(make_message(message.metadata, RecordDict())).SerializeToString()
+        return PackedMessage(head, message.object_id, parts)
 
 
-def flat(message: Message, parts: Mapping[str, bytes]) -> bytes:
-    head = message_to_proto(make_message(message.metadata, RecordDict())).SerializeToString()
-    pieces = [head, message.object_id.encode()]
-    for key, part in parts.items():
-        pieces += [key.encode(), part]
-    return b"".join(len(piece).to_bytes(8, "big") + piece for piece in pieces)
+@dataclass
+class PackedMessage:
+    """A message as it crosses."""
 
+    head: bytes
+    key: str
+    parts: dict[str, bytes]
 
-def inflated(data: bytes) -> Message:
-    from flwr.proto.message_pb2 import Message as Proto
-
-    pieces = []
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 8], "big")
-        pieces.append(data[at + 8 : at + 8 + size])
-        at += 8 + size
-    head, key, *rest = pieces
-    parts = {rest[i].decode(): rest[i + 1] for i in range(0, len(rest), 2)}
-    message = cast(Message, inflate_object_from_contents(key.decode(), parts))
-    proto = Proto.FromString(head)
-    found = message_from_proto(proto)
-    message.metadata.__dict__["_message_id"] = key.decode()
-    assert found.metadata.dst_node_id == message.metadata.dst_node_id
-    return message
-
-
-def replied(message: Message, error: Error) -> Message:
-    return Message(error, reply_to=message)
+    def unpacked(self) -> Message:
+        message = cast(Message, inflate_object_from_contents(self.key, dict(self.parts)))
+        message.metadata.__dict__["_message_id"] = self.key
+        sent = message_from_proto(Proto.FromString(self.head)).metadata
+        assert sent.dst_node_id == message.metadata.dst_node_id
+        return message

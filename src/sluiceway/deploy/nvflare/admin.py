@@ -14,7 +14,7 @@ from typing import Any
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.signals import check_stop
 from sluiceway.deploy.nvflare.kits import Kit
-from sluiceway.deploy.nvflare.names import PROGRESS, RESULT, STOP
+from sluiceway.deploy.nvflare.names import PROGRESS, RESULT
 from sluiceway.errors import InputError, described
 from sluiceway.experiment.session import Say
 
@@ -27,7 +27,7 @@ class AdminSession:
     """A session with a server.
 
     Attributes:
-        session: NVFlare's.
+        session: NVFlare's; all that needs no code of ours is called on it.
         seen: lines of the newest job's progress that were passed on.
     """
 
@@ -51,11 +51,6 @@ class AdminSession:
                 said = True
             time.sleep(LOOK)
 
-    def submit(self, job: Path) -> str:
-        """Submit a job's folder; returns its id."""
-        self.seen = 0
-        return str(self.session.submit_job(str(job)))
-
     def watch(self, job: str, say: Say, check: Callable[[], None] = check_stop) -> None:
         """Pass on the newest job's progress until it ends.
 
@@ -64,7 +59,7 @@ class AdminSession:
         """
         while True:
             check()
-            status = self.status(job)
+            status = str(self.session.get_job_status(job))
             if status.startswith("FINISHED"):
                 return
             if status == "RUNNING":
@@ -79,18 +74,6 @@ class AdminSession:
             found = self.session.do_app_command(job, PROGRESS, {"seen": self.seen})
             return [str(text) for text in found["lines"]]
         return []
-
-    def stop(self, job: str) -> None:
-        """Have a job stop after the step in hand."""
-        self.session.do_app_command(job, STOP, {})
-
-    def abort(self, job: str) -> None:
-        """End a job at once."""
-        self.session.abort_job(job)
-
-    def status(self, job: str) -> str:
-        """NVFlare's status of a job."""
-        return str(self.session.get_job_status(job))
 
     def fetch(self, job: str, folder: Path) -> Path | None:
         """Download the light part of the run folder; None if there is none."""

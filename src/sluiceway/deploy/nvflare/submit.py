@@ -15,7 +15,7 @@ from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import RunFailed
 from sluiceway.deploy.nvflare.admin import AdminSession
 from sluiceway.deploy.nvflare.job import write_job
-from sluiceway.deploy.nvflare.names import OUTCOME
+from sluiceway.deploy.nvflare.names import OUTCOME, STOP
 from sluiceway.deploy.outcome import raise_outcome
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe
@@ -57,7 +57,7 @@ def submit(session: AdminSession, spec: JobSpec, out: Path | None, say: Say) -> 
         job = start_job(session, spec, folder / "job", say)
         watch(session, job, say)
         result = session.fetch(job, folder / "result")
-        status = session.status(job)
+        status = session.session.get_job_status(job)
         outcome = outcome_in(result)
         for text in outcome.get("lines", [])[session.seen :]:
             say(str(text))
@@ -92,7 +92,8 @@ def start_job(session: AdminSession, spec: JobSpec, folder: Path, say: Say) -> s
         "force": spec.force,
     }
     write_job(folder, spec.name, spec.sites, arguments)
-    job = session.submit(folder)
+    session.seen = 0
+    job = str(session.session.submit_job(str(folder)))
     say(f"job {job}: {spec.name} at {', '.join(spec.sites)}")
     return job
 
@@ -103,10 +104,10 @@ def watch(session: AdminSession, job: str, say: Say) -> None:
         session.watch(job, say)
     except KeyboardInterrupt:
         try:
-            session.stop(job)
+            session.session.do_app_command(job, STOP, {})
             session.watch(job, say, check=lambda: None)
         except BaseException:  # it does not run yet, or this is the second Ctrl-C
-            session.abort(job)
+            session.session.abort_job(job)
             raise
 
 
