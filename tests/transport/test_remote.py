@@ -49,6 +49,7 @@ def test_sites_give_the_local_numbers(
         assert torch.equal(there.tensors[name], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedalign-moe", "scaffold"])
 def test_a_restarted_server_and_restarted_sites_go_on(
     recipe: Path, tmp_path: Path, method: str
@@ -72,6 +73,7 @@ def test_a_restarted_server_and_restarted_sites_go_on(
         assert torch.equal(again.tensors[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_site_that_was_restarted_between_rounds_goes_on(recipe: Path, tmp_path: Path) -> None:
     chosen = small(recipe, "method.name=scaffold")
     whole, _ = run(chosen)

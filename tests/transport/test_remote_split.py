@@ -37,7 +37,9 @@ def small(split_recipe: Path, *more: str) -> Recipe:
     return load_recipe(split_recipe, ["run.rounds=3", *more])
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize(
+    "kind", [k if k == "acp-sl" else pytest.param(k, marks=pytest.mark.slow) for k in RECIPES]
+)
 def test_sites_give_the_local_numbers(split_recipe: Path, tmp_path: Path, kind: str) -> None:
     chosen = small(split_recipe, *RECIPES[kind])
     here, _ = run(chosen)
@@ -58,6 +60,7 @@ class Broken(Exception):
     """Ends a run on the server."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["acp-sl", "feedback"])
 def test_a_restarted_server_goes_on(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -83,6 +86,7 @@ def test_a_restarted_server_goes_on(
         assert torch.equal(again.tensors[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_site_that_is_gone_for_a_while(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_every_strategy_has_its_name() -> None:
         flower.FedNone  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(rules.STRATEGIES))
 def test_the_local_numbers(tmp_path: Path, name: str) -> None:
     made = getattr(flower, rules.STRATEGIES[name].__name__)

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,56 +73,37 @@ def run_locally(
     Raises:
         InputError, RunFailed, Stopped: see `experiment.run.run`.
     """
-    with (
-        scratch_folder() as folder,
-        deployed(recipe, out.resolve(), folder, progress, relay) as flower,
-    ):
+    count, out = recipe.data.clients, out.resolve()
+    names = [f"site-{number}" for number in range(count)]
+    progress.say(f"Flower: a SuperLink and {count} SuperNodes on this machine, over TLS")
+    with scratch_folder() as folder, Deployment(folder=folder / "flower") as flower:
+        (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.resolved()), encoding="utf-8")
+        write_app(folder / "app", f"{APPS}:server", f"{APPS}:client", DEFAULTS)
         config: dict[str, str | int | float | bool] = {
             "recipe": str(folder / "recipe.toml"),
-            "out": str(out.resolve()),
+            "out": str(out),
             "resume": resume,
             "force": force,
             "at-once": worker_count(recipe, "cpu"),
             "told": str(folder / "progress.jsonl"),
         }
-        try:
-            number = flower.run(folder / "app", config)
-            follow(flower, number, folder / "progress.jsonl", progress)
-        except DeploymentError as error:
-            raise RunFailed(str(error)) from None
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    return summary
-
-
-@contextmanager
-def deployed(
-    recipe: Recipe,
-    out: Path,
-    folder: Path,
-    progress: Progress,
-    relay: Callable[[int], int] | None = None,
-) -> Iterator[Deployment]:
-    """A SuperLink, what starts its ServerApp, and a SuperNode for each client."""
-    (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.resolved()), encoding="utf-8")
-    write_app(folder / "app", f"{APPS}:server", f"{APPS}:client", DEFAULTS)
-    count = recipe.data.clients
-    progress.say(f"Flower: a SuperLink and {count} SuperNodes on this machine, over TLS")
-    with Deployment(folder=folder / "flower") as flower:
         if relay is not None:
             flower.fleet = f"{LOOPBACK}:{relay(flower.port)}"
         try:
             flower.start_link()
             flower.start_executor()
-            names = [f"site-{number}" for number in range(count)]
             flower.register(*names)
+            for name in names:
+                check_stop()
+                site = write_site_file(out / "sites" / name, recipe.run.device)
+                keep = IDLE if count <= OPEN_SITES else 0
+                flower.start_node(name, {"site": str(site), "keep": keep})
+            run = flower.run(folder / "app", config)
+            follow(flower, run, folder / "progress.jsonl", progress)
         except DeploymentError as error:
             raise RunFailed(str(error)) from None
-        for name in names:
-            check_stop()
-            site = write_site_file(out / "sites" / name, recipe.run.device)
-            keep = IDLE if count <= OPEN_SITES else 0
-            flower.start_node(name, {"site": str(site), "keep": keep})
-        yield flower
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def follow(flower: Deployment, run: str, log: Path, progress: Progress) -> None:
