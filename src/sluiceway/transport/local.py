@@ -30,7 +30,7 @@ from sluiceway.core.messages import (
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
-from sluiceway.errors import described
+from sluiceway.errors import described, line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
 from sluiceway.strategies import Broadcast, Strategy, Update
@@ -96,7 +96,7 @@ class LocalEngine:
         self._down = write_broadcast(down, broadcast)
         jobs = [(number, down, self.states / f"{number}", number in personal) for number in clients]
         for number, done in zip(clients, self._each(train_client, jobs), strict=True):
-            yield answer(number, done)
+            yield report_of(number, done)
             if not keep and isinstance(done, Path):
                 done.unlink()
 
@@ -135,8 +135,8 @@ class LocalEngine:
             yield found
 
 
-def answer(number: int, done: Path | TaskFailure) -> Update | Failure:
-    """A client's update from the file it was packed to.
+def report_of(number: int, done: Path | TaskFailure) -> Update | Failure:
+    """A client's update from the file it was packed to; a failure if there is none of it.
 
     Raises:
         StorageError: this machine has no room for it, which is no failure of the client.
@@ -146,9 +146,12 @@ def answer(number: int, done: Path | TaskFailure) -> Update | Failure:
     if isinstance(done, TaskFailure):
         return Failure(number, done.why, error=done.error)
     try:
-        return read_update(done)
+        update = read_update(done)
     except WireError as error:
-        return Failure(number, str(error), done.stat().st_size, error)
+        return Failure(number, line(str(error)), done.stat().st_size, error)
+    if update.client != number:
+        return Failure(number, f"it calls itself client {update.client}", update.nbytes)
+    return update
 
 
 def train_client(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
@@ -269,14 +272,21 @@ def federate(
             checkpoint=checkpoint,
             states=engine.states,
         )
-        loop.restore()
-        on_start()
         try:
-            return loop.run()
+            return run_loop(loop, worker, on_start)
         finally:
-            worker.load(strategy.tensors)
             for name, param in model.named_parameters():
                 param.requires_grad_(was_trained[name])
+
+
+def run_loop(loop: Loop, worker: Worker, on_start: Callable[[], None]) -> Result:
+    """Run what is left of a run; at its end the worker's model has the global values."""
+    loop.restore()
+    on_start()
+    try:
+        return loop.run()
+    finally:
+        worker.load(loop.strategy.tensors)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from sluiceway.core.settings import Training
 from sluiceway.errors import line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Broadcast, Strategy, Update
-from sluiceway.transport.local import PART, answer, chosen_device, standing
+from sluiceway.transport.local import PART, chosen_device, report_of, run_loop, standing
 from sluiceway.transport.protocol import Request, Response, TaskFailure, Transport
 
 #: Largest count of examples of a class, and most classes, that a site may claim.
@@ -94,7 +94,7 @@ class RemoteEngine:
             path = done if isinstance(done, TaskFailure) else done.message
             if isinstance(done, Response) and done.facts.get("kept") is True:
                 self._kept[number] = broadcast.round
-            yield answer(number, path or TaskFailure("the response has no update"))
+            yield report_of(number, path or TaskFailure("the response has no update"))
             if not keep and isinstance(path, Path):
                 path.unlink()
 
@@ -245,9 +245,4 @@ def federate_remote(
             checkpoint=checkpoint,
             states=engine.states,
         )
-        loop.restore()
-        on_start()
-        try:
-            return loop.run()
-        finally:
-            worker.load(strategy.tensors)
+        return run_loop(loop, worker, on_start)

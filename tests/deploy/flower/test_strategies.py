@@ -153,7 +153,7 @@ def spoiled(grid: TestGrid, number: int, change: Any) -> None:
     node.app = app  # type: ignore[assignment]
 
 
-def test_nan_is_refused_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nan_is_rejected_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grid = world(tmp_path)
 
     def poison(data: bytes) -> bytes:
@@ -170,8 +170,8 @@ def test_nan_is_refused_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
         result = STRATEGIES["fedavg"](model(), clients=3, training=TRAINING).start(
             grid, num_rounds=1
         )
-    assert "client 1 (site-1) refused: NaN or Inf" in caplog.text
-    assert dict(result.train_metrics_clientapp[1])["refused"] == 1
+    assert "client 1 (site-1) rejected: NaN or Inf" in caplog.text
+    assert dict(result.train_metrics_clientapp[1])["rejected"] == 1
     assert all(t.isfinite().all() for t in unpacked(result.arrays).values())
 
 

@@ -18,7 +18,7 @@ from sluiceway import strategies as rules
 from sluiceway.core.aggregation import Aggregation
 from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import Failure, UpdateFilter
-from sluiceway.core.messages import WireError, read_update, take_values
+from sluiceway.core.messages import take_values
 from sluiceway.core.round_loop import Rounds
 from sluiceway.core.settings import Training
 from sluiceway.deploy.chunks import CHUNK_LIMIT, Chunk, ChunkError
@@ -35,6 +35,7 @@ from sluiceway.errors import line
 from sluiceway.experiment.methods import parameters_of
 from sluiceway.federated.client import prepare
 from sluiceway.strategies import Broadcast, Update
+from sluiceway.transport.local import report_of
 
 log = getLogger("flwr").log
 
@@ -81,7 +82,7 @@ class Adapter(FlowerStrategy):
         self.run = uuid.uuid4().hex
         self.nodes: list[Node] = []
         self.based: dict[int, int] = {}
-        self.tally: UpdateFilter | None = None
+        self.checks: UpdateFilter | None = None
         self._held = self.arrays()
 
     def arrays(self) -> ArrayRecord:
@@ -121,39 +122,40 @@ class Adapter(FlowerStrategy):
         if not self.nodes:
             self.nodes = wait_for_nodes(grid, self.clients, self.wait)
         chosen = self.plan.chosen(server_round, range(self.clients))
-        self.tally = UpdateFilter(self.rule, server_round, chosen, self.plan.min_clients)
+        self.checks = UpdateFilter(self.rule, server_round, chosen, self.plan.min_clients)
         content = packed(self.rule.broadcast(server_round))
         return [self.message("train", number, content) for number in self.connected(chosen, grid)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the usable updates in.
+        """Aggregate the usable updates.
 
         Raises:
             TooFewUpdates: there are fewer than `min_clients`.
         """
-        tally = self.tally
-        if tally is None or tally.round != server_round:
+        checks = self.checks
+        if checks is None or checks.round != server_round:
             raise ValueError(f"round {server_round} was not configured")
         kept: set[int] = set()
         with scratch_folder() as folder:
             aggregation = Aggregation(self.rule, server_round)
             for answer in self.updates(replies, folder, kept):
-                if (update := tally.accept(answer)) is not None:
+                if (update := checks.accept(answer)) is not None:
                     aggregation.add(update)
-            if error := tally.too_few():
+            if error := checks.too_few():
                 raise error
             aggregation.finish()
-        self.based |= dict.fromkeys(kept & set(tally.used), server_round)
-        for word, faults in (("refused", tally.rejected), ("failed", tally.failed)):
+        self.based |= dict.fromkeys(kept & set(checks.used), server_round)
+        for word, faults in (("rejected", checks.rejected), ("failed", checks.failed)):
             for number, why in faults.items():
                 log(WARNING, "client %s (%s) %s: %s", number, self.nodes[number].name, word, why)
         metrics: dict[str, int | float | list[int] | list[float]] = {
-            "train_loss": tally.mean_loss(),
-            "used": len(tally.used),
-            "refused": len(tally.rejected),
-            "failed": len(tally.failed),
+            "train_loss": checks.mean_loss(),
+            "used": len(checks.used),
+            "rejected": len(checks.rejected),
+            "refused": len(checks.rejected),  # its name in 0.1
+            "failed": len(checks.failed),
             **self.rule.report(),
         }
         self._held = self.arrays()
@@ -231,10 +233,10 @@ class Adapter(FlowerStrategy):
         self, replies: Iterable[Message], folder: Path, kept: set[int]
     ) -> Iterator[Update | Failure]:
         """The updates in the order of the clients, and a failure for each without one."""
-        assert self.tally is not None
+        assert self.checks is not None
         numbers = {node.number: number for number, node in enumerate(self.nodes)}
         coming = {numbers.get(reply.metadata.src_node_id, -1): reply for reply in replies}
-        for number in self.tally.asked:
+        for number in self.checks.asked:
             reply = coming.get(number)
             if reply is None:
                 yield Failure(number, "no answer")
@@ -242,17 +244,14 @@ class Adapter(FlowerStrategy):
             path = folder / f"{number}"
             try:
                 chunk = whole_response(reply)
-                path.write_bytes(chunk.data)
-                update = read_update(path)
-            except (ChunkError, WireError) as error:
+            except ChunkError as error:
                 yield Failure(number, line(str(error)), error=error)
                 continue
-            if update.client != number:
-                yield Failure(number, f"it calls itself client {update.client}")
-                continue
-            if chunk.facts.get("kept") is True:
+            path.write_bytes(chunk.data)
+            found = report_of(number, path)
+            if isinstance(found, Update) and chunk.facts.get("kept") is True:
                 kept.add(number)
-            yield update
+            yield found
 
 
 def whole_response(reply: Message) -> Chunk:
