@@ -142,7 +142,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(("spoil", "where"), [(poison, "refused"), (cut, "failed")])
+@pytest.mark.parametrize(("spoil", "where"), [(poison, "rejected"), (cut, "failed")])
 def test_a_spoiled_update_is_left_out(recipe: Path, tmp_path: Path, spoil: Any, where: str) -> None:
     found, _ = run(small(recipe), transport=Spoiling(tmp_path / "sites", spoil))
     for record in found.records:
