@@ -20,6 +20,8 @@ from filelock import FileLock
 from sluiceway.cli import main
 from sluiceway.core.signals import Stopped, check_stop, graceful_stop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
@@ -43,6 +45,14 @@ def run(request: pytest.FixtureRequest) -> list[str]:
 def start(arguments: Sequence[str], **how: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "sluiceway.cli", "run", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload]
+
+
+def last_line(process: subprocess.Popen[str], code: int) -> str:
+    """The last line that a process says, once it has ended with that exit code."""
+    assert process.stderr is not None
+    said = process.stderr.read().strip().splitlines()
+    assert process.wait(timeout=60) == code
+    return said[-1]
 
 
 def wait_for(process: subprocess.Popen[str], said: str) -> None:
@@ -137,23 +147,18 @@ def test_two_runs_do_not_share_a_folder(
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_a_folder_that_was_let_go_is_free(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main(["run", str(recipe), "--out", str(out)]) == 0
-    lock = FileLock(out / ".lock")
-    lock.acquire(timeout=0)
-    lock.release()
-
-
-def test_more_rounds_continue_a_run_and_fewer_do_not(
+def test_a_finished_run_is_let_go_and_continued_by_more_rounds_only(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["run", str(recipe), "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    run = ["run", str(recipe), "--out", str(out)]
     assert main(run) == 0
-    longer = [*run, "--resume", "--set", "run.rounds=5", "--set", "run.workers=2"]
-    assert main(longer) == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["rounds"] == 5
+    FileLock(out / ".lock").acquire(timeout=0).lock.release()
+    metrics = out / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])  # as if the last line had been cut short
+    assert main([*run, "--resume", "--set", "run.rounds=5", "--set", "run.workers=2"]) == 0
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 5
+    assert [json.loads(line)["round"] for line in metrics.open()] == [1, 2, 3, 4, 5]
     assert main([*run, "--resume"]) == 2
     assert "holds a run of 5 rounds; run.rounds = 3 is less" in capsys.readouterr().err
 
@@ -178,9 +183,7 @@ def test_no_room_for_a_checkpoint(run: list[str], tmp_path: Path) -> None:
     saved = max((out / "checkpoints").glob("round-*"))
     largest = max(path.stat().st_size for path in saved.rglob("*.safetensors"))
     process = start([*run, "--out", str(out), "--resume"], preexec_fn=small_files(largest - 1000))
-    assert process.stderr is not None
-    said = process.stderr.read().strip().splitlines()[-1]
-    assert process.wait(timeout=60) == 1
+    said = last_line(process, 1)
     assert said.startswith("sluiceway: cannot save round 3 to")
     assert "File too large" in said
     assert "round-00002 is intact, --resume continues from it" in said
@@ -193,9 +196,7 @@ def test_no_room_for_a_checkpoint(run: list[str], tmp_path: Path) -> None:
 
 def test_no_room_for_messages(recipe: Path, tmp_path: Path) -> None:
     process = start([str(recipe), "--out", str(tmp_path / "out")], preexec_fn=small_files(5000))
-    assert process.stderr is not None
-    said = process.stderr.read().strip().splitlines()[-1]
-    assert process.wait(timeout=60) == 1
+    said = last_line(process, 1)
     assert said.startswith("sluiceway: cannot write a message to")
 
 
@@ -231,16 +232,6 @@ def test_a_file_is_no_folder(
     assert "is not a folder" in capsys.readouterr().err
 
 
-def test_a_line_cut_short_is_mended(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main(["run", str(recipe), "--out", str(out)]) == 0
-    metrics = out / "metrics.jsonl"
-    metrics.write_text(metrics.read_text()[:-20])
-    longer = ["run", str(recipe), "--out", str(out), "--resume", "--set", "run.rounds=4"]
-    assert main(longer) == 0
-    assert [json.loads(line)["round"] for line in metrics.open()] == [1, 2, 3, 4]
-
-
 # -- whatever the clock and the language -----------------------------------------------------------
 
 
@@ -255,9 +246,7 @@ def test_locale_and_clock_change_nothing(run: list[str], tmp_path: Path) -> None
         out = tmp_path / f"{name}-über"
         settings = ["--set", "run.rounds=2", "--out", str(out)]
         process = start([*run, *settings], env=os.environ | surroundings)
-        assert process.stderr is not None
-        said = process.stderr.read()
-        assert process.wait(timeout=60) == 0, said
+        last_line(process, 0)
         found.append(json.loads((out / "summary.json").read_text(encoding="utf-8")))
     for key in KEYS:
         assert found[0][key] == found[1][key]

@@ -18,10 +18,8 @@ from sluiceway.experiment.compare import tabulate
 from sluiceway.experiment.plots import (
     THEME,
     clients_figure,
-    comparison_figure,
     curves_of,
     holdings_figure,
-    save_png,
 )
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
@@ -272,13 +270,6 @@ def test_methods_keep_their_colour_and_variants_their_own_look() -> None:
     assert len({(curve.colour, str(curve.dash)) for curve in curves}) == 4
 
 
-def test_a_comparison_figure_as_png(tmp_path: Path) -> None:
-    write_comparison(tmp_path, {"fedavg": {0: 0.0, 1: 0.0}, "fedprox": {0: 0.1, 1: 0.0}})
-    figure = comparison_figure(json.loads((tmp_path / "compare.json").read_text()))
-    save_png(figure, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_extreme_holdings_and_clients_are_drawn(tmp_path: Path) -> None:
     drawn: list[Figure] = [
         holdings_figure([[0, 0]], ["a", "b"]),
@@ -289,7 +280,7 @@ def test_extreme_holdings_and_clients_are_drawn(tmp_path: Path) -> None:
         clients_figure([0.5] * 501, {3: 0.7}),
     ]
     for figure in drawn:
-        save_png(figure, tmp_path / "figure.png")
+        figure.savefig(tmp_path / "figure.png")
 
 
 def test_numbers_as_people_read_them() -> None:

@@ -22,7 +22,7 @@ from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Optimisation
 from sluiceway.data import ImageDataset
 from sluiceway.experiment.compare import tabulate
-from sluiceway.experiment.plots import DASHES, THEME, looks, save_png
+from sluiceway.experiment.plots import DASHES, THEME, looks
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import write_report
 from sluiceway.experiment.run_directory import write_json
@@ -142,7 +142,7 @@ def test_a_run_that_drops_nothing_has_no_figure_of_it(tmp_path: Path) -> None:
 def test_an_unfinished_split_run_shows_its_channels(tmp_path: Path) -> None:
     path = write_report([split_folder(tmp_path / "one", "acp-sl", finished=False)])[0]
     assert "Scores of the channels" in headings(path)
-    assert "A split run cannot be continued" in words(path)
+    assert "with --resume continues it" in words(path)
     finished = write_report([split_folder(tmp_path / "two", "acp-sl")])[0]
     kept = re.compile(r"channels kept [\d.]+ of 8")
     assert kept.findall(words(path)) == kept.findall(words(finished)) != []
@@ -220,4 +220,4 @@ def test_extreme_split_runs_are_drawn(tmp_path: Path) -> None:
         scores_figure(rng.random((300, 512)).tolist(), mask),
         scores_figure([None, [1.0]], [None, [True]]),
     ):
-        save_png(figure, tmp_path / "figure.png")
+        figure.savefig(tmp_path / "figure.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -13,6 +13,7 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.builders import network
 from sluiceway.experiment.models import outlined
 from sluiceway.moe import (
+    Block,
     MoELayout,
     NoExpertsError,
     add_lora,
@@ -80,46 +81,59 @@ def show_cuts(name: str, width: int, image: str) -> None:
     except (ValueError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"--image {image} --width {width}: {why}; write 3x32x32") from None
-    table = Table(box=None, pad_edge=False)
-    table.add_column("cut at")
-    for heading in ("shape", "bytes an example", "client's parameters"):
-        table.add_column(heading, justify="right")
-    for point in points:
-        table.add_row(
+    rows = [
+        (
             point.name,
             "x".join(map(str, point.shape)),
             f"{point.bytes_per_example:,}",
             f"{point.front_parameters:,}",
         )
-    wide_console().print(table)
+        for point in points
+    ]
+    numbers = ("shape", "bytes an example", "client's parameters")
+    wide_console().print(plain_table(("cut at",), numbers, rows))
+
+
+def plain_table(
+    words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]
+) -> Table:
+    """A table without lines: columns of words on the left, then columns of numbers."""
+    table = Table(box=None, pad_edge=False)
+    for heading in words:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def blocks_table(layout: MoELayout, params: Mapping[str, Tensor]) -> Table:
     """One row a block; of experts in modules of their own, expert 0 stands for all."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("block", "family", "E", "k", "router", "expert tensors"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("parameters an expert", "MB an expert"):
-        table.add_column(heading, justify="right")
-    for block in layout.blocks:
+    words = ("block", "family", "E", "k", "router", "expert tensors")
+    numbers = ("parameters an expert", "MB an expert")
+    return plain_table(words, numbers, (block_row(block, params) for block in layout.blocks))
 
-        def shown(name: str, inside: str = block.name) -> str:
-            return f"{name.removeprefix(f'{inside}.')} {list(params[name].shape)}"
 
-        expert = block.expert(0)
-        values = [piece.of(params) for piece in expert]
-        axes = ["" if piece.index is None else f" (expert axis {piece.axis})" for piece in expert]
-        table.add_row(
-            block.name,
-            block.family.name,
-            str(block.num_experts),
-            str(block.top_k),
-            "\n".join(shown(name) for name in block.gate),
-            "\n".join(shown(p.param) + axis for p, axis in zip(expert, axes, strict=True)),
-            f"{sum(value.numel() for value in values):,}",
-            f"{sum(value.nbytes for value in values) / 1e6:.2f}",
-        )
-    return table
+def block_row(block: Block, params: Mapping[str, Tensor]) -> list[str]:
+    """A block's row in `blocks_table`."""
+
+    def shown(name: str) -> str:
+        return f"{name.removeprefix(f'{block.name}.')} {list(params[name].shape)}"
+
+    expert = block.expert(0)
+    values = [piece.of(params) for piece in expert]
+    axes = ["" if piece.index is None else f" (expert axis {piece.axis})" for piece in expert]
+    return [
+        block.name,
+        block.family.name,
+        str(block.num_experts),
+        str(block.top_k),
+        "\n".join(shown(name) for name in block.gate),
+        "\n".join(shown(p.param) + axis for p, axis in zip(expert, axes, strict=True)),
+        f"{sum(value.numel() for value in values):,}",
+        f"{sum(value.nbytes for value in values) / 1e6:.2f}",
+    ]
 
 
 def totals(layout: MoELayout, params: Mapping[str, Tensor]) -> list[str]:
@@ -157,13 +171,9 @@ def adapters_table(model: nn.Module, rank: int) -> Table:
         for pairs in [find_adapters(model)]
         for part in ("a", "b", "base")
     )
-    table = Table(box=None, pad_edge=False)
-    for heading in ("method.lora", "MB up", "MB down"):
-        table.add_column(heading, justify="left" if heading == "method.lora" else "right")
-    for name, up, down in (
-        ("frozen-a", b, a + b),
-        ("residual", a + b, a + b + base),
-        ("average", a + b, a + b),
-    ):
-        table.add_row(name, f"{(up + routers) / 1e6:.2f}", f"{(down + routers) / 1e6:.2f}")
-    return table
+    traffic = {"frozen-a": (b, a + b), "residual": (a + b, a + b + base), "average": (a + b, a + b)}
+    rows = [
+        (name, *(f"{(size + routers) / 1e6:.2f}" for size in sizes))
+        for name, sizes in traffic.items()
+    ]
+    return plain_table(("method.lora",), ("MB up", "MB down"), rows)

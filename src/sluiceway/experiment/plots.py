@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -291,9 +290,3 @@ def totals(axes: Axes, sizes: Numbers) -> None:
         if len(sizes) <= 60 or size == 0:
             text, colour = (f"{size:,}", MUTED) if size else ("empty", RED)
             axes.text(size + sizes.max() / 70, client, text, va="center", size=8, color=colour)
-
-
-@matplotlib.rc_context(STYLE)
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure for a page that shows no SVG: white ground, 200 dots an inch."""
-    figure.savefig(path, dpi=200, facecolor="white", metadata={"Software": None})
