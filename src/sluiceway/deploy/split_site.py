@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.evaluation import label_counts
 from sluiceway.data import ImageDataset
 from sluiceway.deploy.site_file import Invitation, OwnData, SiteFile
 from sluiceway.errors import InputError
-from sluiceway.experiment.builders import chosen_compressor, chosen_network, parts_of
+from sluiceway.experiment.builders import chosen_network, parts_of
 from sluiceway.experiment.recipe import Data, Recipe
+from sluiceway.experiment.remote_runs import split_settings
 from sluiceway.experiment.session import Session
-from sluiceway.split.setup import SharedSetup, SplitSettings
-from sluiceway.strategies import STRATEGIES
+from sluiceway.split.setup import SharedSetup
 from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError
 from sluiceway.transport.split_site import SplitTrainer
@@ -66,7 +65,10 @@ def begin_split(
     def setup(classes: int) -> SharedSetup:
         if device == "cpu":
             torch.set_num_threads(recipe.run.threads)
-        return shared_setup(recipe, examples, test, classes, len(invited.label_names), device)
+        model = chosen_network(recipe, examples.shape, len(invited.label_names))
+        settings = split_settings(recipe, device)
+        example = Batch.of(examples if len(examples) else test, torch.tensor([0]), settings.device)
+        return SharedSetup(model, settings, example, classes, recipe.data.clients)
 
     states = ClientStateStore(folder / "states")
     trainer = SplitTrainer(invited.client, examples, setup, states, recipe.run.seed)
@@ -79,34 +81,6 @@ def begin_split(
 
     run = SplitRun(TlsClient(keys, *invited.endpoint, answer))
     return run, {"label_counts": label_counts([examples])[0].tolist()}
-
-
-def shared_setup(
-    recipe: Recipe,
-    examples: ImageDataset,
-    test: ImageDataset,
-    classes: int,
-    outputs: int,
-    device: str,
-) -> SharedSetup:
-    """What both sides construct alike."""
-    chosen = recipe.model
-    assert chosen.cut is not None
-    place = torch.device(device)
-    model = chosen_network(recipe, examples.shape, outputs)
-    example = Batch.of(examples if len(examples) else test, torch.tensor([0]), place)
-    settings = SplitSettings(
-        chosen.cut,
-        chosen_compressor(recipe),
-        recipe.run.schedule,
-        chosen.tail,
-        STRATEGIES[recipe.run.client_aggregation](),
-        recipe.training(),
-        F.cross_entropy,
-        place,
-        recipe.run.seed,
-    )
-    return SharedSetup(model, settings, example, classes, recipe.data.clients)
 
 
 def own_images(

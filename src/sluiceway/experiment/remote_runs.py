@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.handshake import HandshakeError
 from sluiceway.errors import InputError
@@ -17,6 +20,7 @@ from sluiceway.experiment.builders import (
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome
+from sluiceway.split.setup import SplitSettings
 from sluiceway.strategies import STRATEGIES
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import federate_remote
@@ -81,25 +85,18 @@ def serve_split(
             "connection for a message a mini-batch; nvflare has"
         )
     pictures, train, test = session.images(recipe.data, progress.say)
-    chosen = recipe.model
-    assert chosen.cut is not None
     model = chosen_network(recipe, train.shape, len(pictures.label_names))
-    progress.say(f"model: {chosen.name} cut at {chosen.cut}, on {device}; sites: {sites}")
+    cut = recipe.model.cut
+    progress.say(f"model: {recipe.model.name} cut at {cut}, on {device}; sites: {sites}")
     try:
         result = split_remote(
             model,
-            chosen.cut,
             transport,
             endpoint,
             facts_of(recipe, pictures.label_names),
             test,
-            chosen_compressor(recipe),
+            split_settings(recipe, device),
             plan_of(recipe),
-            recipe.training(),
-            schedule=recipe.run.schedule,
-            tail_at=chosen.tail,
-            client_aggregation=STRATEGIES[recipe.run.client_aggregation](),
-            device=device,
             timeout=recipe.run.timeout,
             on_start=progress.on_start,
             on_round=progress.on_round,
@@ -110,6 +107,22 @@ def serve_split(
     except ValueError as error:
         raise InputError(str(error)) from None
     return Outcome(result, pictures.source, pictures.label_names)
+
+
+def split_settings(recipe: Recipe, device: str) -> SplitSettings:
+    """The settings of a split run, on either side. Raises ValueError, InputError."""
+    assert recipe.model.cut is not None
+    return SplitSettings(
+        recipe.model.cut,
+        chosen_compressor(recipe),
+        recipe.run.schedule,
+        recipe.model.tail,
+        STRATEGIES[recipe.run.client_aggregation](),
+        recipe.training(),
+        F.cross_entropy,
+        torch.device(device),
+        recipe.run.seed,
+    )
 
 
 def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:

@@ -10,24 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sluiceway.core.batches import Batch, Examples, Loss
+from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature
 from sluiceway.core.messages import WireError
 from sluiceway.core.round_loop import Result, Rounds
-from sluiceway.core.settings import Optimisation
 from sluiceway.errors import line
 from sluiceway.split.client_proxy import Away
-from sluiceway.split.compress import Compressor
 from sluiceway.split.packing import BatchId
 from sluiceway.split.rounds import SplitLoop, SplitRecord
 from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.split.training import run_rounds
-from sluiceway.strategies import FedAvg, Strategy
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import check_signature, joined, states_needed
 from sluiceway.transport.tls import Connection, ConnectionBroken, Endpoint, TlsServer
@@ -180,20 +176,13 @@ class RemoteClient:
 
 def split_remote(
     model: nn.Module,
-    cut_at: str,
     transport: Transport,
     endpoint: Endpoint,
     facts: Mapping[str, Any],
     test: Examples,
-    method: Compressor,
+    settings: SplitSettings,
     plan: Rounds,
-    training: Optimisation,
     *,
-    schedule: str = "parallel",
-    tail_at: str | None = None,
-    client_aggregation: Strategy | None = None,
-    loss: Loss = F.cross_entropy,
-    device: str = "cpu",
     timeout: float = 0,
     on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[SplitRecord], None] = lambda record: None,
@@ -210,17 +199,6 @@ def split_remote(
     Raises:
         RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
-    settings = SplitSettings(
-        cut_at,
-        method,
-        schedule,
-        tail_at,
-        client_aggregation or FedAvg(),
-        training,
-        loss,
-        torch.device(device),
-        plan.seed,
-    )
     with TlsServer(endpoint.keys, transport.sites, endpoint.listen, endpoint.port) as server:
         address = {"host": endpoint.host, "port": server.port}
         counts = joined(transport, {**facts, "endpoint": address}, None)

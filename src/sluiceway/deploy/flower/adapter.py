@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -90,29 +91,14 @@ class Adapter(FlowerStrategy):
         return packed(Broadcast(0, self.rule.tensors))
 
     def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord | None = None,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        self, grid: Grid, initial_arrays: ArrayRecord | None = None, *args: Any, **more: Any
     ) -> Result:
         """Flower's loop; without `initial_arrays` from the model's own values.
 
         Raises:
             TooFewUpdates: a round had fewer usable updates than `min_clients`.
         """
-        return super().start(
-            grid,
-            initial_arrays or self._held,
-            num_rounds,
-            timeout,
-            train_config,
-            evaluate_config,
-            evaluate_fn,
-        )
+        return super().start(grid, initial_arrays or self._held, *args, **more)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +63,12 @@ def client_app(
             in Flower's own, named after the node.
     """
     place = folder or default_folder
-    return site_app(
-        lambda context: CustomClient(
-            lambda: setup(context), place(context), training=training, loss=loss, device=device
-        ),
-        lambda context: place(context) / "transfers",
-    )
+
+    def opened(context: Context) -> CustomClient:
+        chosen = torch.device(chosen_device(device))
+        return CustomClient(lambda: setup(context), place(context), training, loss, chosen)
+
+    return site_app(opened, lambda context: place(context) / "transfers")
 
 
 def default_folder(context: Context) -> Path:
@@ -77,23 +76,15 @@ def default_folder(context: Context) -> Path:
     return Path(get_flwr_home()) / "sluiceway" / str(context.node_id)
 
 
+@dataclass(frozen=True)
 class CustomClient(ClientHandler):
     """A `ClientHandler` for your own model and data; see `client_app`."""
 
-    def __init__(
-        self,
-        setup: Callable[[], ClientSetup],
-        folder: Path,
-        *,
-        training: Training | None,
-        loss: Loss,
-        device: str,
-    ) -> None:
-        self.setup = setup
-        self.folder = folder
-        self.training = training
-        self.loss = loss
-        self.device = torch.device(chosen_device(device))
+    setup: Callable[[], ClientSetup]
+    folder: Path
+    training: Training | None
+    loss: Loss
+    device: torch.device
 
     def handle(self, request: Request, folder: Path) -> Response:
         """Train, or evaluate the global model.
@@ -113,24 +104,20 @@ class CustomClient(ClientHandler):
         nothing: Examples = Subset(setup.train, [])  # type: ignore[arg-type]
         parts = [setup.train if i == number else nothing for i in range(clients)]
         test = nothing if setup.test is None else setup.test
-        with ExitStack() as stack:
-            worker = stack.enter_context(
-                standing(
-                    setup.model,
-                    parts,
-                    test,
-                    strategy,
-                    self.training or training_from(request.facts),
-                    loss=self.loss,
-                    device=self.device,
-                    seed=whole(request.facts, "seed"),
-                )
-            )
-            if request.what == "train":
-                return Trainer(worker, number, ClientStateStore(self.folder / "states")).train(
-                    request, folder
-                )
-            return evaluated(worker, request.message)
+        with standing(
+            setup.model,
+            parts,
+            test,
+            strategy,
+            self.training or training_from(request.facts),
+            loss=self.loss,
+            device=self.device,
+            seed=whole(request.facts, "seed"),
+        ) as worker:
+            if request.what == "evaluate":
+                return evaluated(worker, request.message)
+            states = ClientStateStore(self.folder / "states")
+            return Trainer(worker, number, states).train(request, folder)
 
 
 def evaluated(worker: Worker, message: Path) -> Response:
