@@ -178,13 +178,13 @@ def deep_grey(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (None, "row 2: the picture is missing"),
-        (b"", "row 2: the picture is no PNG or JPEG"),
+        (None, "row 2: the image is missing"),
+        (b"", "row 2: the image is no PNG or JPEG"),
         (GOOD[:-50], "row 2: "),
         (GOOD[:20], "row 2: "),
-        (encoded(random_images(1, (3, 5, 4))[0]), "row 2: the picture is 4x5: it must be 5x4"),
-        (encoded(random_images(1, SHAPE)[0], "BMP"), "row 2: the picture is no PNG or JPEG"),
-        (deep_grey, "row 2: the picture has the mode I;16: it must be 8-bit grey or RGB"),
+        (encoded(random_images(1, (3, 5, 4))[0]), "row 2: the image is 4x5: it must be 5x4"),
+        (encoded(random_images(1, SHAPE)[0], "BMP"), "row 2: the image is no PNG or JPEG"),
+        (deep_grey, "row 2: the image has the mode I;16: it must be 8-bit grey or RGB"),
     ],
 )
 def test_bad_pictures(tmp_path: Path, picture: object, message: str) -> None:

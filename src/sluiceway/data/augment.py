@@ -1,6 +1,6 @@
 """Random crops and flips of whole batches, and images as normalised floats.
 
-Nothing here loops over images, and every draw comes from the generator that is handed in.
+Nothing here loops over images, and every draw comes from the generator that is given.
 """
 
 from collections.abc import Sequence

@@ -184,7 +184,8 @@ def code_tables(
 
 
 def _read_parquet(path: Path) -> Values:
-    return dict(pq.read_table(path, partitioning=None).to_pydict())
+    with pq.ParquetFile(path) as file:  # pq.read_table would import pandas
+        return dict(file.read().to_pydict())
 
 
 def _read_csv(path: Path) -> Values:

@@ -153,37 +153,35 @@ def _encoded_images(file: pq.ParquetFile, path: Path) -> Iterable[bytes | None]:
         yield from (column.field("bytes") if nested else column).to_pylist()
 
 
-def _decode_all(
-    pictures: Iterable[bytes | None], count: int, path: Path, shape: Shape
-) -> ByteArray:
+def _decode_all(encoded: Iterable[bytes | None], count: int, path: Path, shape: Shape) -> ByteArray:
     from PIL import UnidentifiedImageError
 
     images = np.empty((count, *shape), dtype=np.uint8)
-    for row, picture in enumerate(pictures):
+    for row, data in enumerate(encoded):
         try:
-            images[row] = _decode(picture, shape)
+            images[row] = _decode(data, shape)
         except UnidentifiedImageError as error:  # its message is the stream's address
-            raise DataError(f"{path}, row {row + 1}: the picture is no PNG or JPEG") from error
-        # Pillow's decoders raise many types on broken pictures, SyntaxError among them.
+            raise DataError(f"{path}, row {row + 1}: the image is no PNG or JPEG") from error
+        # Pillow's decoders raise many types on broken images, SyntaxError among them.
         except Exception as error:
             raise DataError(f"{path}, row {row + 1}: {first_line(error)}") from error
     return images
 
 
-def _decode(picture: bytes | None, shape: Shape) -> ByteArray:
+def _decode(data: bytes | None, shape: Shape) -> ByteArray:
     """uint8 of `shape`. Raises whatever Pillow raises, and ValueError for what does not fit."""
     from PIL import Image
 
     channels, height, width = shape
-    if picture is None:
-        raise ValueError("the picture is missing")
-    with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
+    if data is None:
+        raise ValueError("the image is missing")
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         # Before any pixel is decoded: the size is in the header.
         if image.size != (width, height):
             found = f"{image.size[0]}x{image.size[1]}"
-            raise ValueError(f"the picture is {found}: it must be {width}x{height}")
+            raise ValueError(f"the image is {found}: it must be {width}x{height}")
         if image.mode not in ("1", "L", "P", "RGB"):
-            raise ValueError(f"the picture has the mode {image.mode}: it must be 8-bit grey or RGB")
+            raise ValueError(f"the image has the mode {image.mode}: it must be 8-bit grey or RGB")
         mode = "L" if channels == 1 else "RGB"
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

@@ -13,7 +13,15 @@ from sluiceway.data.augment import Augmentation
 from sluiceway.data.columns import class_names
 from sluiceway.data.errors import Absent, DataError
 from sluiceway.data.image_files import Shape, read_csv_images, read_idx, read_parquet_images
-from sluiceway.data.sources import Folder, Hub, Source, Wheel, first_found, known_name
+from sluiceway.data.sources import (
+    Folder,
+    Hub,
+    Source,
+    Wheel,
+    first_found,
+    known_name,
+    parquet_parts,
+)
 from sluiceway.data.tables import HOLDOUT_SEED, TEST_FRACTION, ImageData, ImageTable, holdout
 
 
@@ -71,7 +79,6 @@ class ImageSet:
 
 _DIGITS = tuple("0123456789")
 _IDX_FILES = ("images-idx3", "labels-idx1")
-_PARTS = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
 IMAGE_SETS = {
     "cifar10": ImageSet(
         (
@@ -83,7 +90,7 @@ IMAGE_SETS = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         augmentation=Augmentation(padding=4, mirror=True),
-        sources=(Hub("uoft-cs/cifar10", tuple(f"plain_text/{part}" for part in _PARTS)),),
+        sources=(Hub("uoft-cs/cifar10", parquet_parts("plain_text")),),
     ),
     "fashion-mnist": ImageSet(
         (
@@ -95,9 +102,7 @@ IMAGE_SETS = {
         std=(0.3530,),
         augmentation=Augmentation(padding=4, mirror=True),
         sources=(
-            Hub(
-                "zalando-datasets/fashion_mnist", tuple(f"fashion_mnist/{part}" for part in _PARTS)
-            ),
+            Hub("zalando-datasets/fashion_mnist", parquet_parts("fashion_mnist")),
             IdxFolder(Path("/usr/share/datasets/fashion-mnist"), "dataset-fashion-mnist"),
         ),
     ),

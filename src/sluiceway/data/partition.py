@@ -1,8 +1,11 @@
 """Who holds which rows: four ways to deal a data set to clients.
 
-Every partition is a list with one array of sorted row indices (int64) for each client. The arrays
-are disjoint and together cover every row; they depend on the arguments alone.
+Every partition is a list with one array of sorted row indices (int64) per client. The arrays are
+disjoint and together cover every row; they depend on the arguments alone. Throughout, `labels` and
+`groups` are int64 [N], `clients` is 1..N and `seed` 0 or more; other numbers raise DataError.
 """
+
+from __future__ import annotations
 
 import heapq
 import math
@@ -39,12 +42,12 @@ def partition(
 
     Args:
         kind: "iid", "dirichlet", "pathological" or "natural".
-        labels: int64 [N].
-        clients: 1..N.
-        seed: 0 or more.
+        labels: the rows' labels.
+        clients: their number.
+        seed: of every draw.
         alpha: concentration above 0; needed by "dirichlet", optional for "natural".
         classes_per_client: 1..C; needed by "pathological".
-        groups: the table's group columns, each int64 [N]; used by "natural".
+        groups: the table's group columns; used by "natural".
         column: the group column; needed by "natural" unless there is exactly one.
 
     Raises:
@@ -68,16 +71,7 @@ def partition(
 
 
 def iid(labels: IntArray, clients: int, seed: int) -> Parts:
-    """Shuffle the rows and deal them evenly: client sizes differ by at most one.
-
-    Args:
-        labels: int64 [N].
-        clients: 1..N.
-        seed: 0 or more.
-
-    Raises:
-        DataError: `clients` is out of range.
-    """
+    """Shuffle the rows and deal them evenly: client sizes differ by at most one."""
     _check_clients(len(labels), clients)
     rows = np.random.default_rng(seed).permutation(len(labels))
     return [np.sort(part) for part in np.array_split(rows, clients)]
@@ -89,16 +83,7 @@ def dirichlet(labels: IntArray, clients: int, alpha: float, seed: int) -> Parts:
     The label partition of Yurochkin et al. 2019 and Hsu et al. 2019: with alpha to 0 each label has
     one owner, with large alpha all clients look alike. Nothing is drawn again for a minimum size:
     a client may come out with few rows or with none.
-
-    Args:
-        labels: int64 [N].
-        clients: 1..N.
-        alpha: concentration, finite and above 0.
-        seed: 0 or more.
-
-    Raises:
-        DataError: `clients` or `alpha` is out of range, or labels times clients are more than
-            `SHARES_LIMIT`.
+    `alpha` is finite and above 0, and labels times clients are at most `SHARES_LIMIT`.
     """
     _check_clients(len(labels), clients)
     if not (alpha > 0 and math.isfinite(alpha)):
@@ -128,15 +113,8 @@ def pathological(labels: IntArray, clients: int, classes_per_client: int, seed: 
     After McMahan et al. 2017: rows are cut into clients * classes_per_client shards, and each
     client gets `classes_per_client` of them. Here a shard never spans two labels, so the bound is
     strict; a label has shards in proportion to its rows, at least one and at most one a client.
-
-    Args:
-        labels: int64 [N] with C distinct values.
-        clients: 1..N, and at least C / classes_per_client, for every label needs a client.
-        classes_per_client: 1..C; times `clients` at most `SHARDS_LIMIT`.
-        seed: 0 or more.
-
-    Raises:
-        DataError: a value is out of range.
+    `classes_per_client` is 1..C with C the number of distinct labels; times `clients` it is C or
+    more, for every label needs a client, and at most `SHARDS_LIMIT`.
     """
     _check_clients(len(labels), clients)
     values, counts = np.unique(labels, return_counts=True)
@@ -178,15 +156,7 @@ def natural(groups: IntArray, clients: int, alpha: float | None = None, seed: in
     fewer, clients are dealt to the groups in turn, largest first, and the clients of a group
     share its rows evenly. With `alpha`, every group's rows are shared out by a draw from
     Dir(alpha, ..., alpha) instead, as `dirichlet` does with labels.
-
-    Args:
-        groups: int64 [N], the group of each row.
-        clients: 1..N.
-        alpha: concentration, finite and above 0, or None for whole groups.
-        seed: 0 or more; decides the order of groups of one size and who gets which row.
-
-    Raises:
-        DataError: `clients` or `alpha` is out of range.
+    The seed decides the order of groups of one size and who gets which row.
     """
     if alpha is not None:
         return dirichlet(groups, clients, alpha, seed)

@@ -29,7 +29,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """Files in `$SLUICEWAY_DATA/name`. If there is the folder, its files are not looked at."""
+    """Files in `$SLUICEWAY_DATA/name`; a folder that lacks one of them is an error."""
 
     name: str
     files: tuple[str, ...] = ("train.parquet", "test.parquet")
@@ -81,6 +81,11 @@ class Wheel:
             return wheel_members(self.package, self.version, self.members)
         except DataError as error:
             raise Absent(f"the {self.title} ({first_line(error)})") from error
+
+
+def parquet_parts(folder: str) -> tuple[str, str]:
+    """The train and the test file of most repositories on the hub."""
+    return f"{folder}/train-00000-of-00001.parquet", f"{folder}/test-00000-of-00001.parquet"
 
 
 def first_found(name: str, folder: Folder, *others: Source | None) -> tuple[Source, list[Path]]:

@@ -18,7 +18,7 @@ from sluiceway.data.columns import (
 )
 from sluiceway.data.download import cache_folder, replacing
 from sluiceway.data.errors import DataError
-from sluiceway.data.sources import Folder, Hub, Wheel, first_found, known_name
+from sluiceway.data.sources import Folder, Hub, Wheel, first_found, known_name, parquet_parts
 from sluiceway.data.tables import TextData, holdout
 from sluiceway.errors import first_line
 
@@ -47,7 +47,6 @@ class TextSet:
     groups: tuple[str, str] | None = None
 
 
-_PARTS = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
 TEXT_SETS = {
     "20newsgroups": TextSet(
         Folder("20newsgroups"),
@@ -62,9 +61,7 @@ TEXT_SETS = {
             ),
         ),
     ),
-    "agnews": TextSet(
-        Folder("ag_news"), Hub("fancyzhx/ag_news", tuple(f"data/{part}" for part in _PARTS))
-    ),
+    "agnews": TextSet(Folder("ag_news"), Hub("fancyzhx/ag_news", parquet_parts("data"))),
     "banking77": TextSet(
         Folder("banking77"),
         Hub(
@@ -75,7 +72,7 @@ TEXT_SETS = {
     ),
     "clinc150": TextSet(
         Folder("clinc150"),
-        Hub("clinc/clinc_oos", tuple(f"plus/{part}" for part in _PARTS)),
+        Hub("clinc/clinc_oos", parquet_parts("plus")),
         label="intent",
         dropped="oos",
         groups=(

@@ -19,7 +19,7 @@ from sluiceway.data import (
     partition,
     word_tokens,
 )
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import Endings, TextClassifier, Words, is_encoder_decoder
 from sluiceway.experiment.models import Pretrained, assembled, load_pretrained
 from sluiceway.experiment.recipe import Model, Recipe
@@ -149,6 +149,6 @@ def usable_device(name: str) -> str:
         device = chosen_device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise InputError(f"run.device = {name!r} cannot be used here: {why}") from None
     return device

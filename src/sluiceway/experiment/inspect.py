@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.builders import network
 from sluiceway.experiment.models import outlined
 from sluiceway.moe import (
@@ -79,7 +79,7 @@ def show_cuts(name: str, width: int, image: str) -> None:
         model = network(name, width, shape, classes=10, seed=0)
         points = cut_points(model, torch.zeros(1, *shape))
     except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise InputError(f"--image {image} --width {width}: {why}; write 3x32x32") from None
     rows = [
         (

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sluiceway.data import DataError, check_tokenizer, wheel_folder
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import TextClassifier
 from sluiceway.experiment.recipe import Model
 from sluiceway.moe import MoELayout, add_lora, find_layout, repair, upcycle
@@ -139,7 +139,7 @@ def readable(name: str, place: Place) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = first_line(error)
         if isinstance(error, ImportError) and place.gguf:
             why = "GGUF files need a package: pip install 'sluiceway[gguf]'"
         raise InputError(f"model.name = {name!r}: no model could be loaded ({why})") from None
