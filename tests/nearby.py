@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import trustme
+import pytest
 
 from sluiceway.deploy.site import Site, open_site
 from sluiceway.errors import described
@@ -70,7 +70,7 @@ class Authority:
     """
 
     def __init__(self, place: Path) -> None:
-        self.ca = trustme.CA()
+        self.ca = pytest.importorskip("trustme").CA()
         self.place = place
         place.mkdir(parents=True, exist_ok=True)
         self.ca.cert_pem.write_to_path(place / "root.pem")

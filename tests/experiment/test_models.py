@@ -108,6 +108,7 @@ def test_a_language_model_learns_to_say_the_label(
 def test_adapters_half_precision_and_recomputing_in_one_recipe(
     save: Save, words_recipe: Path, run: Run
 ) -> None:
+    pytest.importorskip("peft", reason="the extra [lora] is not installed")
     # bfloat16 experts must be a multiple of 16 bytes wide
     folder = save("qwen3", "Qwen3MoeForCausalLM", moe_intermediate_size=16)
     name = f"model.name={folder}"

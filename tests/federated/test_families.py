@@ -78,6 +78,7 @@ def chosen(model: nn.Module, lora: bool) -> nn.Module:
     head = {n for n, _ in model.named_parameters() if n.startswith("head.")}
     model.requires_grad_(False)
     if lora:
+        pytest.importorskip("peft", reason="the extra [lora] is not installed")
         experts = {n: p for n, p in model.named_parameters() if n in found.expert_params}
         add_lora(model, experts, 2, 4.0)
     for name, param in model.named_parameters():

@@ -18,7 +18,7 @@ from sluiceway.moe import (
     received_logits,
 )
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="the extra [lora] is not installed")
 RANK = 3
 
 

@@ -20,6 +20,7 @@ from sluiceway.moe import add_lora, find_adapters, moe_layout
 from sluiceway.strategies import FedAlignMoE, FedAvg, Strategy, Update, strategy
 from sluiceway.transport.local import federate
 
+pytest.importorskip("peft", reason="the extra [lora] is not installed")
 RANK, ALPHA = 4, 6.0  # the rank is the number of experts too: shapes alone do not tell the axes
 NAMES = ("fedavg", "fedprox", "fedmoe", "usage", "scaffold", "fedalign-moe")
 EXACT = ("frozen-a", "residual")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.core.test_checkpoints import Ended, history
 from tests.strategies.test_aggregation import ANATOMY, TENSORS, ready, several, update
-from tests.strategies.test_low_rank import adapted
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
@@ -388,6 +387,9 @@ def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
 @pytest.mark.parametrize("rule", sorted(ROBUST))
 @pytest.mark.parametrize("lora", ["frozen-a", "residual", "average"])
 def test_low_rank_adapters(rule: str, lora: str) -> None:
+    pytest.importorskip("peft", reason="the extra [lora] is not installed")
+    from tests.strategies.test_low_rank import adapted
+
     clients = [TinyText(16, 1), TinyText(8, 2), TinyText(8, 3)]
     inner = STRATEGIES["fedalign-moe"](lora=lora)
     result = federate(
