@@ -186,6 +186,7 @@ def test_what_cannot_be_asked_of_a_model_is_one_line(
 
 @pytest.mark.slow
 def test_smollm2_is_a_language_model_from_a_gguf_file() -> None:
+    pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
     try:
         loaded = load_pretrained("smollm2", language=True)
     except InputError as error:
