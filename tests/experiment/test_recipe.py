@@ -84,6 +84,7 @@ def test_every_key_is_described_and_in_the_reference() -> None:
     assert "`train.checkpointing` | true or false | `false` | Gradient checkpointing:" in text
     for method in methods():
         assert method.text.endswith(".")
+        assert all(len(key.text) > 10 for key in keys_of(method.cls)), method.name
         assert f'name = "{method.name}"`\n\n{method.text}' in text
         assert [key.name for key in keys_of(method.cls)] == names_of(method.cls)
 

@@ -100,7 +100,7 @@ def documented(cls: type[Any], name: str) -> str:
 
 def sentence(text: str) -> str:
     """The text with a capital at its beginning and a full stop."""
-    text = text.strip().rstrip(".")
+    text = " ".join(text.split()).rstrip(".")
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 

@@ -46,7 +46,7 @@ class Place:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What every `from_pretrained` takes beside the place."""
+        """What every `from_pretrained` takes besides the place."""
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
 

@@ -89,7 +89,7 @@ class Curve:
 
 
 def comparison_figure(compare: Mapping[str, Any]) -> Figure:
-    """Accuracy by round beside accuracy against the bytes sent, a line a variant.
+    """Accuracy by round and accuracy by bytes sent, one line per variant.
 
     Args:
         compare: content of compare.json.
@@ -194,7 +194,7 @@ def loss_figure(train: Sequence[float | None], test: Sequence[float | None]) -> 
 
 @matplotlib.rc_context(STYLE)
 def clients_figure(shared: Sequence[float | None], personal: Mapping[int, float]) -> Figure:
-    """Per client, the global model (ring) beside the client's own model (dot), in [0, 1].
+    """Per client, the global model (ring) and the client's own model (dot), in [0, 1].
 
     Args:
         shared: [clients], None for a client without examples.

@@ -41,7 +41,7 @@ def described(record: Record) -> str:
         if faults:
             client, why = min(faults.items())
             line += f", {len(faults)} {word} (client {client}: {why})"
-    return line + (f", played {record.retries + 1} times" if record.retries else "")
+    return line + (f", tried {record.retries + 1} times" if record.retries else "")
 
 
 @contextmanager

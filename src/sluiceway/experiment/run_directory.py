@@ -23,7 +23,7 @@ from sluiceway.experiment.recipe import Recipe, recipe_from
 #: Seconds to wait for a folder: a run that was just killed may need a moment to be gone.
 PATIENCE = 1
 
-#: Keys of [run] that change no number of a round that was played.
+#: Keys of [run] that do not change the numbers of a finished round.
 FREE = ("rounds", "workers", "feature_memory_mb", "checkpoint_every", "checkpoint_keep")
 
 
@@ -117,7 +117,7 @@ class RunDirectory:
             file.write(json.dumps(record.as_dict()) + "\n")
 
     def finish(self, result: Result, summary: dict[str, Any]) -> None:
-        """Write the summary, and metrics.jsonl anew.
+        """Write the summary, and rewrite metrics.jsonl.
 
         A round that was stopped between its checkpoint and its line left a line too few.
         """

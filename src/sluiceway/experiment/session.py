@@ -141,12 +141,12 @@ def load_pictures(wanted: Data) -> ImageData:
 
 
 def without_partition(wanted: Data) -> Data:
-    """The same examples, whoever holds them: what data and tokens are kept by."""
+    """The same examples without their partition: the key of loaded data and tokens."""
     return wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None})
 
 
 def described(found: TextData | ChoiceData | ImageData) -> str:
-    """A data set in a line."""
+    """One line about a data set."""
     return (
         f"data: {found.name} from {found.source}, {len(found.train)} to train, "
         f"{len(found.test)} to test, {len(found.label_names)} classes"

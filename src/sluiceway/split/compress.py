@@ -37,7 +37,7 @@ Quantize = Literal["none", "fp16", "int8", "int4"]
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class Compressor:
-    """Base of all compressors: every channel crosses. With `quantize` "none" nothing is lost.
+    """Every channel crosses; with `quantize` "none" exactly. The base of all compressors.
 
     Args:
         quantize: of smashed data: float32, half precision, 8 or 4 bits with a scale per channel

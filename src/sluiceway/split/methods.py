@@ -28,15 +28,19 @@ from sluiceway.strategies.base import PARAMETERS
 class ChannelChoice(Channels):
     """Channels are rated by a score, and a mask is chosen from the scores in every round.
 
-    rule: how many channels are kept in the end: "fraction" (`share` of them), "cumulative" (the
-        smallest set with share `tau` of the score mass), "threshold" (mean - `kappa` * std),
-        "budget" (as many as `budget_mb` megabytes pay for: all messages of a round in both
-        directions, masks, labels and front averaging included, once the ramp is over).
+    rule: how many channels are kept in the end, by `share` ("fraction"), `tau` ("cumulative"),
+        `kappa` ("threshold") or `budget_mb` ("budget").
+    share: of all channels, kept with rule "fraction".
+    tau: with rule "cumulative" the smallest set with this share of the score mass is kept.
+    kappa: with rule "threshold" scores of at least mean - kappa * std are kept.
+    budget_mb: with rule "budget", megabytes that all messages of a round may take in both
+        directions, masks, labels and front averaging included, once the ramp is over.
     warmup: rounds that send everything, >= 0. With 0 clients rate the channels of the untrained
         front on their own examples, before the first round. ramp_rounds: rounds over which the
-        share falls to its end. every, growth: re-choices, and how they become rarer.
-        Numbers of rounds are at most 10^6.
-    margin: a channel is swapped only for one that is better by this share. decay: of scores.
+        share falls to its end. every: rounds between choices of channels. growth: by
+        which factor that number grows from choice to choice. Numbers of rounds are at most 10^6.
+    margin: a channel is swapped only for one that is better by this share. decay: weight of
+        the earlier rounds' scores.
     masks: "merged" for one mask of all clients' merged scores, "client" for one each, chosen where
         the scores are: neither crosses. A client that was not rated yet sends everything.
     """

@@ -21,7 +21,8 @@ class FedAdam(FedAvg):
 
     As in the paper's algorithm 2 there is no bias correction.
 
-    lr: server learning rate, > 0. beta1, beta2: in [0, 1). tau: adaptivity, > 0.
+    lr: server learning rate, > 0. beta1: decay of the mean m, in [0, 1). beta2: decay of the mean
+    square v, in [0, 1). tau: adaptivity, > 0.
     """
 
     name: ClassVar[str] = "fedadam"

@@ -28,7 +28,7 @@ SLICE = 1 << 16
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class Median:
-    """Coordinate-wise median [paper: Yin et al., arXiv 1803.01498, option I]; see `centred`.
+    """Coordinate-wise median [paper: Yin et al., arXiv 1803.01498, option I].
 
     Of an even number of values it is the mean of the two in the middle. Clients count alike. It
     stays within what the honest ones sent while they are more than half of a piece's senders.
@@ -47,7 +47,7 @@ class Median:
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class TrimmedMean:
-    """Coordinate-wise trimmed mean [paper: Yin et al., arXiv 1803.01498, option II]; see `centred`.
+    """Coordinate-wise trimmed mean [paper: Yin et al., arXiv 1803.01498, option II].
 
     Of N values of a coordinate the floor(share N) smallest and as many largest are dropped, and
     the plain mean of the rest is taken. It stays within what the honest clients sent while no
@@ -98,11 +98,11 @@ def centred(updates: list[Update], cut: Callable[[int], int]) -> list[Update]:
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class NormClipping:
-    """w_i' = old + min(1, limit / ||w_i - old||) (w_i - old) [paper: Sun et al., arXiv 1911.07963].
+    """Each update is clipped to an L2 norm [paper: Sun et al., arXiv 1911.07963].
 
-    The L2 norm is that of a client's whole change, over all floating-point pieces it sent. An
-    update within the limit is handed on as it came. The strategy weighs clients as ever, by the
-    numbers of examples that they report.
+    w_i' = old + min(1, limit / ||w_i - old||) (w_i - old). The norm is that of a client's whole
+    change, over all floating-point pieces it sent. An update within the limit is handed on as
+    it came. The strategy weighs clients as ever, by the numbers of examples that they report.
 
     Extra tensors are clipped only where there is no fixed limit, for theirs would be another: a
     client's as one change from zero, to the median of those norms [ours].
