@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -16,13 +17,25 @@ from sluiceway.core.evaluation import label_counts
 from sluiceway.core.round_loop import Record, Result, Rounds
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation
-from sluiceway.split import Compressor, Conv4, SplitRecord, split_train
+from sluiceway.split import (
+    METHODS,
+    SCHEDULES,
+    Compressor,
+    Conv4,
+    SplitRecord,
+    split_train,
+)
 from sluiceway.split.client import SplitClient
 from sluiceway.split.rounds import SplitLoop
 from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.strategies import FedAvg
 
 CLASSES = 3
+#: Every method by its name with one schedule, and ACP-SL with every schedule.
+METHODS_AND_SCHEDULES = [
+    *zip(METHODS, cycle(SCHEDULES), strict=False),
+    *(("acp-sl", schedule) for schedule in SCHEDULES if schedule != SCHEDULES[1]),
+]
 SGD = Optimisation(lr=0.05, batch_size=8, optimizer="sgd", momentum=0.9, local_epochs=2)
 ADAMW = Optimisation(lr=0.01, batch_size=8, weight_decay=0.01)
 

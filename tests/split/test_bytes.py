@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from tests.split.small import (
+    METHODS_AND_SCHEDULES,
     SGD,
     Pictures,
     clients,
@@ -39,8 +40,9 @@ def between_rounds(model: dict[str, Tensor], part: dict[str, Tensor], facts: obj
     return len(save(tensors, {"sluiceway": json.dumps(facts, sort_keys=True)}))
 
 
-@schedules
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])
+@pytest.mark.parametrize(
+    ("name", "schedule"), [pair for pair in METHODS_AND_SCHEDULES if pair[0] != "bottleneck"]
+)
 def test_bytes_are_the_lengths_of_all_messages(name: str, schedule: str) -> None:
     model = normed()
     front, back = cut(model, "conv1")
@@ -53,7 +55,7 @@ def test_bytes_are_the_lengths_of_all_messages(name: str, schedule: str) -> None
     if schedule == "u":
         closing |= {"loss/examples": torch.tensor(1), "loss/sum": torch.tensor(1.0).double()}
     sets, method = [*clients()], METHODS[name]()
-    sets[1] = Pictures(2, 5)  # one example alone would be left out in two of the forms
+    sets[1] = Pictures(2, 5)  # one example alone would be left out in two of the schedules
     result = train(method, sets, model=model, schedule=schedule)
     crossing = name in ("acp-sl", "l1", "std", "entropy", "taylor")
     for number, record in enumerate(records(result.records), 1):
@@ -139,11 +141,11 @@ def test_methods_of_equal_settings_send_equal_bytes() -> None:
     assert 3 * 8 <= down <= 3 * (8 + 90)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "masks", "strategy", "participation"),
     [
-        *((schedule, "merged", FedAvg, 1.0) for schedule in SCHEDULES),
-        ("parallel", "client", FedAvg, 1.0),
+        ("sequential", "merged", FedAvg, 1.0),
         ("u", "client", Scaffold, 1.0),
         ("copies", "merged", Scaffold, 0.5),
         ("parallel", "client", FedAvg, 0.5),

@@ -49,7 +49,7 @@ def test_the_mask_of_training_is_the_mask_of_evaluation() -> None:
     assert record.accuracy not in others
 
 
-def test_rounding_is_judged_and_the_full_accuracy_is_without() -> None:
+def test_rounding_is_evaluated_and_the_full_accuracy_is_without() -> None:
     test, model = Pictures(300, 6), normed()
     method = Quantized(quantize="int4", quantize_gradient="int8")
     result = train(method, [Pictures(60, 1)], model=model, test=test, rounds=2, training=SGD)
@@ -66,7 +66,7 @@ def test_rounding_is_judged_and_the_full_accuracy_is_without() -> None:
     assert last.accuracy_full == accuracy_of(model, test)
 
 
-def test_rounding_at_the_second_cut_of_a_u_shape_is_judged_too() -> None:
+def test_rounding_at_the_second_cut_of_a_u_shape_is_evaluated_too() -> None:
     test, method = Pictures(300, 6), Quantized(quantize="int4", quantize_gradient="int8")
     built = set_up(
         normed(),
@@ -93,7 +93,7 @@ def test_rounding_at_the_second_cut_of_a_u_shape_is_judged_too() -> None:
     assert loss != pytest.approx(float(functional.cross_entropy(torch.cat(once), test.labels)))
 
 
-def test_masks_of_their_own_are_judged_each_for_its_client() -> None:
+def test_masks_of_their_own_are_evaluated_each_for_its_client() -> None:
     sets, test = [Pictures(60, 1), Pictures(20, 2)], Pictures(200, 6)
     method = ACPSL(share=0.25, ramp_rounds=0, masks="client", margin=0, every=1, growth=1)
     built = set_up(normed(), "conv1", sets, method, test)

@@ -44,7 +44,7 @@ def shown(scorer: ChannelScorer, batches: int) -> None:
 
 
 @pytest.mark.parametrize("method", CHOICES, ids=lambda m: m.name)
-def test_meters_rate_every_channel_once_they_saw_a_batch(method: ChannelChoice) -> None:
+def test_scorers_rate_every_channel_once_they_saw_a_batch(method: ChannelChoice) -> None:
     scorer = method.scorer(8, 3, seed=4)
     assert (scorer.scores() is None) == (method.name != "random")
     shown(scorer, 2)

@@ -416,6 +416,7 @@ class TestRefusals:
         with pytest.raises(WireError, match="expected smashed data"):
             unpack_smashed(gradient)
 
+    @pytest.mark.slow
     @given(st.binary(max_size=300))
     @many
     def test_of_random_bytes(self, noise: bytes) -> None:
@@ -424,6 +425,7 @@ class TestRefusals:
                 with pytest.raises(WireError):
                     unpack_smashed(message)
 
+    @pytest.mark.slow
     @given(
         st.sampled_from(sorted(CODECS)),
         st.booleans(),

@@ -11,7 +11,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
-from tests.split.small import Pictures, local, normed, plain, same, set_up, tail_of, train
+from tests.split.small import (
+    METHODS_AND_SCHEDULES,
+    Pictures,
+    local,
+    normed,
+    plain,
+    same,
+    set_up,
+    tail_of,
+    train,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,7 +30,6 @@ from sluiceway.core.settings import Optimisation
 from sluiceway.split import (
     ACPSL,
     METHODS,
-    SCHEDULES,
     BatchId,
     Compressor,
     TaylorChannels,
@@ -125,6 +134,7 @@ def test_a_gradient_that_went_astray_is_refused(swapped: list[int]) -> None:
         assert same(before, {n: p.detach() for n, p in local(built)[i].params.items()})
 
 
+@pytest.mark.slow
 @few
 @given(turns=st.permutations([0] * 3 + [1] * 2 + [2] * 2))
 def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
@@ -188,8 +198,7 @@ class Post:
         monkeypatch.setattr(Compressor, "down", noted(self.downs, down))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", ["sl", "acp-sl", "random", "topk", "quantize"])
+@pytest.mark.parametrize(("name", "schedule"), METHODS_AND_SCHEDULES)
 def test_labels_stay_in_a_u_shape_and_all_that_crosses_is_counted(
     schedule: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.messages import WireError, message_of, take_values
-from sluiceway.core.parameters import exchanged, frozen_modules
+from sluiceway.core.parameters import exchanged
 from sluiceway.core.seeds import derive_seed
 from sluiceway.split.config import (
     SplitConfig,
@@ -19,7 +19,6 @@ from sluiceway.split.config import (
     TrainedLayers,
     batch_counts,
     joined,
-    training_mode,
 )
 from sluiceway.split.messages import read_round_start
 from sluiceway.split.packing import BatchContext, BatchId
@@ -102,8 +101,8 @@ class SplitClient:
             The message with the scores, which crosses where masks are merged.
         """
         assert self.scorer is not None
+        self.trained.train()
         front = copy.deepcopy(self.front)  # BatchNorm counts what it sees
-        training_mode(front, frozen_modules(front))
         for part in torch.arange(self.size).split(self.config.training.batch_size):
             if len(part) >= self.smallest:
                 batch = Batch.of(self.examples, part, self.config.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,8 +82,10 @@ class TrainedLayers:
         self.optimiser = training.optimiser(params) if params else None
 
     def train(self) -> None:
-        """Put the layers in training mode; see `training_mode`."""
-        training_mode(self.layers, self.frozen)
+        """Training mode, but for modules that are wholly frozen."""
+        self.layers.train()
+        for module in self.frozen:
+            module.eval()
 
     def step(self) -> None:
         """Step on the gradients, and clear them."""
@@ -112,13 +114,6 @@ class TrainedLayers:
             held.setdefault(int(index), {})[name] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": held, "param_groups": groups})
-
-
-def training_mode(layers: nn.Module, frozen: Sequence[nn.Module]) -> None:
-    """Training mode, but for the modules that are wholly frozen."""
-    layers.train()
-    for module in frozen:
-        module.eval()
 
 
 def batch_counts(layers: nn.Module) -> dict[str, Tensor]:

@@ -60,10 +60,13 @@ class ChannelChoice(Channels):
 
     #: Whether clients must send their scores for a merged mask.
     sends_scores: ClassVar[bool] = True
+    #: Scores [C] of a batch, from its smashed data, or from that and its gradient.
+    batch_score: ClassVar[Callable[..., Tensor]]
+    of_gradient: ClassVar[bool] = False
 
     def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
         """A client's scorer for `count` channels and `classes` labels."""
-        raise NotImplementedError(f"{type(self).__name__} must define how channels are rated")
+        return MeanScore(self.batch_score, self.of_gradient)
 
     def chooser(self, count: int, nbytes: Callable[[int], int]) -> ChannelChooser:
         """What turns scores into masks.
@@ -135,9 +138,7 @@ class L1Channels(ChannelChoice):
     """Channels of the largest mean absolute value."""
 
     name: ClassVar[str] = "l1"
-
-    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        return MeanScore(channels.l1)
+    batch_score: ClassVar[Callable[..., Tensor]] = staticmethod(channels.l1)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -145,9 +146,7 @@ class StdChannels(ChannelChoice):
     """Channels of the largest standard deviation (SplitFC-like)."""
 
     name: ClassVar[str] = "std"
-
-    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        return MeanScore(channels.std)
+    batch_score: ClassVar[Callable[..., Tensor]] = staticmethod(channels.std)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -155,9 +154,7 @@ class EntropyChannels(ChannelChoice):
     """Channels of the largest entropy of values (SL-ACC-like)."""
 
     name: ClassVar[str] = "entropy"
-
-    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        return MeanScore(channels.entropy)
+    batch_score: ClassVar[Callable[..., Tensor]] = staticmethod(channels.entropy)
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -168,10 +165,9 @@ class TaylorChannels(ChannelChoice):
     """
 
     name: ClassVar[str] = "taylor"
+    batch_score: ClassVar[Callable[..., Tensor]] = staticmethod(channels.taylor)
+    of_gradient: ClassVar[bool] = True
     warmup: int = Field(default=1, ge=1, le=1_000_000)
-
-    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
-        return MeanScore(channels.taylor, of_gradient=True)
 
 
 #: Every method by the name that `method.name` uses in a split recipe.

@@ -31,6 +31,7 @@ cross. Both sides keep a `BatchContext` per batch: it opens the gradient of that
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Final, NamedTuple, Self
 
@@ -136,14 +137,14 @@ class Header:
     shape: tuple[int, ...]
     kept: int
 
-    @property
+    @cached_property
     def groups(self) -> tuple[int, int, int]:
         """[N, G, S] of the values."""
         if self.elements:
             return 1, self.shape[0], self.kept
         return self.shape[0], self.kept, prod(self.shape[2:])
 
-    @property
+    @cached_property
     def sections(self) -> tuple[int, int, int]:
         """Where the selection and the scales begin, and where the message ends."""
         n, g, s = self.groups
