@@ -52,7 +52,7 @@ class Session:
     features: FeatureCache | None = None
 
     def data(self, wanted: Data, say: Say) -> TextData | ChoiceData:
-        """The texts or questions of [data], capped as it says. Raises DataError."""
+        """The texts or questions of [data], limited as it says. Raises DataError."""
         key = without_partition(wanted)
         if key not in self.texts:
             self.texts[key] = load_texts(wanted)
@@ -60,7 +60,7 @@ class Session:
         return self.texts[key]
 
     def images(self, wanted: Data, say: Say) -> tuple[ImageData, ImageDataset, ImageDataset]:
-        """The images of [data], capped as it says, and as train and test sets. Raises DataError."""
+        """The images of [data], limited as it says, also as data sets. Raises DataError."""
         key = without_partition(wanted)
         if key not in self.pictures:
             found = load_pictures(wanted)
@@ -71,15 +71,15 @@ class Session:
     def encoded(
         self, wanted: Data, data: TextData | ChoiceData, loaded: Pretrained, model: Model
     ) -> tuple[TextDataset, TextDataset]:
-        """Train and test examples as tokens of that model, for the answer that it is to give."""
+        """Train and test examples as tokens of that model, for its head."""
         asked = without_partition(wanted).model_dump_json()
         key = (asked, loaded.source, model.answer, model.prompt)
         if key not in self.tokens:
-            train, test = (
-                encoded(table, loaded, model, wanted.max_tokens)
-                for table in (data.train, data.test)
+            train, test = data.train, data.test
+            self.tokens[key] = (
+                encoded(train, loaded, model, wanted.max_tokens),
+                encoded(test, loaded, model, wanted.max_tokens),
             )
-            self.tokens[key] = train, test
         return self.tokens[key]
 
     def feature_cache(self, megabytes: int) -> FeatureCache:
@@ -90,34 +90,32 @@ class Session:
 
 
 def load_texts(wanted: Data) -> TextData | ChoiceData:
-    """Texts or questions by name, or from the user's file, with the caps applied.
-
-    Raises:
-        DataError: they are not to be had.
-    """
+    """Texts or questions by name, or from the user's file, limited. Raises DataError."""
     if wanted.name in CHOICE_NAMES:
-        found = load_choices(wanted.name)
-        asked, held = capped(found.train, found.test, wanted)
-        return found.with_tables(asked, held)
-    texts = load_own_texts(wanted) if wanted.path is not None else load_text(str(wanted.name))
-    train, test = capped(texts.train, texts.test, wanted)
-    return texts.with_tables(train, test)
+        questions = load_choices(wanted.name)
+        return questions.with_tables(*capped(questions.train, questions.test, wanted))
+    if wanted.path is None:
+        texts = load_text(str(wanted.name))
+    else:
+        texts = load_own(
+            wanted.path,
+            text_column=wanted.text_column,
+            label_column=wanted.label_column,
+            test_path=wanted.test_path,
+            test_fraction=wanted.test_fraction,
+            seed=wanted.seed,
+        )
+    return texts.with_tables(*capped(texts.train, texts.test, wanted))
 
 
-def load_own_texts(wanted: Data) -> TextData:
-    """Texts from the user's file. Raises DataError."""
-    return load_own(
-        str(wanted.path),
-        text_column=wanted.text_column,
-        label_column=wanted.label_column,
-        test_path=wanted.test_path,
-        test_fraction=wanted.test_fraction,
-        seed=wanted.seed,
-    )
+def load_pictures(wanted: Data) -> ImageData:
+    """Images by name, limited. Raises DataError."""
+    found = load_images(str(wanted.name))
+    return found.with_tables(*capped(found.train, found.test, wanted))
 
 
 def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, AnyTable]:
-    """What is trained on and what is tested on, with the caps that [data] sets.
+    """What is trained on and what is tested on, with the limits that [data] sets.
 
     With `validation` the test set is a part of the training examples, and the real one is unused.
 
@@ -130,14 +128,6 @@ def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, Any
         limit(train, wanted.limit, wanted.seed) if wanted.limit else train,
         limit(test, wanted.test_limit, wanted.seed) if wanted.test_limit else test,
     )
-
-
-def load_pictures(wanted: Data) -> ImageData:
-    """Images by name, with the caps applied. Raises DataError."""
-    assert wanted.name is not None
-    found = load_images(wanted.name)
-    train, test = capped(found.train, found.test, wanted)
-    return found.with_tables(train, test)
 
 
 def without_partition(wanted: Data) -> Data:
