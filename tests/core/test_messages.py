@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sluiceway.core import messages as wire
@@ -308,3 +310,24 @@ class TestTakingValues:
         with pytest.raises(WireError, match=why):
             take_values(held, {"a": torch.ones(2), **values}, needed=["a", "b"])
         assert held["a"].tolist() == [0, 0]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["model", "extra"]),
+            st.text(max_size=5),
+            st.sampled_from(sorted(wire._NAMES, key=str)),
+            st.lists(st.integers(0, 4), max_size=3),
+        ),
+        max_size=9,
+    ),
+    st.dictionaries(st.text(max_size=4), st.floats() | st.integers()),
+)
+def test_the_computed_length_is_that_of_the_packed_message(
+    drawn: list[tuple[str, str, torch.dtype, list[int]]], facts: dict[str, float]
+) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "extra": {}}
+    for part, name, dtype, shape in drawn:
+        parts[part][name] = torch.zeros(shape).to(dtype)
+    assert wire.packed_length(parts, facts) == len(wire.message_of(parts, facts))

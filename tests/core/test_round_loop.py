@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
+from sluiceway.core.batches import labels_of
 from sluiceway.core.evaluation import Evaluation
 from sluiceway.core.guards import TooFewUpdates
 from sluiceway.core.round_loop import Record, Rounds
@@ -187,3 +189,43 @@ def test_one_client_alone_ends_with_its_own_weights(name: str, gate: str) -> Non
             assert torch.equal(piece.of(result.tensors), update.tensors[piece.key]), piece.key
         else:  # an expert without a token
             assert torch.equal(piece.of(result.tensors), piece.of(unaggregated.tensors))
+
+
+def test_accuracy_by_client_is_that_of_each_client() -> None:
+    generator = torch.Generator().manual_seed(0)
+    total = torch.tensor([4, 6, 0, 9])
+    found = Evaluation(torch.tensor([3, 1, 0, 9]), total, 1.0)
+    counts = torch.randint(0, 4, (50, 5), generator=generator)
+    counts[7], counts[8] = 0, torch.tensor([0, 0, 3, 0, 0])
+    several = found.accuracy_by_client(counts)
+    assert several[7] is None
+    assert several[8] is not None
+    assert math.isnan(several[8])  # none of its labels was tested
+    for row, value in zip(counts, several, strict=True):
+        if value is not None and not math.isnan(value):
+            shares = [int(n) * (y < 4 and int(total[y]) > 0) for y, n in enumerate(row)]
+            right = sum(
+                n * int(found.correct[y]) / int(total[y]) for y, n in enumerate(shares) if n
+            )
+            assert value == pytest.approx(right / sum(shares))
+
+
+class Unlabelled:
+    """A data set without `labels` that counts how often an example is read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.read += 1
+        return torch.zeros(2), index % 3
+
+
+def test_labels_are_read_once() -> None:
+    examples = Unlabelled()
+    assert labels_of(examples).tolist() == labels_of(examples).tolist() == [0, 1, 2] * 10
+    assert examples.read == 30
+    assert labels_of([(torch.zeros(1), 4)]).tolist() == [4]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.worlds import TinyClassifier, TinyText
 
+from sluiceway.core.messages import write_broadcast, write_update
 from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Training
 from sluiceway.strategies import STRATEGIES
+from sluiceway.transport import local
 from sluiceway.transport.local import LocalEngine, federate
 
+DEFAULTS = LocalEngine.__init__.__kwdefaults__
 
-def played(name: str, workers: int, seed: int = 0) -> Result:
+
+def trained(name: str, workers: int, seed: int = 0) -> Result:
     return federate(
         TinyClassifier(),
         [TinyText(18, 1), TinyText(5, 2), TinyText(0, 3), TinyText(11, 4)],
@@ -29,7 +35,7 @@ def played(name: str, workers: int, seed: int = 0) -> Result:
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_workers_change_nothing(name: str) -> None:
-    one, three = played(name, 1), played(name, 3)
+    one, three = trained(name, 1), trained(name, 3)
     assert one.accuracy_by_round == three.accuracy_by_round
     assert [r.loss for r in one.records] == [r.loss for r in three.records]
     assert (one.bytes_up, one.bytes_down) == (three.bytes_up, three.bytes_down)
@@ -40,9 +46,9 @@ def test_workers_change_nothing(name: str) -> None:
 
 def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
     one, again, other = (
-        played("fedalign-moe", 1),
-        played("fedalign-moe", 1),
-        played("fedalign-moe", 1, seed=1),
+        trained("fedalign-moe", 1),
+        trained("fedalign-moe", 1),
+        trained("fedalign-moe", 1, seed=1),
     )
     assert one.accuracy_by_round == again.accuracy_by_round
     assert any(not torch.equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
@@ -58,20 +64,32 @@ def test_the_generator_outside_is_left_alone() -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_bytes_are_the_lengths_of_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_bytes_are_the_lengths_of_what_is_packed(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    packed = {"up": 0, "down": 0}
     train = LocalEngine.train
 
     def weighed(self, broadcast, clients, personal, *, keep):  # type: ignore[no-untyped-def]
-        for update in train(self, broadcast, clients, personal, keep=True):
-            path = self.folder / "round" / f"update-{update.client}"
-            sizes.append(path.stat().st_size)
+        packed["down"] += len(clients) * write_broadcast(tmp_path / "down", broadcast)
+        for update in train(self, broadcast, clients, personal, keep=keep):
+            packed["up"] += write_update(tmp_path / "up", update)
             yield update
-        sizes.append((self.folder / "round" / "broadcast").stat().st_size)
 
     monkeypatch.setattr(LocalEngine, "train", weighed)
-    result = federate(
-        TinyClassifier(), [TinyText(8, 1), TinyText(9, 2)], TinyText(8, 2), rounds=1, device="cpu"
-    )
-    assert result.bytes_up == sizes[0] + sizes[1]
-    assert result.bytes_down == 2 * sizes[2]
+    clients = [TinyText(8, 1), TinyText(9, 2)]
+    result = federate(TinyClassifier(), clients, TinyText(8, 2), name, rounds=2, device="cpu")
+    assert (result.bytes_up, result.bytes_down) == (packed["up"], packed["down"])
+
+
+@pytest.mark.parametrize("name", ["scaffold", "non-expert", "fedalign-moe"])
+def test_what_is_in_memory_and_what_is_in_files_changes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory = trained(name, 1)
+    monkeypatch.setattr(local.LocalEngine.__init__, "__kwdefaults__", {**DEFAULTS, "memory": 0})
+    in_files = trained(name, 1)
+    assert in_memory.accuracy_by_round == in_files.accuracy_by_round
+    for key, tensor in in_memory.tensors.items():
+        assert torch.equal(in_files.tensors[key], tensor), key

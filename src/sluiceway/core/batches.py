@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +92,21 @@ class Batch:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+#: Labels of data sets that have no `labels`, by the data set, with its length.
+_LABELS: WeakKeyDictionary[Any, tuple[int, Tensor]] = WeakKeyDictionary()
+
+
 def labels_of(examples: Examples) -> Tensor:
-    """All labels, [N] int64."""
+    """All labels, [N] int64. Of a data set without `labels` each example is read, once."""
     labels = getattr(examples, "labels", None)
-    if labels is None:
-        every: Iterable[Any] = (examples[i][1] for i in range(len(examples)))
-        labels = [int(label) for label in every]
-    return torch.as_tensor(labels, dtype=torch.int64)
+    if labels is not None:
+        return torch.as_tensor(labels, dtype=torch.int64)
+    with contextlib.suppress(TypeError):  # a list cannot be a key
+        size, known = _LABELS.get(examples, (-1, torch.empty(0)))
+        if size == len(examples):
+            return known
+    every: Iterable[Any] = (examples[i][1] for i in range(len(examples)))
+    found = torch.as_tensor([int(label) for label in every], dtype=torch.int64)
+    with contextlib.suppress(TypeError):
+        _LABELS[examples] = (len(examples), found)
+    return found

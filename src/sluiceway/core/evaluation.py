@@ -66,15 +66,26 @@ class Evaluation:
 
         NaN where none of the labels was tested.
         """
-        counts = widened(counts.double(), len(self.total)) * (self.total > 0)
+        return self.weighted_accuracies(counts[None])[0]
+
+    def accuracy_by_client(self, label_counts: Tensor) -> list[float | None]:
+        """`weighted_accuracy` of each client, from [clients, C]; None of one without examples."""
+        sizes = label_counts.sum(1).tolist()
+        found = self.weighted_accuracies(label_counts)
+        return [value if size else None for value, size in zip(found, sizes, strict=True)]
+
+    def weighted_accuracies(self, label_counts: Tensor) -> list[float]:
+        """`weighted_accuracy` of each row of [N, C]."""
+        tested = widened(label_counts.double(), len(self.total)) * (self.total > 0)
         by_class = self.correct.double() / self.total.clamp_min(1)
-        return float((counts * by_class).sum() / counts.sum())
+        found: list[float] = ((tested * by_class).sum(1) / tested.sum(1)).tolist()
+        return found
 
 
 def widened(counts: Tensor, classes: int) -> Tensor:
-    """Counts [C] with zeros behind them up to `classes` entries (cut if there are more)."""
-    out = counts.new_zeros(classes)
-    out[: len(counts)] = counts[:classes]
+    """Counts [..., C] with zeros after them up to `classes` entries (cut if there are more)."""
+    out = counts.new_zeros(*counts.shape[:-1], classes)
+    out[..., : counts.shape[-1]] = counts[..., :classes]
     return out
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -55,6 +56,10 @@ _DTYPES: Final = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+#: The types in the order in which safetensors lays them out, the last first.
+_ORDER: Final = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 F16 BF16 I32 F32 F64 I64"
+_RANKS: Final = {_DTYPES[name]: rank for rank, name in enumerate(_ORDER.split())}
 _DIMENSIONS: Final = 16
 
 Facts = Mapping[str, object]
@@ -115,7 +120,29 @@ def laid_out(
         for prefix, part in parts.items()
         for name, tensor in part.items()
     }
-    return tensors, {"sluiceway": json.dumps({"version": VERSION, **facts}, sort_keys=True)}
+    return tensors, metadata_of(facts)
+
+
+def metadata_of(facts: Facts) -> dict[str, str]:
+    """The facts as a message's metadata."""
+    return {"sluiceway": json.dumps({"version": VERSION, **facts}, sort_keys=True)}
+
+
+def packed_length(parts: Mapping[str, Mapping[str, Tensor]], facts: Facts) -> int:
+    """The length in bytes of the message that `write_tensors` would write, without packing it.
+
+    It lays the tensors out as safetensors does: by type, the widest first, then by name.
+    """
+    tensors = [(f"{prefix}/{n}", t) for prefix, part in parts.items() for n, t in part.items()]
+    tensors.sort(key=lambda item: (-_RANKS[item[1].dtype], item[0]))
+    header: dict[str, Any] = {"__metadata__": metadata_of(facts)}
+    end = 0
+    for name, tensor in tensors:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        kind = _NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + length + -length % 8 + end
 
 
 def read_tensors(path: Path, prefixes: Sequence[str]) -> tuple[Facts, dict[str, StoredTensors]]:
@@ -263,8 +290,17 @@ def metrics_of(facts: Facts, where: str) -> dict[str, float]:
 
 def write_broadcast(path: Path, broadcast: Broadcast) -> int:
     """Pack a broadcast; returns its length in bytes."""
-    parts = {"model": broadcast.tensors, "extra": broadcast.extra}
-    return write_tensors(path, parts, {"round": broadcast.round})
+    return write_tensors(path, *broadcast_parts(broadcast))
+
+
+def broadcast_length(broadcast: Broadcast) -> int:
+    """The length of a broadcast in bytes, as packed."""
+    return packed_length(*broadcast_parts(broadcast))
+
+
+def broadcast_parts(broadcast: Broadcast) -> tuple[dict[str, Mapping[str, Tensor]], Facts]:
+    """What a packed broadcast holds."""
+    return {"model": broadcast.tensors, "extra": broadcast.extra}, {"round": broadcast.round}
 
 
 def read_broadcast(path: Path) -> Broadcast:
@@ -275,6 +311,22 @@ def read_broadcast(path: Path) -> Broadcast:
 
 def write_update(path: Path, update: Update) -> int:
     """Pack an update; returns its length in bytes."""
+    return write_tensors(path, *update_parts(update))
+
+
+def received_update(update: Update) -> Update:
+    """The update as the server would read it from its message, without packing its tensors.
+
+    Raises:
+        WireError: see `read_update`.
+    """
+    parts, facts = update_parts(update)
+    routing = unpack_routing(parts["routing"])
+    return replace(update, routing=routing, nbytes=packed_length(parts, facts))
+
+
+def update_parts(update: Update) -> tuple[dict[str, Mapping[str, Tensor]], Facts]:
+    """What a packed update holds."""
     parts = {
         "model": update.tensors,
         "extra": update.extra,
@@ -286,7 +338,7 @@ def write_update(path: Path, update: Update) -> int:
         "examples": update.examples,
         "metrics": dict(update.metrics),
     }
-    return write_tensors(path, parts, facts)
+    return parts, facts
 
 
 def read_update(path: Path) -> Update:

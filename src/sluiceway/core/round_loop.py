@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -289,8 +290,7 @@ class Loop:
             StorageError: a checkpoint cannot be written.
             Stopped: the run was asked to stop.
         """
-        sizes = self.label_counts.sum(1)
-        eligible = sizes.nonzero().flatten().tolist()
+        sizes, eligible = self.label_counts.sum(1), self.eligible()
         self.rounds.check(eligible)
         self.result.empty = (sizes == 0).nonzero().flatten().tolist()
         self.result.label_counts = self.label_counts.tolist()
@@ -313,7 +313,7 @@ class Loop:
             # 1. Sample the clients.
             chosen = self.rounds.chosen(number, eligible, len(attempts))
             # 2. They train on the broadcast; their updates are checked and added up.
-            attempts.append(self.attempt(number, chosen, self.last_of(number, chosen, eligible)))
+            attempts.append(self.attempt(number, chosen))
             if not attempts[-1].too_few:
                 break
             if len(attempts) > self.rounds.max_retries:
@@ -337,17 +337,18 @@ class Loop:
             seconds=time.perf_counter() - began,
             clients=chosen,
             rejected={client: why for one in filters for client, why in one.rejected.items()},
-            accuracy_by_client=[
-                found.weighted_accuracy(counts) if counts.sum() else None
-                for counts in self.label_counts
-            ],
+            accuracy_by_client=found.accuracy_by_client(self.label_counts),
             report=self.strategy.report(),
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,
         )
 
-    def attempt(self, number: int, chosen: Sequence[int], personal: set[int]) -> Attempt:
-        """Broadcast, and push each usable update into the strategy as it arrives."""
+    def attempt(self, number: int, chosen: Sequence[int]) -> Attempt:
+        """Broadcast, and push each usable update into the strategy as it arrives.
+
+        Clients that take part in no later round also evaluate their own model.
+        """
+        personal = {client for client in chosen if self.last_rounds.get(client, 0) <= number}
         checks = UpdateFilter(
             self.strategy, number, chosen, self.rounds.min_clients, self.on_update
         )
@@ -358,14 +359,17 @@ class Loop:
                 aggregation.add(update)
         return Attempt(checks, aggregation, self.engine.broadcast_bytes() * len(chosen))
 
-    def last_of(self, number: int, chosen: Sequence[int], eligible: Sequence[int]) -> set[int]:
-        """Those of the chosen that take part in no later round."""
-        last = set(chosen)
-        for later in range(number + 1, self.rounds.rounds + 1):
-            if not last:
-                break
-            last -= set(self.rounds.chosen(later, eligible))
-        return last
+    @cached_property
+    def last_rounds(self) -> dict[int, int]:
+        """The last round that each client is first chosen for, by its number."""
+        eligible = self.eligible()
+        numbers = range(1, self.rounds.rounds + 1)
+        return {client: n for n in numbers for client in self.rounds.chosen(n, eligible)}
+
+    def eligible(self) -> list[int]:
+        """The clients that hold examples."""
+        found: list[int] = self.label_counts.sum(1).nonzero().flatten().tolist()
+        return found
 
     def snapshot(self) -> Snapshot:
         """The run as it is after its newest round."""

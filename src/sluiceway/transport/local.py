@@ -7,8 +7,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,10 @@ from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import Failure
 from sluiceway.core.messages import (
     WireError,
+    broadcast_length,
     read_broadcast,
     read_update,
+    received_update,
     write_broadcast,
     write_update,
 )
@@ -40,33 +43,144 @@ from sluiceway.transport.worker_pool import Pool
 
 #: Test examples that a worker is given at a time.
 PART = 256
+#: Bytes of updates that wait for others, and of what clients keep, that may be in memory.
+MEMORY = 2 << 30
 
 
 class LocalEngine:
-    """Trains clients in one or more worker processes; the number of workers changes no result.
+    """Trains clients in this process, one after the other; messages stay tensors in memory.
 
-    Messages are packed into files of a temporary folder, so that what is counted is what would
-    cross, and so that updates that wait for the others take no memory. What clients keep is in
-    files too, and changes with `commit` only: a round that is given up leaves no trace.
+    Bytes are the computed length of the packed messages. Updates that must wait for others are
+    copied, to the CPU, up to `memory` bytes in a round; the rest are packed into files and read
+    when they are needed. What clients keep is in memory too where the run is not saved, and
+    changes with `commit` only: a round that is given up leaves no trace.
+
+    A client whose training raises has failed; the others go on.
+
+    Args:
+        worker: model and data.
+        threads: torch threads while the engine is open; None leaves them as they are.
+        saved: what clients keep is also written into files, which a checkpoint copies.
+        memory: bytes of waiting updates, and of what clients keep, that may be in memory.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        threads: int | None = None,
+        saved: bool = False,
+        memory: int = MEMORY,
+    ) -> None:
+        self.worker = worker
+        self.threads = threads
+        self.saved = saved
+        self.memory = memory
+        self._stack = ExitStack()
+        self._down = 0
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._kept_bytes = 0
+        self._fresh: dict[int, dict[str, Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        self.folder = self._stack.enter_context(scratch_folder())
+        self.states = self.folder / "clients"
+        self.states.mkdir()
+        if self.threads:
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
+    ) -> Iterator[Update | Failure]:
+        self._down = broadcast_length(broadcast)
+        self._fresh = {}
+        room = self.memory
+        for number in clients:
+            check_stop()
+            state = self.kept(number)
+            try:
+                trained = self.worker.train(number, broadcast, state, personal=number in personal)
+                update = received_update(trained)
+            except StorageError:
+                raise
+            except Exception as error:
+                yield Failure(number, described(error), error=error)
+                continue
+            if state:
+                self._fresh[number] = state
+            if keep:
+                room -= update.nbytes
+                update = copied(update) if room >= 0 else self.stored(update)
+            yield update
+
+    def kept(self, number: int) -> dict[str, Tensor]:
+        """What a client keeps, to be changed in place; tensors themselves are never changed."""
+        if number in self._kept:
+            return dict(self._kept[number])
+        path = self.states / f"{number}"
+        return load_file(path) if path.exists() else {}
+
+    def stored(self, update: Update) -> Update:
+        """The update with its tensors in a file. Raises StorageError."""
+        path = self.folder / f"update-{update.client}"
+        write_update(path, update)
+        return read_update(path)
+
+    def commit(self, clients: Sequence[int]) -> None:
+        for number in clients:
+            state = self._fresh.get(number)
+            if state is None:
+                continue
+            self._kept_bytes -= size_of(self._kept.pop(number, {}))
+            if fits := self._kept_bytes + size_of(state) <= self.memory:
+                self._kept[number] = state
+                self._kept_bytes += size_of(state)
+            if self.saved or not fits:
+                path = self.states / f"{number}"
+                contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+                save_file(contiguous, path.with_suffix(".new"))
+                os.replace(path.with_suffix(".new"), path)
+        self._fresh = {}
+
+    def broadcast_bytes(self) -> int:
+        return self._down
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
+        total = Evaluation.nothing()
+        for part in test_parts(self.worker):
+            check_stop()
+            total += self.worker.evaluate(tensors, part)
+        return total
+
+
+class PoolEngine:
+    """Trains clients in worker processes; their number changes no result.
+
+    Messages are files of a temporary folder, packed as they would cross a wire. What clients keep
+    is in files too, and changes with `commit` only: a round that is given up leaves no trace.
 
     A client whose training raises, whose process dies or who takes too long has failed; the others
     go on.
 
     Args:
         worker: model and data; copied into each process.
-        workers: processes, >= 1; with 1 and no `timeout` all runs in this one.
-        threads: torch threads for each worker; None leaves them as they are. The same number
-            gives the same results, whatever the number of workers.
+        workers: processes, >= 1.
+        threads: torch threads for each worker. The same number gives the same results, whatever
+            the number of workers.
         timeout: seconds that a client may train, 0 for any; needs the CPU.
     """
 
     def __init__(
-        self, worker: Worker, *, workers: int = 1, threads: int | None = None, timeout: float = 0
+        self, worker: Worker, *, workers: int, threads: int = 1, timeout: float = 0
     ) -> None:
         self.worker = worker
-        self.workers = workers
-        self.threads = threads
         self.timeout = timeout
+        self.pool = Pool(worker, workers, threads)
         self._stack = ExitStack()
         self._down = 0
 
@@ -74,13 +188,7 @@ class LocalEngine:
         self.folder = self._stack.enter_context(scratch_folder())
         self.states = self.folder / "clients"
         self.states.mkdir()
-        self._pool: Pool[Worker] | None = None
-        if self.workers > 1 or self.timeout:
-            self._pool = Pool(self.worker, self.workers, self.threads or 1)
-            self._stack.callback(self._pool.close)
-        elif self.threads:
-            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.threads)
+        self._stack.callback(self.pool.close)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,10 +203,11 @@ class LocalEngine:
         down = folder / "broadcast"
         self._down = write_broadcast(down, broadcast)
         jobs = [(number, down, self.states / f"{number}", number in personal) for number in clients]
-        for number, done in zip(clients, self._each(train_client, jobs), strict=True):
-            yield report_of(number, done)
-            if not keep and isinstance(done, Path):
-                done.unlink()
+        done = self.pool.map(train_client, jobs, self.timeout)
+        for number, found in zip(clients, done, strict=True):
+            yield report_of(number, found)
+            if not keep and isinstance(found, Path):
+                found.unlink()
 
     def commit(self, clients: Sequence[int]) -> None:
         for number in clients:
@@ -112,27 +221,31 @@ class LocalEngine:
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
         path = self.folder / "global"
         write_broadcast(path, Broadcast(0, tensors))
-        # Parts that do not depend on the number of workers make sums that do not either.
-        parts = torch.arange(len(self.worker.test)).split(PART)
         total = Evaluation.nothing()
-        for found in self._each(evaluate_part, [(path, part.tolist()) for part in parts]):
+        for found in self.pool.map(evaluate_part, [(path, p) for p in test_parts(self.worker)]):
             if isinstance(found, TaskFailure):
                 raise found.error or RuntimeError(f"evaluation: {found.why}")
             total += found
         return total
 
-    def _each(self, task: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """The result of each job in order, or a `TaskFailure`."""
-        if self._pool is not None:
-            yield from self._pool.map(task, jobs, self.timeout if task is train_client else None)
-            return
-        for job in jobs:
-            check_stop()
-            try:
-                found = task(self.worker, *job)
-            except Exception as error:
-                found = TaskFailure(described(error), error)
-            yield found
+
+def test_parts(worker: Worker) -> list[list[int]]:
+    """The test set in parts that do not depend on the number of workers, as sums of floats do."""
+    return [part.tolist() for part in torch.arange(len(worker.test)).split(PART)]
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of all the tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def copied(update: Update) -> Update:
+    """The update with tensors of its own, on the CPU, which the next client does not overwrite."""
+    return replace(
+        update,
+        tensors={name: tensor.cpu().clone() for name, tensor in update.tensors.items()},
+        extra={name: tensor.cpu().clone() for name, tensor in update.extra.items()},
+    )
 
 
 def report_of(number: int, done: Path | TaskFailure) -> Update | Failure:
@@ -259,9 +372,12 @@ def federate(
                 features=features,
             )
         )
-        engine = stack.enter_context(
-            LocalEngine(worker, workers=workers, threads=threads, timeout=timeout)
-        )
+        engine: LocalEngine | PoolEngine
+        if workers > 1 or timeout:
+            engine = PoolEngine(worker, workers=workers, threads=threads or 1, timeout=timeout)
+        else:
+            engine = LocalEngine(worker, threads=threads, saved=checkpoint is not None)
+        stack.enter_context(engine)
         loop = Loop(
             strategy,
             engine,
