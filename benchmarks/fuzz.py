@@ -326,6 +326,7 @@ class World:
             path = folder / "round-00002" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+        shutil.copy(self.saved[kind] / "records.jsonl", folder)
         self.train(kind, 2, Checkpoint(folder, resume=True))
 
     # -- makers ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -180,3 +181,82 @@ def test_tied_and_strided_tensors_are_saved(tmp_path: Path) -> None:
     assert saved is not None
     for name, tensor in tensors.items():
         assert torch.equal(saved.tensors("a")[name], tensor), name
+
+
+def test_records_are_in_one_file_that_grows(tmp_path: Path) -> None:
+    history("fedavg", Checkpoint(tmp_path, keep=9), 3)
+    log = tmp_path / "records.jsonl"
+    assert [json.loads(row)["round"] for row in log.read_text().splitlines()] == [1, 2, 3]
+    sizes = [(folder / "run.json").stat().st_size for folder in Checkpoint(tmp_path).found()]
+    assert max(sizes) - min(sizes) < 150  # no record is in it
+
+
+def test_records_of_damaged_checkpoints_are_written_again(tmp_path: Path) -> None:
+    begun("scaffold", Checkpoint(tmp_path, keep=9), 5, stop=4)
+    for number in (3, 4):
+        damage(tmp_path / f"round-{number:05d}", "cut")
+    with (tmp_path / "records.jsonl").open("ab") as file:
+        file.write(b'{"round": 5, "accur')  # a write that was cut off
+    again = history("scaffold", Checkpoint(tmp_path, resume=True, keep=9), 5)
+    require_equal(history("scaffold", None, 5), again)
+    rows = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert [json.loads(row)["round"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+def test_damaged_records_are_said(harm: str, tmp_path: Path) -> None:
+    history("fedavg", Checkpoint(tmp_path), 2)
+    log = tmp_path / "records.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-9] if harm == "cut" else b"[" + whole[1:])
+    if harm == "gone":
+        log.unlink()
+    checkpoint = Checkpoint(tmp_path, resume=True)
+    if harm == "cut":  # those of the round before are whole
+        saved = checkpoint.newest()
+        assert saved is not None
+        assert (saved.round, len(saved.records)) == (1, 1)
+        return
+    with pytest.raises(CheckpointError, match=r"damaged \(.*records\.jsonl"):
+        checkpoint.newest()
+
+
+def test_a_checkpoint_of_version_0_1_is_continued(tmp_path: Path) -> None:
+    """Its records are in run.json."""
+    begun("fedavg", Checkpoint(tmp_path), 4, stop=2)
+    folder, log = tmp_path / "round-00002", tmp_path / "records.jsonl"
+    facts, manifest = (json.loads((folder / f"{n}.json").read_text()) for n in ("run", "manifest"))
+    older = {"rejected": "refused", "retries": "repeats"}
+    facts["records"] = [
+        {older.get(key, key): value for key, value in json.loads(row).items()}
+        for row in log.read_text().splitlines()
+    ]
+    (folder / "run.json").write_text(json.dumps(facts))
+    written = (folder / "run.json").read_bytes()
+    digest = hashlib.sha256(written).hexdigest()
+    manifest["files"]["run.json"] = {"bytes": len(written), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    log.unlink()
+    again = history("fedavg", Checkpoint(tmp_path, resume=True), 4)
+    require_equal(history("fedavg", None, 4), again)
+    assert len(log.read_text().splitlines()) == 4
+
+
+def test_a_new_run_replaces_a_longer_one(tmp_path: Path) -> None:
+    history("fedavg", Checkpoint(tmp_path), 4)
+    begun("fedprox", Checkpoint(tmp_path), 3, stop=1)
+    assert [path.name for path in Checkpoint(tmp_path).found()] == ["round-00001"]
+    again = history("fedprox", Checkpoint(tmp_path, resume=True), 3)
+    require_equal(history("fedprox", None, 3), again)
+
+
+def test_what_a_client_keeps_is_written_only_when_it_changes(tmp_path: Path) -> None:
+    def inodes(number: int) -> dict[str, int]:
+        folder = tmp_path / f"round-{number:05d}" / "clients"
+        return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+    result = history("scaffold", Checkpoint(tmp_path, keep=9), 4)
+    for record in result.records[1:]:
+        before, now = inodes(record.round - 1), inodes(record.round)
+        for name, inode in before.items():
+            assert (now[name] == inode) == (int(name) not in record.clients)

@@ -2,7 +2,9 @@
 
 A checkpoint is a folder `round-00012` of safetensors files, `run.json` and `manifest.json`, which
 has the length and the SHA-256 of each. It is written under another name, synced to the disk and
-then renamed, so that a checkpoint is whole or is not there, whenever the machine stops.
+then renamed, so that a checkpoint is whole or is not there, whenever the machine stops. The rounds'
+records are in one file for all checkpoints, `records.jsonl`, which only grows: `run.json` says how
+much of it there was, with its SHA-256.
 
 Everything random in a run comes from its seed, the round and the client, so that no generator has a
 state to save: what is saved is what was learned, what clients keep, and the records so far.
@@ -16,10 +18,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,6 +48,65 @@ class StorageError(SluicewayError, OSError):
     """The disk did not take what had to be saved; the message is one line."""
 
 
+class PlainRecord(Protocol):
+    """A record of a round."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        ...
+
+
+class RecordLog:
+    """The records of rounds, one JSON object a line, in a file that only grows.
+
+    Args:
+        path: of the file. What is beyond the known part, as an interrupted write or rounds of a
+            checkpoint that was damaged leave it, is overwritten by the next `append`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+
+    def append(self, records: Sequence[PlainRecord]) -> dict[str, Any]:
+        """Append those of the records that are not known yet, synced to the disk.
+
+        Returns:
+            What `read` needs to find them again.
+        """
+        lines = [json.dumps(record.as_dict()) + "\n" for record in records[self.count :]]
+        new = "".join(lines).encode()
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.truncate(self.bytes)
+            file.seek(self.bytes)
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        self.count, self.bytes = len(records), self.bytes + len(new)
+        self.digest.update(new)
+        return {"count": self.count, "bytes": self.bytes, "sha256": self.digest.hexdigest()}
+
+    def read(self, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The records that `append` returned this for, from which on it is continued.
+
+        Raises:
+            ValueError, OSError: they are not there, or not as they were written.
+        """
+        size = known["bytes"]
+        if type(size) is not int or not 0 <= size <= self.path.stat().st_size:
+            raise ValueError(f"{self.path.name} has no {size} bytes")
+        with self.path.open("rb") as file:
+            content = file.read(size)
+        digest = hashlib.sha256(content)
+        if digest.hexdigest() != known["sha256"]:
+            raise ValueError(f"{self.path.name} is not as it was written")
+        records = [json.loads(one) for one in content.splitlines()]
+        self.count, self.bytes, self.digest = len(records), len(content), digest
+        return records
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A run as it is after a round.
@@ -54,13 +115,15 @@ class Snapshot:
         round: from 1.
         tensors: named tensors by the name of their file, without its ending.
         facts: what goes into run.json.
-        folders: copied as they are, by name.
+        folders: copied as they are, by name; their files are replaced and never changed in place.
+        records: of the rounds in order, at least up to this one.
     """
 
     round: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     facts: Mapping[str, Any]
     folders: Mapping[str, Path] = field(default_factory=dict)
+    records: Sequence[PlainRecord] = ()
 
     def cloned(self) -> Snapshot:
         """The same, with tensors that nobody else can change."""
@@ -68,7 +131,7 @@ class Snapshot:
             file: {name: tensor.clone() for name, tensor in held.items()}
             for file, held in self.tensors.items()
         }
-        return Snapshot(self.round, tensors, self.facts, self.folders)
+        return replace(self, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -79,11 +142,13 @@ class Saved:
         folder: where it lies.
         round: after which it was saved.
         facts: content of run.json.
+        records: of the rounds up to it, as they were written.
     """
 
     folder: Path
     round: int
     facts: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]] = ()
 
     def tensors(self, file: str) -> dict[str, Tensor]:
         """The named tensors of a file; none if there is no such file. Raises CheckpointError."""
@@ -118,6 +183,13 @@ class Checkpoint:
     keep: int = 2
     say: Callable[[str], None] = lambda line: None
     _unsaved: Snapshot | None = field(default=None, init=False, repr=False)
+    _files: dict[tuple[int, int, int, int], str] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        self.log = RecordLog(self.folder / "records.jsonl")
+        self._replaces = not self.resume
 
     def found(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
@@ -136,7 +208,7 @@ class Checkpoint:
         faults = []
         for path in reversed(found):
             try:
-                return opened(path)
+                return opened(path, self.log)
             except CheckpointError as error:
                 faults.append(error)
                 if path != found[0]:
@@ -176,8 +248,10 @@ class Checkpoint:
             self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in [*self.folder.glob(".new-*"), *self.folder.glob(".old-*")]:
                 shutil.rmtree(unfinished)
-            fill(made, snapshot)
-            remove(final)
+            self.fill(made, snapshot)
+            for older in self.found() if self._replaces else [final]:
+                remove(older)
+            self._replaces = False
             os.replace(made, final)
             sync(self.folder)
             for old in self.found()[: -self.keep]:
@@ -191,31 +265,43 @@ class Checkpoint:
                 f"cannot save round {snapshot.round} to {final}: {why}{rest}"
             ) from error
 
+    def fill(self, folder: Path, snapshot: Snapshot) -> None:
+        """Write the files of a checkpoint into a new folder, synced to the disk."""
+        folder.mkdir()
+        for name, tensors in snapshot.tensors.items():
+            save_file(unshared(tensors), folder / f"{name}.safetensors")
+        for name, source in snapshot.folders.items():
+            shutil.copytree(source, folder / name, copy_function=copy_of_file)
+        facts = {**snapshot.facts, "records": self.log.append(snapshot.records[: snapshot.round])}
+        (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        known, self._files = self._files, {}
+        described = {}
+        for path in files:
+            found = path.stat()
+            key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            if key not in known:  # one that earlier checkpoints have is on the disk already
+                sync(path)
+            self._files[key] = known.get(key) or checksum(path)
+            name = path.relative_to(folder).as_posix()
+            described[name] = {"bytes": found.st_size, "sha256": self._files[key]}
+        manifest = {"layout": LAYOUT, "round": snapshot.round, "files": described}
+        made = folder / "manifest.json"
+        made.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [made, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+            sync(path)
 
-def fill(folder: Path, snapshot: Snapshot) -> None:
-    """Write the files of a checkpoint into a new folder, synced to the disk."""
-    folder.mkdir()
-    for name, tensors in snapshot.tensors.items():
-        save_file(unshared(tensors), folder / f"{name}.safetensors")
-    for name, source in snapshot.folders.items():
-        shutil.copytree(source, folder / name)
-    (folder / "run.json").write_text(json.dumps(snapshot.facts), encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        "layout": LAYOUT,
-        "round": snapshot.round,
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": checksum(path),
-            }
-            for path in files
-        },
-    }
-    made = folder / "manifest.json"
-    made.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, made, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        sync(path)
+
+def copy_of_file(source: str, target: str) -> None:
+    """The same file under another name where the disk can do that, else a copy.
+
+    Files of a snapshot's folders are replaced and never changed, so one file may serve every
+    checkpoint that a client sat out.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,7 +316,7 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def opened(folder: Path) -> Saved:
+def opened(folder: Path, log: RecordLog) -> Saved:
     """A checkpoint whose files are all as its manifest says. Raises CheckpointError."""
     try:
         manifest = read_json(folder / "manifest.json")
@@ -247,7 +333,11 @@ def opened(folder: Path) -> Saved:
                 raise ValueError(f"{name} has {size} bytes, not {fact['bytes']}")
             if checksum(folder / name) != fact["sha256"]:
                 raise ValueError(f"{name} has another checksum than when it was written")
-        return Saved(folder, manifest["round"], read_json(folder / "run.json"))
+        facts = read_json(folder / "run.json")
+        known = facts.pop("records")
+        # Version 0.1 had the records themselves here.
+        records = known if isinstance(known, list) else log.read(known)
+        return Saved(folder, manifest["round"], facts, records)
     except KeyError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged (no {error})") from error
     except Exception as error:

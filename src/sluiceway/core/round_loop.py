@@ -199,15 +199,12 @@ class Result:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, ready for JSON."""
-        return {
-            "records": [record.as_dict() for record in self.records],
-            "personal_accuracy": self.personal_accuracy,
-        }
+        return {"personal_accuracy": self.personal_accuracy}
 
     def take(self, saved: Saved, kind: type[Record]) -> None:
         """Continue from what `facts` gave. Raises CheckpointError."""
         try:
-            records = [kind.of(record) for record in saved.facts["records"]]
+            records = [kind.of(record) for record in saved.records]
             personal = {int(k): float(v) for k, v in saved.facts["personal_accuracy"].items()}
             if [record.round for record in records] != list(range(1, saved.round + 1)):
                 raise ValueError(f"its records are not of rounds 1 to {saved.round}")
@@ -378,4 +375,5 @@ class Loop:
             {"strategy": self.strategy.state_dict()},
             self.result.facts(),
             {} if self.states is None else {"clients": self.states},
+            self.result.records,
         )

@@ -149,7 +149,8 @@ def run_rounds(
             result.records.append(record)
             result.tensors = tensors
             if checkpoint:
-                checkpoint.after(Snapshot(round, state_of(loop), result.facts()), plan.rounds)
+                now = Snapshot(round, state_of(loop), result.facts(), records=result.records)
+                checkpoint.after(now, plan.rounds)
             on_round(record)
     return result
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sluiceway.core.batches import Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation, widened
-from sluiceway.core.files import scratch_folder
+from sluiceway.core.files import scratch_folder, write_atomically
 from sluiceway.core.guards import Failure, RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
 from sluiceway.core.messages import write_broadcast
@@ -106,7 +106,7 @@ class RemoteEngine:
     def commit(self, clients: Sequence[int]) -> None:
         for number in clients:
             if number in self._kept:
-                (self.states / f"{number}").write_text(f"{self._kept[number]}")
+                write_atomically(self.states / f"{number}", f"{self._kept[number]}")
 
     def broadcast_bytes(self) -> int:
         return self._down
