@@ -288,3 +288,17 @@ def test_inspect_lists_cut_points_with_their_bytes(capsys: pytest.CaptureFixture
     assert "conv2" in shown
     assert "8x7x7" in shown
     assert f"{8 * 7 * 7 * 4:,}" in shown
+
+
+@pytest.mark.parametrize("own", ["recipe"], indirect=True)
+def test_evaluation_every_k_rounds_and_no_personal_models(
+    own: Path, tmp_path: Path, run: Run
+) -> None:
+    whole = run(own, "whole", "run.rounds=5")
+    some = run(own, "some", "run.rounds=5", "run.evaluate_every=2", "run.personal=0")
+    every = whole["accuracy_by_round"]
+    assert some["accuracy_by_round"] == [None, every[1], None, every[3], every[4]]
+    assert some["best_accuracy"] == max(every[1], every[3], every[4])
+    assert some["accuracy_by_client"] == whole["accuracy_by_client"]
+    assert (some["personal_accuracy"], some["mean_personal_accuracy"]) == ({}, None)
+    assert (tmp_path / "some" / "report.html").stat().st_size > 10_000

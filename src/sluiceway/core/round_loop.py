@@ -39,7 +39,9 @@ class Rounds:
     rounds: in [1, 99999]. participation: share of the clients that train in a round, in (0, 1]; at
     least one does. seed: in [0, 2^63); everything random in the run comes from it. min_clients:
     usable updates that a round needs, in [1, 10^5]. max_retries: how often a round that has fewer
-    is tried again, in [0, 1000], with clients drawn anew; then the run ends.
+    is tried again, in [0, 1000], with clients drawn anew; then the run ends. evaluate_every:
+    rounds from one evaluation of the global model to the next, in [1, 99999]; the last round
+    always has one.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
@@ -47,6 +49,7 @@ class Rounds:
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     min_clients: int = Field(default=1, ge=1, le=100_000)
     max_retries: int = Field(default=1, ge=0, le=1000)
+    evaluate_every: int = Field(default=1, ge=1, le=99_999)
 
     def chosen(self, number: int, eligible: Sequence[int], retry: int = 0) -> list[int]:
         """The clients of round `number`, in ascending order, of those that hold examples.
@@ -59,6 +62,10 @@ class Rounds:
         count = self.count(eligible)
         rng = np.random.default_rng([self.seed, number, *([retry] if retry else [])])
         return sorted(rng.choice(np.asarray(eligible), size=count, replace=False).tolist())
+
+    def evaluated(self, number: int) -> bool:
+        """Whether the global model is evaluated after round `number`."""
+        return number % self.evaluate_every == 0 or number == self.rounds
 
     def count(self, eligible: Sequence[int]) -> int:
         """How many clients take part in a round, of those that hold examples."""
@@ -106,6 +113,8 @@ class Engine(Protocol):
 class Record:
     """One round, as a line of metrics.jsonl.
 
+    Where the global model was not evaluated, `accuracy` and `loss` are None and
+    `accuracy_by_client` is empty.
     `accuracy_by_client` is the global model's, on each client's mix of labels (None for a client
     without examples). `rejected` names the clients whose update was left out, and why; `failed`
     those that gave none. `retries` says how often the round was tried again for want of usable
@@ -113,8 +122,8 @@ class Record:
     """
 
     round: int
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     train_loss: float
     bytes_up: int
     bytes_down: int
@@ -160,17 +169,18 @@ class Result:
     label_counts: list[list[int]] = field(default_factory=list)
 
     @property
-    def accuracy_by_round(self) -> list[float]:
+    def accuracy_by_round(self) -> list[float | None]:
+        """Of the global model on the global test set; None where it was not evaluated."""
         return [record.accuracy for record in self.records]
 
     @property
     def accuracy(self) -> float:
-        """Of the global model after the last round, on the global test set."""
-        return self.records[-1].accuracy
+        """Of the global model on the global test set, after the last round that evaluated it."""
+        return [accuracy for accuracy in self.accuracy_by_round if accuracy is not None][-1]
 
     @property
     def best_accuracy(self) -> float:
-        return max(self.accuracy_by_round)
+        return max(accuracy for accuracy in self.accuracy_by_round if accuracy is not None)
 
     @property
     def bytes_up(self) -> int:
@@ -319,22 +329,24 @@ class Loop:
         final = attempts[-1]
         final.aggregation.finish()
         # 4. Evaluate.
-        found = self.engine.evaluate(self.strategy.tensors)
+        found = None
+        if self.rounds.evaluated(number):
+            found = self.engine.evaluate(self.strategy.tensors)
         self.engine.commit(final.filter.used)
         self.result.personal_accuracy |= final.filter.personal
         # 5. Record.
         filters = [attempt.filter for attempt in attempts]
         return Record(
             round=number,
-            accuracy=found.accuracy,
-            loss=found.mean_loss,
+            accuracy=found.accuracy if found else None,
+            loss=found.mean_loss if found else None,
             train_loss=final.filter.mean_loss(),
             bytes_up=sum(one.nbytes for one in filters),
             bytes_down=sum(attempt.bytes_down for attempt in attempts),
             seconds=time.perf_counter() - began,
             clients=chosen,
             rejected={client: why for one in filters for client, why in one.rejected.items()},
-            accuracy_by_client=found.accuracy_by_client(self.label_counts),
+            accuracy_by_client=found.accuracy_by_client(self.label_counts) if found else [],
             report=self.strategy.report(),
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,

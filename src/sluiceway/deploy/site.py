@@ -181,6 +181,7 @@ def begin_federated(
             loss=F.cross_entropy,
             device=torch.device(device),
             seed=recipe.run.seed,
+            personal_examples=recipe.run.personal,
         )
     )
     trainer = Trainer(worker, invited.client, ClientStateStore(folder / "states"))

@@ -132,6 +132,7 @@ def plan_of(recipe: Recipe) -> Rounds:
         seed=recipe.run.seed,
         min_clients=recipe.run.min_clients,
         max_retries=recipe.run.max_retries,
+        evaluate_every=recipe.run.evaluate_every,
     )
 
 

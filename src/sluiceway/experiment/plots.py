@@ -156,12 +156,14 @@ def looks(variants: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
 
 def draw(axes: Axes, curve: Curve, x: Numbers) -> None:
     """A mean line and, with several seeds, the 95 % band of the mean."""
-    mean = curve.accuracy.mean(0)
+    known = np.isfinite(curve.accuracy).all(0)  # the rounds that were evaluated
+    x, accuracy = x[known], curve.accuracy[:, known]
+    mean = accuracy.mean(0)
     marker = "o" if len(mean) <= 25 else ""
     look: Any = {"color": curve.colour, "ls": curve.dash, "lw": curve.lw}
     axes.plot(x, mean, marker=marker, ms=1.8 * curve.lw, zorder=3, **look)
-    if len(curve.accuracy) > 1:
-        half = stats.t.ppf(0.975, len(curve.accuracy) - 1) * stats.sem(curve.accuracy, axis=0)
+    if len(accuracy) > 1:
+        half = stats.t.ppf(0.975, len(accuracy) - 1) * stats.sem(accuracy, axis=0)
         low, high = np.clip([mean - half, mean + half], 0, 1)
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.16, lw=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -30,13 +31,17 @@ def line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def evaluated(record: Record) -> str:
+    """Accuracy and loss, where the round has them."""
+    if record.accuracy is None or record.loss is None:
+        return ""
+    return f"accuracy {record.accuracy:.4f}, loss {record.loss:.3f}, "
+
+
 def described(record: Record) -> str:
     """A round in words."""
     moved = (record.bytes_up + record.bytes_down) / 1e6
-    line = (
-        f"round {record.round}: accuracy {record.accuracy:.4f}, loss {record.loss:.3f}, "
-        f"{moved:.1f} MB, {record.seconds:.1f} s"
-    )
+    line = f"round {record.round}: {evaluated(record)}{moved:.1f} MB, {record.seconds:.1f} s"
     for word, faults in (("rejected", record.rejected), ("failed", record.failed)):
         if faults:
             client, why = min(faults.items())
@@ -67,12 +72,15 @@ def bar(console: Console) -> Iterator[Progress]:
 
         def on_round(record: Record) -> None:
             total["moved"] += (record.bytes_up + record.bytes_down) / 1e6
+            now: dict[str, Any] = {}
+            if record.accuracy is not None:
+                now = {"accuracy": f"{record.accuracy:.4f}"}
             shown_bar.update(
                 state["task"],
                 completed=record.round,
                 round=f"{record.round}/{total['rounds']:.0f}",
-                accuracy=f"{record.accuracy:.4f}",
                 moved=total["moved"],
+                **now,
             )
             if record.rejected or record.failed:
                 say(described(record))

@@ -85,6 +85,12 @@ class Run(BaseModel):
     max_retries: int = Field(default=1, ge=0, le=1000)
     """Federated: how often a round with too few usable updates is repeated, with clients drawn
     anew; then the run ends."""
+    evaluate_every: int = Field(default=1, ge=1, le=99_999)
+    """Federated: rounds from one evaluation of the global model to the next; the last round always
+    has one."""
+    personal: int = Field(default=500, ge=0, le=10**9)
+    """Federated: test examples on which a client's own model is evaluated after its last training,
+    about; 0 for none."""
     timeout: float = Field(default=0.0, ge=0)
     """Federated: training time of a client (s) after which the round goes on without it, 0 for no
     limit. Needs the CPU."""

@@ -145,6 +145,8 @@ def run_federated(
         strategy,
         **rounds_of(recipe, device, progress, checkpoint),
         max_retries=recipe.run.max_retries,
+        evaluate_every=recipe.run.evaluate_every,
+        personal_examples=recipe.run.personal,
         timeout=recipe.run.timeout,
         training=training,
         workers=workers,

@@ -67,15 +67,16 @@ def summary_so_far(
         records: at least one.
     """
     accuracy = [record["accuracy"] for record in records]
+    evaluated = [record for record in records if record["accuracy"] is not None] or [{}]
     return {
         "recipe": recipe,
         "method": recipe.get("method", {}).get("name", "unknown method"),
         "seed": recipe.get("run", {}).get("seed", 0),
         "rounds": len(records),
-        "accuracy": accuracy[-1],
-        "best_accuracy": max(accuracy),
+        "accuracy": evaluated[-1].get("accuracy"),
+        "best_accuracy": max((r["accuracy"] for r in evaluated if r), default=None),
         "accuracy_by_round": accuracy,
-        "accuracy_by_client": records[-1].get("accuracy_by_client"),
+        "accuracy_by_client": evaluated[-1].get("accuracy_by_client"),
         "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
         **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
         "clients": recipe.get("data", {}).get("clients"),

@@ -33,9 +33,6 @@ from sluiceway.federated.stepping import (
 from sluiceway.moe import MoELayout, Observer, find_adapters, find_layout, repair
 from sluiceway.strategies import Broadcast, LocalContext, Strategy, Update
 
-#: Test examples that a client's own model is judged by, about.
-PERSONAL = 500
-
 
 def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
     """Settle what is trained, and hand the strategy the initial values.
@@ -86,6 +83,8 @@ class Worker:
         loss: task loss.
         device: where the model runs.
         seed: of the whole run.
+        personal_examples: test examples that a client's own model is evaluated on, about; 0 for
+            no evaluation.
     """
 
     def __init__(
@@ -99,6 +98,7 @@ class Worker:
         loss: Loss = F.cross_entropy,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        personal_examples: int = 500,
     ) -> None:
         if training.checkpointing:
             checkpointable(model)  # so that it fails before the first round and not in it
@@ -110,6 +110,7 @@ class Worker:
         self.loss = loss
         self.device = torch.device(device)
         self.seed = seed
+        self.personal_examples = personal_examples
         self.layout = strategy.layout
         owned = sorted(strategy.server_owned(self.layout))
         self.exchanged = exchanged(model) | {name: model.get_parameter(name) for name in owned}
@@ -155,7 +156,7 @@ class Worker:
             routing = seen.routing() if seen else []
             extra = dict(self.strategy.finish_training(client))
         state |= {f"private/{n}": self.exchanged[n].detach().cpu().clone() for n in self.initial}
-        if personal:
+        if personal and self.personal_examples:
             metrics["personal_accuracy"] = self.personal_accuracy(examples)
         tensors = {
             piece.key: piece.of(self.exchanged).detach()
@@ -240,12 +241,12 @@ class Worker:
     def personal_accuracy(self, examples: Examples) -> float:
         """Accuracy of the model as it is, classes weighted as the client holds them.
 
-        Of each class it holds, the first test examples are taken, `PERSONAL` in all at most.
+        Of each class it holds, the first test examples are taken, about `personal_examples` in all.
         """
         counts = torch.bincount(labels_of(examples))
         held = counts.nonzero().flatten()
         labels = labels_of(self.test)
-        each = -(-PERSONAL // len(held))
+        each = -(-self.personal_examples // len(held))
         indices = torch.cat([(labels == y).nonzero().flatten()[:each] for y in held]).tolist()
         with self.training.precision(self.device):
             found = evaluate(self.model, self.test, indices, self.loss, self.device)

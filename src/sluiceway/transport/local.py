@@ -303,6 +303,8 @@ def federate(
     threads: int | None = None,
     min_clients: int = 1,
     max_retries: int = 1,
+    evaluate_every: int = 1,
+    personal_examples: int = 500,
     timeout: float = 0,
     features: FeatureCache | None = None,
     on_start: Callable[[], None] = lambda: None,
@@ -320,7 +322,8 @@ def federate(
         clients: each client's data set of (inputs, label); may be empty for some.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
-        rounds, participation, seed, min_clients, max_retries: see `Rounds`.
+        rounds, participation, seed, min_clients, max_retries, evaluate_every: see `Rounds`.
+        personal_examples: see `Worker`.
         training: how a client trains; see `Training`.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
@@ -350,6 +353,7 @@ def federate(
         seed=seed,
         min_clients=min_clients,
         max_retries=max_retries,
+        evaluate_every=evaluate_every,
     )
     place = torch.device(chosen_device(device))
     if (workers > 1 or timeout) and place.type != "cpu":
@@ -370,6 +374,7 @@ def federate(
                 device=place,
                 seed=seed,
                 features=features,
+                personal_examples=personal_examples,
             )
         )
         engine: LocalEngine | PoolEngine
@@ -417,6 +422,7 @@ def standing(
     device: torch.device,
     seed: int,
     features: FeatureCache | None = None,
+    personal_examples: int = 500,
 ) -> Iterator[Worker]:
     """A worker of the model, with what its frozen trunk makes of each example kept.
 
@@ -424,6 +430,7 @@ def standing(
         model, strategy: see `federated.client.prepare`, which has been called.
         clients, test: may be empty, as they are for those who do not hold them.
         features: None for a cache of its own, of up to 2 GB in memory.
+        loss, device, seed, personal_examples: see `Worker`.
     """
     with ExitStack() as stack:
         trunk = usable_prefix(model, [*clients, test], device)
@@ -431,7 +438,17 @@ def standing(
             cache = features or FeatureCache(2 << 30)
             *clients, test = cache.wrap(trunk, [*clients, test], device)
             stack.enter_context(trunk.skipped())
-        yield Worker(model, clients, test, strategy, training, loss=loss, device=device, seed=seed)
+        yield Worker(
+            model,
+            clients,
+            test,
+            strategy,
+            training,
+            loss=loss,
+            device=device,
+            seed=seed,
+            personal_examples=personal_examples,
+        )
 
 
 def chosen_device(name: str) -> str:
