@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.split.small import ADAMW, SGD, Pictures, plain, train
+from tests.split.small import ADAMW, SGD, Pictures, local, normed, plain, same, set_up, train
 from torch import nn
 
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
@@ -81,6 +81,18 @@ def test_dropout_and_layers_that_work_in_place(tmp_path: Path) -> None:
         history(Checkpoint(tmp_path), stop=2, model=plain(), method="sl")
     again = history(Checkpoint(tmp_path, resume=True), model=plain(), method="sl")
     require_equal(history(None, model=plain(), method="sl"), again)
+
+
+def test_a_scorers_state_under_its_first_name_is_read() -> None:
+    (client,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL()))
+    assert client.scorer is not None
+    client.scorer.watch(torch.randn(8, 8, 3, 3), torch.arange(8) % 3)
+    state = client.state_dict()
+    old = {name.replace("scorer/", "meter/"): tensor for name, tensor in state.items()}
+    assert old.keys() != state.keys()
+    (other,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL()))
+    other.load_state_dict(old)
+    assert same(other.state_dict(), state)
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

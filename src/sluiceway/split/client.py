@@ -88,7 +88,9 @@ class SplitClient:
             counts[name].copy_(value)
         self.trained.load_state_dict(unprefixed(state, "optimiser/"))
         if self.scorer is not None:
-            self.scorer.load_state_dict(unprefixed(state, "scorer/"))
+            # "meter" is what the scorer was called when the first checkpoints were written.
+            found = unprefixed(state, "scorer/") or unprefixed(state, "meter/")
+            self.scorer.load_state_dict(found)
         self.state = unprefixed(state, "state/")
 
     # -- a round -------------------------------------------------------------------------------
