@@ -90,10 +90,11 @@ def run(
     RECIPE is the name of a shipped recipe, or a TOML file.
     """
     from sluiceway.experiment.recipe import load_recipe
+
+    chosen = load_recipe(recipe, overrides(settings, device, engine))
     from sluiceway.experiment.report import write_report
     from sluiceway.experiment.run import run as run_here
 
-    chosen = load_recipe(recipe, overrides(settings, device, engine))
     out = out or new_folder(recipe, chosen)
     with stoppable(f"--out {out} --resume") as progress:
         how: dict[str, Any] = {"resume": resume, "force": force, "progress": progress}
@@ -142,12 +143,14 @@ def compare(
 
     RECIPE is the name of a shipped recipe, or a TOML file.
     """
-    from sluiceway.experiment import compare as comparison
     from sluiceway.experiment.recipe import load_recipe
-    from sluiceway.experiment.report import write_report
 
     given = overrides(settings, device, engine)
-    out = out or new_folder(recipe, load_recipe(recipe, given))
+    chosen = load_recipe(recipe, given)
+    from sluiceway.experiment import compare as comparison
+    from sluiceway.experiment.report import write_report
+
+    out = out or new_folder(recipe, chosen)
     with stoppable(f"--out {out}") as progress:
         table = comparison.compare(
             recipe,

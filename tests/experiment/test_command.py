@@ -228,6 +228,22 @@ def test_help_lists_flags_with_defaults_and_needs_no_torch() -> None:
         assert f"\n{name} " in done.stdout
 
 
+def test_a_mistyped_recipe_or_key_is_said_without_torch() -> None:
+    code = (
+        "import sys; from sluiceway.cli import main; "
+        "codes = [main(a.split()) for a in sys.argv[1:]]; "
+        "print(codes, [m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
+    given = ["run nosuch", "run agnews --set run.round=2", "compare mmlu --set data.alpha=-1"]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.stdout == "[2, 2, 2] []\n"
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [
+        " no recipe 'nosuch'",
+        " unknown key run.round; allowed in [run]",
+        " data.alpha = -1",
+    ]
+
+
 def test_methods_and_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == main(["methods", "robust"]) == 0
     shown = capsys.readouterr().out

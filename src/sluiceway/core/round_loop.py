@@ -26,10 +26,11 @@ from sluiceway.core.checkpoints import (
 )
 from sluiceway.core.evaluation import Evaluation
 from sluiceway.core.guards import Failure, TooFewUpdates, UpdateFilter
+from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import line
 from sluiceway.strategies import Broadcast, Strategy, Update
-from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
+from sluiceway.strategies.base import PARAMETERS
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)

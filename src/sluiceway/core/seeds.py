@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+#: Largest seed that torch and numpy take alike.
+LARGEST_SEED = (1 << 63) - 1
+
 
 def derive_seed(*numbers: int) -> int:
     """One seed from several numbers, the same on every machine."""

@@ -1,4 +1,10 @@
-"""Data sets by name or file, their partition over clients, their tokens and their augmentation."""
+"""Data sets by name or file, their partition over clients, their tokens and their augmentation.
+
+What needs torch is imported when it is asked for, so that recipes are checked without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sluiceway.data.choices import CHOICE_NAMES, load_choices
 from sluiceway.data.download import cache_folder, wheel_folder, wheel_members
@@ -17,14 +23,16 @@ from sluiceway.data.tables import (
     limit,
 )
 from sluiceway.data.text import TEXT_NAMES, load_own, load_text
-from sluiceway.data.tokens import (
-    check_tokenizer,
-    encode,
-    encode_choices,
-    encode_pairs,
-    word_tokens,
-)
-from sluiceway.data.torch_datasets import ImageDataset, TextDataset, image_datasets
+
+if TYPE_CHECKING:
+    from sluiceway.data.tokens import (
+        check_tokenizer,
+        encode,
+        encode_choices,
+        encode_pairs,
+        word_tokens,
+    )
+    from sluiceway.data.torch_datasets import ImageDataset, TextDataset, image_datasets
 
 __all__ = [
     "CHOICE_NAMES",
@@ -57,3 +65,16 @@ __all__ = [
     "wheel_members",
     "word_tokens",
 ]
+
+_WITH_TORCH = {
+    "tokens": ("check_tokenizer", "encode", "encode_choices", "encode_pairs", "word_tokens"),
+    "torch_datasets": ("ImageDataset", "TextDataset", "image_datasets"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _WITH_TORCH.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,20 @@
 """Random crops and flips of whole batches, and images as normalised floats.
 
-Nothing here loops over images, and every draw comes from the generator that is given.
+Nothing here loops over images, and every draw comes from the generator that is given. torch is
+imported where it is used: whoever only names a data set need not wait for it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sluiceway.data.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
@@ -24,6 +29,8 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
     Returns:
         A new tensor of the images' shape and type.
     """
+    import torch
+
     height, width = images.shape[-2:]
     padded = torch.nn.functional.pad(images, (padding, padding, padding, padding))
     # A view [B, C, 2P+1, 2P+1, H, W] of every possible cut; indexing copies one for each image.
@@ -33,6 +40,8 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
 
 def flip(images: Tensor, flips: Tensor) -> Tensor:
     """Mirror the images [B, C, H, W] left to right where `flips`, bool [B], is true."""
+    import torch
+
     return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
@@ -98,6 +107,8 @@ def normalise(
     Raises:
         DataError: mean or std has another length, or a std is not above 0.
     """
+    import torch
+
     channels = images.shape[1]
     centre = torch.as_tensor(mean, dtype=torch.float32, device=images.device)
     spread = torch.as_tensor(std, dtype=torch.float32, device=images.device)
@@ -115,4 +126,6 @@ def normalise(
 
 def _draw(shape: tuple[int, ...], ends: int, generator: torch.Generator) -> Tensor:
     """Uniform integers in 0..ends-1."""
+    import torch
+
     return torch.randint(ends, shape, generator=generator, device=generator.device)

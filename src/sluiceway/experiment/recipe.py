@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,16 +19,16 @@ from pydantic import (
     model_validator,
 )
 
-from sluiceway.core.settings import Optimisation, Training
+from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
 from sluiceway.errors import InputError, line, quoted
-from sluiceway.experiment.methods import method_of, method_table
 from sluiceway.experiment.tables import overridden_tables, require_shallow, with_current_keys
 from sluiceway.experiment.validation import checked, first_fault
-from sluiceway.split.compress import Compressor
-from sluiceway.split.schedules import SCHEDULE_ALIASES
-from sluiceway.strategies import Strategy
-from sluiceway.strategies.base import LARGEST_SEED
+
+if TYPE_CHECKING:  # torch is imported once the other tables are right
+    from sluiceway.core.settings import Optimisation
+    from sluiceway.split.compress import Compressor
+    from sluiceway.strategies import Strategy
 
 #: Networks for images, by the name that `model.name` uses.
 NETWORKS = ("conv4", "resnet18", "vgg11")
@@ -45,6 +45,13 @@ TABLE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribu
 #: A name, a path, a word: at most 4,096 characters.
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+
+
+def schedule_of(value: Any) -> Any:
+    """A schedule by its own name, whichever it is given by."""
+    from sluiceway.split.schedules import SCHEDULE_ALIASES
+
+    return SCHEDULE_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 class Run(BaseModel):
@@ -73,7 +80,7 @@ class Run(BaseModel):
     file."""
     schedule: Annotated[
         Literal["sequential", "parallel", "copies", "u"],
-        BeforeValidator(lambda v: SCHEDULE_ALIASES.get(v, v) if isinstance(v, str) else v),
+        BeforeValidator(schedule_of),
     ] = "parallel"
     """Split: clients take turns (sequential), train at once with one server model (parallel, also
     splitfed-v2) or with a server model for each client (copies, also splitfed-v1), or keep labels
@@ -299,16 +306,22 @@ class Recipe(BaseModel):
 
     def built(self) -> Strategy | Compressor:
         """What [method] names: a strategy, or in a split run a compressor. Raises InputError."""
+        from sluiceway.experiment.methods import method_of
+
         return method_of(self.method, split=self.run.kind == "split")
 
     def training(self) -> Optimisation:
         """What [train] says; a `Training` in a federated run. Raises InputError."""
+        from sluiceway.core.settings import Optimisation, Training
+
         kind = Optimisation if self.run.kind == "split" else Training
         made: Optimisation = checked("train", kind, self.train, [])
         return made
 
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, defaults included, ready to be written as TOML."""
+        from sluiceway.experiment.methods import method_table
+
         tables = self.model_dump(exclude_none=True)
         tables["method"] = method_table(self.method, self.built())
         tables["train"] = TypeAdapter(type(self.training())).dump_python(self.training())

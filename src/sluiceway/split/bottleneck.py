@@ -9,8 +9,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from sluiceway.channels import share_count
+from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.compress import Compressor
-from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
+from sluiceway.strategies.base import PARAMETERS
 
 _LAYERS: Final = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
 

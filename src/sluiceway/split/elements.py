@@ -10,10 +10,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.channels import share_count
+from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.compress import Compressor
 from sluiceway.split.packing import BatchId
 from sluiceway.split.selection import KeptElements, Selection
-from sluiceway.strategies.base import LARGEST_SEED, PARAMETERS
+from sluiceway.strategies.base import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

@@ -22,8 +22,6 @@ from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, Observer, Par
 PARAMETERS = ConfigDict(
     extra="forbid", validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
 )
-#: Largest seed that torch and numpy take alike.
-LARGEST_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
