@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -9,6 +10,11 @@ from transformers import BertConfig, BertModel
 from sluiceway.moe import upcycle
 
 WORDS = [f"w{i}" for i in range(40)]
+
+
+def slow(*values: object) -> list[object]:
+    """Parameters of a test that `make quick` leaves out."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 class TinyText:

@@ -62,6 +62,7 @@ def test_partial_participation_and_clients_with_little_or_nothing(
     assert all(a is not None and 0 <= a <= 1 for i, a in enumerate(by_client) if i != 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_learns(name: str, text_test: TinyText) -> None:
     clients = [TinyText(40, 1), TinyText(40, 2), TinyText(3, 3)]

@@ -39,6 +39,7 @@ def test_members_are_downloaded_once_and_kept(build_wheel: WheelBuilder) -> None
     assert sorted(kept) == sorted([first, second])
 
 
+@pytest.mark.slow
 def test_a_folder_is_whole_even_after_one_of_its_members(build_wheel: WheelBuilder) -> None:
     build_wheel("some-pkg", "1.0", MEMBERS)
     wheel_members("some-pkg", "1.0", ["pkg/model/deep/c.txt"])
@@ -48,6 +49,7 @@ def test_a_folder_is_whole_even_after_one_of_its_members(build_wheel: WheelBuild
     assert files == {"b.txt": "B", "deep/c.txt": "C"}
 
 
+@pytest.mark.slow
 def test_several_may_ask_at_once(build_wheel: WheelBuilder) -> None:
     build_wheel("some-pkg", "1.0", MEMBERS)
 

@@ -122,6 +122,7 @@ def test_a_real_site_joins_and_ends_with_its_parent(recipe: Path, tmp_path: Path
     assert ends(site._process)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_open_its_site(tmp_path: Path) -> None:
     command = site_command(tmp_path / "none.toml", tmp_path, parent=os.getpid())
     site = SiteProcess(command, tmp_path / "process", tmp_path / "process.log")

@@ -78,6 +78,7 @@ def test_the_same_seed_is_the_same_run(own: Path, run: Run) -> None:
         assert found[0][key] == found[1][key]
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_continued_or_replaced_only_when_asked(
     recipe: Path, tmp_path: Path, run: Run, refused: Callable[..., str]
 ) -> None:

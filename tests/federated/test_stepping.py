@@ -251,6 +251,7 @@ def test_updates_cross_in_their_own_type(dtype: torch.dtype, tmp_path: Path) -> 
     assert sizes[0] - sizes[1] == pytest.approx(2 * counts[0], abs=512)  # 2 bytes less for each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedalign-moe", "scaffold"])
 def test_half_precision_does_not_depend_on_the_number_of_workers(name: str) -> None:
     training = Training(lr=0.01, batch_size=4, accumulate=2, checkpointing=True)
