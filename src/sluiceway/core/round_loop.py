@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -155,7 +155,8 @@ class Result:
     """What a federated run came to.
 
     Attributes:
-        records: one a round.
+        records: one a round. `accuracy_by_client` is of the newest alone (of a run that is saved
+            every k rounds, of the newest k); metrics.jsonl has all.
         tensors: the global trained tensors by name.
         personal_accuracy: by client number, of the client's own model after its last training on
             test examples weighted as it holds labels.
@@ -208,6 +209,15 @@ class Result:
         """Updates that never came, all rounds."""
         return sum(len(record.failed) for record in self.records)
 
+    def forget_clients(self, newest: int) -> None:
+        """Drop `accuracy_by_client` of the record before the newest ones.
+
+        With thousands of clients it would take more memory in every round.
+        """
+        if len(self.records) > newest:
+            older = self.records[-newest - 1]
+            self.records[-newest - 1] = replace(older, accuracy_by_client=[])
+
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, ready for JSON."""
         return {"personal_accuracy": self.personal_accuracy}
@@ -222,7 +232,8 @@ class Result:
         except Exception as error:
             why = line(str(error))
             raise CheckpointError(f"{saved.folder / 'run.json'} is not ours ({why})") from error
-        self.records += records
+        self.records += [replace(record, accuracy_by_client=[]) for record in records[:-1]]
+        self.records += records[-1:]
         self.personal_accuracy |= personal
 
 
@@ -311,6 +322,7 @@ class Loop:
                 if self.checkpoint:
                     self.checkpoint.after(self.snapshot(), self.rounds.rounds)
                 self.on_round(record)
+                self.result.forget_clients(self.checkpoint.every if self.checkpoint else 1)
         return self.result
 
     def run_round(self, number: int, eligible: Sequence[int]) -> Record:

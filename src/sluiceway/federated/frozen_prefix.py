@@ -230,7 +230,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int) -> tuple[Te
     size = torch.Size(shape).numel()
     if size * dtype.itemsize <= limit:
         return torch.empty(shape, dtype=dtype), "memory"
-    with tempfile.TemporaryDirectory(prefix="sluiceway-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sluiceway_features-") as folder:
         path = Path(folder) / "features"
         # The mapping outlives the name; the space is given back when the tensor goes.
         flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
