@@ -32,6 +32,10 @@ from sluiceway.errors import line
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies.base import PARAMETERS
 
+#: Clients of a run from which on what each got is kept of the newest rounds alone: a list of so
+#: many numbers for each of a thousand rounds would fill the memory.
+MANY = 1000
+
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)
 class Rounds:
@@ -155,8 +159,8 @@ class Result:
     """What a federated run came to.
 
     Attributes:
-        records: one a round. `accuracy_by_client` is of the newest alone (of a run that is saved
-            every k rounds, of the newest k); metrics.jsonl has all.
+        records: one a round. Of a run of `MANY` clients or more, `accuracy_by_client` is kept of
+            the newest alone (saved every k rounds, of the newest k); metrics.jsonl has all.
         tensors: the global trained tensors by name.
         personal_accuracy: by client number, of the client's own model after its last training on
             test examples weighted as it holds labels.
@@ -210,13 +214,12 @@ class Result:
         return sum(len(record.failed) for record in self.records)
 
     def forget_clients(self, newest: int) -> None:
-        """Drop `accuracy_by_client` of the record before the newest ones.
-
-        With thousands of clients it would take more memory in every round.
-        """
-        if len(self.records) > newest:
-            older = self.records[-newest - 1]
-            self.records[-newest - 1] = replace(older, accuracy_by_client=[])
+        """Drop `accuracy_by_client` of the records before the newest, where clients are `MANY`."""
+        if len(self.label_counts) < MANY:
+            return
+        for at, record in enumerate(self.records[:-newest]):
+            if record.accuracy_by_client:
+                self.records[at] = replace(record, accuracy_by_client=[])
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, ready for JSON."""
@@ -232,8 +235,8 @@ class Result:
         except Exception as error:
             why = line(str(error))
             raise CheckpointError(f"{saved.folder / 'run.json'} is not ours ({why})") from error
-        self.records += [replace(record, accuracy_by_client=[]) for record in records[:-1]]
-        self.records += records[-1:]
+        self.records += records
+        self.forget_clients(1)
         self.personal_accuracy |= personal
 
 
