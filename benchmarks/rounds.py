@@ -1,0 +1,61 @@
+"""What a round costs beyond its computing: against the same steps written plainly, by turns.
+
+    python benchmarks/rounds.py moe [--turns 15]
+
+A ratio is of processor seconds of the one thread, so that other work on the machine counts less:
+the median of all turns, with the least and the most.
+
+moe: a round of one client on the quickstart's model (MiniLM, 8 experts top-2 in the last layer, the
+output of its frozen layers kept) with 240 texts in batches of 16, against forward, backward,
+clipping and steps on batches made beforehand, without observer, strategy or messages. Aim: 1.15.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+
+import argparse
+import cProfile
+import pstats
+import statistics
+
+import torch
+
+import rounds_moe
+from measuring import report
+from sluiceway.experiment.models import load_pretrained
+
+
+def shown(found: list[float]) -> str:
+    """The median with the least and the most."""
+    return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("section", choices=["moe"])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--profile", metavar="METHOD", help="where the time of its rounds goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.profile:
+        loaded, examples = load_pretrained("minilm"), rounds_moe.texts("short")
+        with rounds_moe.ours(loaded, examples, args.profile) as run:
+            run(1)
+            profiler = cProfile.Profile()
+            for number in range(2, 8):
+                profiler.runcall(run, number)
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
+        return
+    rows: dict[str, str] = {}
+    for kind in ("long", "short"):
+        found = rounds_moe.rounds_over_floor(args.turns, kind)
+        rows |= {f"{name}: ratio to the floor": shown(ratios) for name, ratios in found.items()}
+    report(rows)
+
+
+if __name__ == "__main__":
+    main()
