@@ -76,7 +76,7 @@ def measured(recipe: Recipe, session: Session, rounds: int) -> dict[str, float]:
     prepare(model, strategy, len(clients))
     trunk = usable_prefix(model, clients, place)
     assert trunk is not None
-    *held, test_set = session.feature_cache(2048).wrap(trunk, [*clients, test], place)
+    *held, test_set = session.feature_cache(2048, 0).wrap(trunk, [*clients, test], place)
     with trunk.skipped():
         worker = Worker(model, held, test_set, strategy, training, seed=recipe.run.seed)
         for number in range(1, rounds + 1):

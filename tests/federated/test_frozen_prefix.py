@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from tests.worlds import TinyClassifier, TinyText
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sluiceway.core.batches import Batch
+from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Training
+from sluiceway.federated.feature_files import FeatureFiles
 from sluiceway.federated.frozen_prefix import FeatureCache, FeatureStore, find_frozen_prefix, ranges
 from sluiceway.transport.local import federate, usable_prefix
 
@@ -173,3 +178,60 @@ def test_batches_without_features_are_untouched() -> None:
     assert batch.features is None
     assert batch.mask is not None
     assert batch.mask.shape == (4, 8)
+
+
+def run_with(files: FeatureFiles, **changes: float) -> Result:
+    model = frozen_below(TinyClassifier(layers=3))
+    for name, value in changes.items():
+        with torch.no_grad():
+            model.get_parameter(name.replace("__", ".")).view(-1)[0] += value
+    clients = [TinyText(20, 1), TinyText(9, 3)]
+    cache = FeatureCache(1 << 20, files)
+    return federate(model, clients, TinyText(30, 4), rounds=2, features=cache, device="cpu")
+
+
+def test_features_on_the_disk_are_used_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = FeatureFiles(tmp_path / "features", 1 << 20)
+    first = run_with(files)
+    assert (tmp_path / "features").stat().st_mode & 0o777 == 0o700
+    kept = {path.name: path.read_bytes() for path in files.folder.iterdir()}
+    assert len(kept) == 3  # two clients and the test set
+    computed: list[int] = []
+    of = FeatureStore.of
+
+    def counting(trunk, examples, *rest):  # type: ignore[no-untyped-def]
+        computed.append(len(examples))
+        return of(trunk, examples, *rest)
+
+    monkeypatch.setattr(FeatureStore, "of", counting)
+    again = run_with(files)
+    assert computed == []
+    assert again.accuracy_by_round == first.accuracy_by_round
+    assert all(torch.equal(again.tensors[name], t) for name, t in first.tensors.items())
+    # another trained value changes nothing of it, another frozen one all
+    run_with(files, head__bias=1.0)
+    assert computed == []
+    run_with(files, backbone__encoder__layer__0__attention__self__query__bias=0.5)
+    assert sorted(computed) == [9, 20, 30]
+    # a damaged file is computed anew
+    name = min(kept)
+    (files.folder / name).write_bytes(kept[name][:-7])
+    computed.clear()
+    run_with(files)
+    assert len(computed) == 1
+    assert (files.folder / name).read_bytes() == kept[name]
+
+
+def test_the_disk_s_limit_removes_what_was_used_least_recently(tmp_path: Path) -> None:
+    files = FeatureFiles(tmp_path, 3000)
+    for number, name in enumerate(("a", "b", "c")):
+        files.save(name, {"flat": torch.zeros(200)})
+        os.utime(tmp_path / name, (number, number))
+    assert files.load("a") is not None  # used now
+    files.save("d", {"flat": torch.zeros(200)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "d"]
+    files.save("huge", {"flat": torch.zeros(1000)})
+    assert not (tmp_path / "huge").exists()
+    assert files.load("b") is None

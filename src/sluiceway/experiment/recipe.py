@@ -78,6 +78,9 @@ class Run(BaseModel):
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
     """Federated: memory for the outputs of frozen layers (MB); what exceeds it is kept in a
     file."""
+    feature_disk_mb: int = Field(default=1024, ge=0, le=1_000_000_000)
+    """Federated: disk for the outputs of frozen layers (MB), kept in the cache folder for later
+    runs of the same model on the same data; 0 keeps none."""
     schedule: Annotated[
         Literal["sequential", "parallel", "copies", "u"],
         BeforeValidator(schedule_of),

@@ -39,7 +39,14 @@ from sluiceway.experiment.summary import summary_so_far
 from sluiceway.experiment.tables import with_current_keys
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
-ASIDE = ("description", "compare", "run.seed", "run.workers", "run.feature_memory_mb")
+ASIDE = (
+    "description",
+    "compare",
+    "run.seed",
+    "run.workers",
+    "run.feature_memory_mb",
+    "run.feature_disk_mb",
+)
 
 
 @dataclass(frozen=True)

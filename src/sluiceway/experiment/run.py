@@ -151,7 +151,7 @@ def run_federated(
         training=training,
         workers=workers,
         threads=recipe.run.threads if device == "cpu" else None,
-        features=session.feature_cache(recipe.run.feature_memory_mb),
+        features=session.feature_cache(recipe.run.feature_memory_mb, recipe.run.feature_disk_mb),
         on_update=progress.on_update,
     )
     return Outcome(result, data.source, data.label_names)

@@ -24,7 +24,14 @@ from sluiceway.experiment.recipe import Recipe, recipe_from
 PATIENCE = 1
 
 #: Keys of [run] that do not change the numbers of a finished round.
-FREE = ("rounds", "workers", "feature_memory_mb", "checkpoint_every", "checkpoint_keep")
+FREE = (
+    "rounds",
+    "workers",
+    "feature_memory_mb",
+    "feature_disk_mb",
+    "checkpoint_every",
+    "checkpoint_keep",
+)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from sluiceway.data import (
     ImageDataset,
     TextData,
     TextDataset,
+    cache_folder,
     holdout,
     image_datasets,
     limit,
@@ -25,6 +26,7 @@ from sluiceway.data.tables import AnyTable
 from sluiceway.experiment.encoding import encoded
 from sluiceway.experiment.models import Pretrained
 from sluiceway.experiment.recipe import Data, Model
+from sluiceway.federated.feature_files import FeatureFiles
 from sluiceway.federated.frozen_prefix import FeatureCache
 
 #: Lines for people while a run goes on.
@@ -82,10 +84,11 @@ class Session:
             )
         return self.tokens[key]
 
-    def feature_cache(self, megabytes: int) -> FeatureCache:
+    def feature_cache(self, memory_mb: int, disk_mb: int) -> FeatureCache:
         """One cache for all runs of the session."""
         if self.features is None:
-            self.features = FeatureCache(megabytes << 20)
+            files = FeatureFiles(cache_folder() / "features", disk_mb << 20)
+            self.features = FeatureCache(memory_mb << 20, files)
         return self.features
 
 

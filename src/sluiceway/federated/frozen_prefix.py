@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sluiceway.core.batches import FEATURES, Batch, Examples, labels_of
+from sluiceway.federated.feature_files import FeatureFiles, feature_key
 
 #: Largest difference, relative to the largest value, between a run through and one past the trunk;
 #: a rounding of the parameters' type where that is more, for sums depend on a batch's shape.
@@ -270,10 +271,12 @@ class FeatureCache:
 
     Args:
         limit: bytes of features that may be held in memory.
+        files: keeps features that fit into memory for later runs too; None keeps none.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, files: FeatureFiles | None = None) -> None:
         self.limit = limit
+        self.files = files
         self.stores: dict[tuple[str, int], FeatureStore] = {}
         self._kept: list[Examples] = []  # keeps ids from being used again
 
@@ -290,7 +293,7 @@ class FeatureCache:
             if len(rows) and (store is None or bool((store.lengths[rows] == 0).any())):
                 held = sum(s.flat.nbytes for s in self.stores.values() if s.where == "memory")
                 left = max(self.limit - held, 0)
-                self.stores[fingerprint, number] = FeatureStore.of(trunk, base, rows, device, left)
+                self.stores[fingerprint, number] = self.store(trunk, base, rows, device, left)
                 self._kept.append(base)
         return [
             FeatureExamples(examples, rows, self.stores[fingerprint, id(base)])
@@ -298,6 +301,22 @@ class FeatureCache:
             else examples
             for examples, (base, rows) in zip(sets, parts, strict=True)
         ]
+
+    def store(
+        self, trunk: FrozenPrefix, examples: Examples, rows: Tensor, device: torch.device, left: int
+    ) -> FeatureStore:
+        """The features of these rows, from a file of an earlier run or computed."""
+        if self.files is None or not self.files.limit:
+            return FeatureStore.of(trunk, examples, rows, device, left)
+        key = feature_key(trunk.model, str(trunk.layers), examples, rows)
+        found = self.files.load(key)
+        if found is not None and found["flat"].nbytes <= left:
+            return FeatureStore(**found, where="memory")
+        store = FeatureStore.of(trunk, examples, rows, device, left)
+        if store.where == "memory":
+            tensors = {"flat": store.flat, "starts": store.starts, "lengths": store.lengths}
+            self.files.save(key, tensors)
+        return store
 
 
 def base_of(examples: Examples) -> tuple[Examples, Tensor]:

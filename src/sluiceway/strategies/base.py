@@ -74,7 +74,7 @@ class LocalContext:
         params: the trained parameters by name, which the model computes with.
         received: the values they had when the round began, by name (same shapes).
         broadcast: the server's message.
-        anatomy: where routers and experts are; no blocks for a dense model.
+        layout: where routers and experts are; no blocks for a dense model.
         observer: routing of the training forwards; `observer.last` is the newest step.
         state: tensors that stay with this client from round to round and never cross.
         masters: what the optimiser steps, by name: the parameters themselves, or float32 copies
@@ -140,7 +140,7 @@ class Strategy:
 
         Args:
             tensors: trained parameters, exchanged buffers and `server_owned` ones, by name.
-            anatomy: where routers and experts live; no blocks for a dense model.
+            layout: where routers and experts live; no blocks for a dense model.
             clients: how many clients there are in all, sampled or not.
 
         Raises:
