@@ -32,12 +32,12 @@ def world() -> tuple[dict[str, Tensor], MoELayout]:
     return tensors, trained_layout(moe_layout(model), set(tensors))
 
 
-TENSORS, ANATOMY = world()
+TENSORS, LAYOUT = world()
 
 
 def ready(name: str, clients: int = 5, **parameters: object) -> Strategy:
     made = strategy(name, **parameters)
-    made.setup(TENSORS, ANATOMY, clients)
+    made.setup(TENSORS, LAYOUT, clients)
     return made
 
 
@@ -54,8 +54,8 @@ def update(client: int, examples: int = 10, absent: Sequence[int] = (), seed: in
     """A random update whose absent experts were not used."""
     g = torch.Generator().manual_seed(1000 * seed + client)
     made = {}
-    for piece in ANATOMY.pieces(TENSORS):
-        owner = ANATOMY.owner(piece.key)
+    for piece in LAYOUT.pieces(TENSORS):
+        owner = LAYOUT.owner(piece.key)
         if owner is None or owner[1] not in absent:
             old = piece.of(TENSORS)
             made[piece.key] = old + 0.1 * torch.randn(old.shape, generator=g)
@@ -74,7 +74,7 @@ def several(seed: int = 0) -> list[Update]:
 def mean_by_loop(updates: list[Update], weight: Callable[[Update, str], float | Tensor]) -> dict:
     """Weighted mean of every piece in float64; absent pieces count with the old value."""
     found = {}
-    for piece in ANATOMY.pieces(TENSORS):
+    for piece in LAYOUT.pieces(TENSORS):
         old = piece.of(TENSORS).double()
         top, bottom = torch.zeros_like(old), 0.0
         for u in updates:
@@ -88,14 +88,14 @@ def mean_by_loop(updates: list[Update], weight: Callable[[Update, str], float | 
 
 
 def assert_pieces(made: Strategy, wanted: dict[str, Tensor]) -> None:
-    for piece in ANATOMY.pieces(TENSORS):
+    for piece in LAYOUT.pieces(TENSORS):
         torch.testing.assert_close(
             piece.of(made.tensors).double(), wanted[piece.key], atol=1e-6, rtol=1e-5
         )
 
 
 def load_of(u: Update, key: str) -> float:
-    owner = ANATOMY.owner(key)
+    owner = LAYOUT.owner(key)
     return u.examples if owner is None else float(u.routing[owner[0]].load[owner[1]])
 
 
@@ -108,7 +108,7 @@ def test_fedavg_is_the_example_weighted_mean_with_absent_experts_unchanged() -> 
 def test_fedavg_by_hand() -> None:
     made = ready("fedavg")
     old = TENSORS["head.bias"]
-    all_pieces = {p.key: p.of(TENSORS) for p in ANATOMY.pieces(TENSORS)}
+    all_pieces = {p.key: p.of(TENSORS) for p in LAYOUT.pieces(TENSORS)}
     g = torch.Generator().manual_seed(0)
     updates = [
         Update(0, 1, 1, all_pieces | {"head.bias": torch.full_like(old, 4.0)}, [routing(g)]),
@@ -130,23 +130,23 @@ def test_fedmoe_averages_over_holders_and_gate_rows_follow() -> None:
 
     def weight(u: Update, key: str) -> float | Tensor:
         held = (u.routing[0].load > 0).double()
-        if key in ANATOMY.gate_params:
+        if key in LAYOUT.gate_params:
             return u.examples * held
-        owner = ANATOMY.owner(key)
+        owner = LAYOUT.owner(key)
         return u.examples * (1.0 if owner is None else float(held[owner[1]]))
 
     wanted = mean_by_loop(updates, weight)
     assert_pieces(made, wanted)
-    for piece in ANATOMY.expert(0, 2):  # held by client 0 alone: copied
+    for piece in LAYOUT.expert(0, 2):  # held by client 0 alone: copied
         assert torch.equal(piece.of(made.tensors), updates[0].tensors[piece.key])
 
 
 def test_fedmoe_leaves_what_nobody_holds() -> None:
     made = ready("fedmoe", hold=0.0)
     aggregate(made, [update(0, absent=[1]), update(1, absent=[1, 2])])
-    for piece in ANATOMY.expert(0, 1):
+    for piece in LAYOUT.expert(0, 1):
         assert torch.equal(piece.of(made.tensors), piece.of(TENSORS))
-    (gate,) = ANATOMY.blocks[0].gate
+    (gate,) = LAYOUT.blocks[0].gate
     assert torch.equal(made.tensors[gate][1], TENSORS[gate][1])
 
 
@@ -157,7 +157,7 @@ def test_fedmoe_holder_needs_a_share_of_the_uniform_load() -> None:
     )
     # 52 routed tokens, half of the uniform share is 6.5
     assert made.holds(some).tolist() == [1, 0, 1, 0]  # type: ignore[attr-defined]
-    kept = [made.sends(ANATOMY.expert(0, e)[0], [some]) for e in range(E)]
+    kept = [made.sends(LAYOUT.expert(0, e)[0], [some]) for e in range(E)]
     assert kept == [True, False, True, False]
 
 
@@ -165,7 +165,7 @@ def test_an_expert_nobody_used_stays_as_it_was() -> None:
     for name in ("fedavg", "usage", "fedmoe", "fedalign-moe"):
         made = ready(name)
         aggregate(made, [update(0, absent=[3]), update(1, absent=[3])])
-        for piece in ANATOMY.expert(0, 3):
+        for piece in LAYOUT.expert(0, 3):
             assert torch.equal(piece.of(made.tensors), piece.of(TENSORS)), name
 
 
@@ -184,7 +184,7 @@ def test_an_expert_nobody_used_stays_as_it_was() -> None:
 def test_one_client_alone_gets_exactly_its_own_tensors(name: str, parameters: dict) -> None:
     made, alone = ready(name, clients=1, **parameters), update(0, examples=7)
     aggregate(made, iter([alone]))
-    for piece in ANATOMY.pieces(TENSORS):
+    for piece in LAYOUT.pieces(TENSORS):
         assert torch.equal(piece.of(made.tensors), alone.tensors[piece.key]), piece.key
 
 
@@ -237,7 +237,7 @@ def fedalign_by_loop(
                     torch.cat(
                         [
                             (updates[c].tensors[p.key] - p.of(TENSORS)).double().flatten()
-                            for p in ANATOMY.expert(0, e)
+                            for p in LAYOUT.expert(0, e)
                         ]
                     )
                     for c in (i, j)
@@ -265,9 +265,9 @@ def fedalign_by_loop(
 
     def weight(u: Update, key: str) -> float | Tensor:
         row = updates.index(u)
-        if key in ANATOMY.gate_params:
+        if key in LAYOUT.gate_params:
             return w[row]
-        owner = ANATOMY.owner(key)
+        owner = LAYOUT.owner(key)
         return u.examples if owner is None else float(expert[row, owner[1]])
 
     return mean_by_loop(updates, weight), new_r / new_r.sum()
@@ -306,7 +306,7 @@ def test_fedadam_is_the_papers_recursion() -> None:
         updates = [update(0, 10, seed=seed), update(1, 30, seed=seed)]
         aggregate(made, updates)
         for name in old:
-            pieces = ANATOMY.pieces([name])
+            pieces = LAYOUT.pieces([name])
             mean = sum(
                 u.examples / 40 * torch.stack([u.tensors[p.key].double() for p in pieces])
                 for u in updates
@@ -321,9 +321,9 @@ def test_fedadam_is_the_papers_recursion() -> None:
 
 def test_private_parts_do_not_cross() -> None:
     made = ready("non-expert")
-    assert not ANATOMY.expert_params & set(made.broadcast(1).tensors)
+    assert not LAYOUT.expert_params & set(made.broadcast(1).tensors)
     local = ready("fedalign-moe", gate="local")
-    assert not ANATOMY.gate_params & set(local.broadcast(1).tensors)
+    assert not LAYOUT.gate_params & set(local.broadcast(1).tensors)
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
@@ -359,14 +359,14 @@ def test_the_gate_is_combined_row_by_row_as_the_mathematics_says() -> None:
     made, updates = ready("fedalign-moe"), several()
     assert isinstance(made, FedAlignMoE)
     aggregate(made, updates)
-    (gate,) = ANATOMY.blocks[0].gate
+    (gate,) = LAYOUT.blocks[0].gate
     sent = torch.stack([u.tensors[gate] for u in updates])
     wanted = torch.einsum("ne,ned->ed", made.gate_weights[0], sent.double()).float()
     torch.testing.assert_close(made.tensors[gate], wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_directions_are_compared_on_a_sample() -> None:
-    updates, pieces = several(), ANATOMY.expert(0, 1)
+    updates, pieces = several(), LAYOUT.expert(0, 1)
     gram = fedalign.DirectionGram(len(updates))
     gram.add(
         torch.stack(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.core.test_checkpoints import Ended, history
-from tests.strategies.test_aggregation import ANATOMY, TENSORS, ready, several, update
+from tests.strategies.test_aggregation import LAYOUT, TENSORS, ready, several, update
 from tests.worlds import TinyClassifier, TinyText, slow
 from torch import Tensor
 
@@ -47,7 +47,7 @@ numbers = st.floats(-100, 100, width=32)
 
 def around(rule: type[UpdateRule], made: Strategy, **parameters: float | None) -> Strategy:
     """A strategy with the rule, set up with the world of test_aggregation."""
-    made.with_rules(rule(**parameters)).setup(TENSORS, ANATOMY, 5)
+    made.with_rules(rule(**parameters)).setup(TENSORS, LAYOUT, 5)
     return made
 
 
@@ -114,7 +114,7 @@ def test_the_centre_is_over_the_clients_that_sent_a_piece(
     parameters = {"share": 0.3} if rule is TrimmedMean else {}
     made, updates = around(rule, STRATEGIES[name](), **parameters), several()
     aggregate(made, updates)
-    for piece in ANATOMY.pieces(TENSORS):
+    for piece in LAYOUT.pieces(TENSORS):
         sent = [u.tensors[piece.key] for u in updates if piece.key in u.tensors]
         found, n = piece.of(made.tensors).flatten(), len(sent)
         cut = (n - 1) // 2 if rule is Median else math.floor(0.3 * n)
@@ -126,7 +126,7 @@ def test_the_centre_is_over_the_clients_that_sent_a_piece(
 @pytest.mark.parametrize("limit", [0.7, None])
 def test_clipping_is_the_formula_over_the_whole_change(limit: float | None) -> None:
     made, updates = around(NormClipping, FedAvg(), limit=limit), several()
-    old = {p.key: p.of(TENSORS).double() for p in ANATOMY.pieces(TENSORS)}
+    old = {p.key: p.of(TENSORS).double() for p in LAYOUT.pieces(TENSORS)}
     norms = [
         math.sqrt(sum(float(((v.double() - old[k]) ** 2).sum()) for k, v in u.tensors.items()))
         for u in updates
@@ -134,7 +134,7 @@ def test_clipping_is_the_formula_over_the_whole_change(limit: float | None) -> N
     most = limit or sum(sorted(norms)[1:3]) / 2
     aggregate(made, iter(updates))
     total = sum(u.examples for u in updates)
-    for piece in ANATOMY.pieces(TENSORS):
+    for piece in LAYOUT.pieces(TENSORS):
         wanted = old[piece.key].clone()
         for u, norm in zip(updates, norms, strict=True):
             new = u.tensors.get(piece.key, old[piece.key]).double()
@@ -146,7 +146,7 @@ def test_a_piece_that_nobody_sent_stays() -> None:
     for rule in ROBUST.values():
         made = around(rule, FedAvg())
         aggregate(made, [update(0, absent=[3]), update(1, absent=[3])])
-        for piece in ANATOMY.expert(0, 3):
+        for piece in LAYOUT.expert(0, 3):
             assert torch.equal(piece.of(made.tensors), piece.of(TENSORS))
 
 
@@ -277,7 +277,7 @@ def test_a_clipped_change_is_never_longer_than_the_limit(limit: float, seed: int
     for before, after in zip(sent, kept, strict=True):
         assert set(after.tensors) == set(before.tensors)
         longest, length = 0.0, 0.0
-        for piece in ANATOMY.pieces(TENSORS):
+        for piece in LAYOUT.pieces(TENSORS):
             if piece.key in before.tensors:
                 old = piece.of(TENSORS).double()
                 longest += float((before.tensors[piece.key].double() - old).square().sum())
@@ -293,7 +293,7 @@ def test_one_client_alone_gets_exactly_its_own_tensors(rule: str, name: str) -> 
     inner = STRATEGIES[name](**({"hold": 0.0} if name == "fedmoe" else {}))
     made, alone = around(ROBUST[rule], inner), update(0, examples=7)
     aggregate(made, iter([alone]))
-    for piece in ANATOMY.pieces(TENSORS):
+    for piece in LAYOUT.pieces(TENSORS):
         assert torch.equal(piece.of(made.tensors), alone.tensors[piece.key]), piece.key
 
 
@@ -310,7 +310,7 @@ def test_a_change_that_overflows_is_clipped() -> None:
 def test_which_rounds_are_held() -> None:
     for semantic in (True, False):
         made = STRATEGIES["fedalign-moe"](semantic=semantic, align=False, consistency=False)
-        made.setup(TENSORS, ANATOMY, 5)
+        made.setup(TENSORS, LAYOUT, 5)
         assert Aggregation(made, 1).holds == semantic
         assert Aggregation(made.with_rules(NormClipping(limit=1)), 1).holds == semantic
         for rule in (Median(), TrimmedMean(), NormClipping(), NormClipping(limit=1)):
