@@ -12,7 +12,7 @@ from sluiceway.core.messages import write_broadcast, write_update
 from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Training
 from sluiceway.strategies import STRATEGIES
-from sluiceway.transport import local
+from sluiceway.transport import local, worker_pool
 from sluiceway.transport.local import LocalEngine, federate
 
 DEFAULTS = LocalEngine.__init__.__kwdefaults__
@@ -93,3 +93,15 @@ def test_what_is_in_memory_and_what_is_in_files_changes_nothing(
     assert in_memory.accuracy_by_round == in_files.accuracy_by_round
     for key, tensor in in_memory.tensors.items():
         assert torch.equal(in_files.tensors[key], tensor), key
+
+
+@pytest.mark.slow
+def test_workers_that_begin_anew_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where CUDA is visible and the run is on the CPU."""
+    one = trained("fedalign-moe", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert worker_pool.start_method() == "spawn"
+    two = trained("fedalign-moe", 2)
+    assert one.accuracy_by_round == two.accuracy_by_round
+    for key, tensor in one.tensors.items():
+        assert torch.equal(two.tensors[key], tensor), key

@@ -153,12 +153,14 @@ class Pool(Generic[T]):
 
     def started(self) -> WorkerProcess:
         """A new process, ready for tasks."""
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+        method = start_method()
+        context = multiprocessing.get_context(method)
+        # As bytes: what is sent to a new process otherwise shares its tensors with this one.
+        common = self.common if method == "fork" else Packed(pickle.dumps(self.common))
         mine, its = context.Pipe()
         others = [worker.connection for worker in self.workers]
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(its, self.common, self.threads, os.getpid(), [mine, *others])
+            target=work, args=(its, common, self.threads, os.getpid(), [mine, *others])
         )
         process.daemon = True
         process.start()
@@ -171,6 +173,23 @@ class Pool(Generic[T]):
             self.end(worker)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A pickled object."""
+
+    content: bytes
+
+
+def start_method() -> str:
+    """How processes begin: forked, which shares memory, where that is safe.
+
+    With CUDA visible a backward pass starts threads of autograd that a fork does not have, and
+    every task would fail; processes then begin anew and are sent what they need.
+    """
+    forks = "fork" in multiprocessing.get_all_start_methods()
+    return "fork" if forks and not torch.cuda.is_available() else "spawn"
+
+
 def work(
     connection: Connection, common: Any, threads: int, parent: int, others: Sequence[Connection]
 ) -> None:
@@ -179,6 +198,8 @@ def work(
         signal.signal(number, signal.SIG_IGN)
     for other in others:
         other.close()
+    if isinstance(common, Packed):
+        common = pickle.loads(common.content)
     torch.set_num_threads(threads)
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     while True:
