@@ -195,7 +195,10 @@ def test_no_room_for_a_checkpoint(run: list[str], tmp_path: Path) -> None:
 
 
 def test_no_room_for_messages(recipe: Path, tmp_path: Path) -> None:
-    process = start([str(recipe), "--out", str(tmp_path / "out")], preexec_fn=small_files(5000))
+    more = ["--set", "run.workers=2"]  # whose messages are files
+    process = start(
+        [str(recipe), "--out", str(tmp_path / "out"), *more], preexec_fn=small_files(5000)
+    )
     said = last_line(process, 1)
     assert said.startswith("sluiceway: cannot write a message to")
 
