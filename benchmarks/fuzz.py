@@ -260,7 +260,7 @@ class World:
             labels = torch.tensor([0, 1, 2])
             sent, ticket = link.up(torch.randn(3, 4, 5, 5), BatchId(1, 2, 3), labels)
             back = link.down(torch.randn(3, 4, 5, 5), link.open(sent).context)
-            self.smashed.append((link, ticket, sent, back))
+            self.smashed.append((link, ticket, bytes(sent), bytes(back)))
         self.card = ModelSignature.of(self.strategy.tensors).to_json().encode()
         self.saved = {"federated": folder / "federated", "split": folder / "split"}
         self.train("federated", 2, Checkpoint(self.saved["federated"]))

@@ -1,6 +1,6 @@
 """What a round costs beyond its computing: against the same steps written plainly, by turns.
 
-    python benchmarks/rounds.py moe [--turns 15]
+    python benchmarks/rounds.py moe|split [--turns 15]
 
 A ratio is of processor seconds of the one thread, so that other work on the machine counts less:
 the median of all turns, with the least and the most.
@@ -8,6 +8,10 @@ the median of all turns, with the least and the most.
 moe: a round of one client on the quickstart's model (MiniLM, 8 experts top-2 in the last layer, the
 output of its frozen layers kept) with 240 texts in batches of 16, against forward, backward,
 clipping and steps on batches made beforehand, without observer, strategy or messages. Aim: 1.15.
+
+split: a round of one client on Conv4 (width 32) with 1,000 pictures of 3x32x32 in batches of 32,
+against forward, backward and steps of the network that is not cut, on the same batches. acp-sl
+sends half of the channels. Aims: sl 1.05, acp-sl 1.10.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import statistics
 import torch
 
 import rounds_moe
+import rounds_split
 from measuring import report
 from sluiceway.experiment.models import load_pretrained
 
@@ -36,7 +41,7 @@ def shown(found: list[float]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("section", choices=["moe"])
+    parser.add_argument("section", choices=["moe", "split"])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--profile", metavar="METHOD", help="where the time of its rounds goes")
     args = parser.parse_args()
@@ -51,8 +56,12 @@ def main() -> None:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
         return
     rows: dict[str, str] = {}
-    for kind in ("long", "short"):
-        found = rounds_moe.rounds_over_floor(args.turns, kind)
+    kinds, measure = {
+        "moe": (("long", "short"), rounds_moe.rounds_over_floor),
+        "split": (("conv1", "conv2"), rounds_split.rounds_over_floor),
+    }[args.section]
+    for kind in kinds:
+        found = measure(args.turns, kind)
         rows |= {f"{name}: ratio to the floor": shown(ratios) for name, ratios in found.items()}
     report(rows)
 

@@ -177,7 +177,7 @@ class Post:
         def noted(kept: list[bytes], call: Callable[..., Any]) -> Callable[..., Any]:
             def noting(*args: Any) -> Any:
                 found = call(*args)
-                kept.append(found[0] if isinstance(found, tuple) else found)
+                kept.append(bytes(found[0] if isinstance(found, tuple) else found))
                 return found
 
             return noting
@@ -185,7 +185,7 @@ class Post:
         def noted_up(*args: Any, training: bool = True, **named: Any) -> Any:
             message, context = up(*args, training=training, **named)
             if training:
-                self.ups.append(message)
+                self.ups.append(bytes(message))
             return message, context
 
         def noted_begin(client: SplitClient, number: int, message: bytes, *rest: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_server_refuses_what_is_not_of_its_cut() -> None:
         Compressor().up(torch.zeros(2, 8, 3, 3), names[0])[0],
         Compressor().up(torch.zeros(2, 8, 3, 3), names[0], torch.tensor([0, 9]))[0],
         Compressor(quantize="int8").up(torch.zeros(2, 8, 3, 3), names[0], torch.zeros(2).long())[0],
-        local(built)[0].send(names[0], batches[0])[:-1],
+        bytes(local(built)[0].send(names[0], batches[0]))[:-1],
     ]
     for message in wrong:
         with pytest.raises(WireError):

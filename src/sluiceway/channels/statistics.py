@@ -96,8 +96,9 @@ class ClassStatistics:
         Args:
             z: from `pooled`, [B, C, g], any floating type, magnitudes below 1e150; B may be 0.
                 A value that is not finite counts as 0: it must not poison a running sum.
-            labels: [B], any integer type, on the device of z, below `classes`; an example with a
-                negative label is unlabelled and left out.
+            labels: [B], any integer type, below `classes`, on the device of z, or on the CPU, where
+                they are checked without waiting for a GPU; an example with a negative label is
+                unlabelled and left out.
             classes: K, at least 1.
             centre: [C, g], subtracted before unit vectors are made, such as `mean` of earlier
                 statistics; None subtracts nothing. Behind a ReLU all uncentred cosines are near 1,
@@ -116,7 +117,8 @@ class ClassStatistics:
         z, rounding = _finite(z), torch.finfo(z.dtype).eps
         units = _units(z, centre, rounding) if cosines else None
         # A product with 0/1 rows is deterministic on every device; index_add is not.
-        member = (labels == torch.arange(classes, device=z.device).unsqueeze(1)).double()
+        member = (labels == torch.arange(classes, device=labels.device).unsqueeze(1)).double()
+        member = member.to(z.device, non_blocking=True)
         count = member.sum(1)
         return cls(
             count=count,

@@ -68,6 +68,19 @@ class Batch:
             return replace(batch, features=examples.features(indices, batch.mask).to(device))
         return batch
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; from the CPU without waiting for it."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+        held = self.inputs
+        return Batch(
+            {n: moved(t) for n, t in held.items()} if isinstance(held, dict) else moved(held),
+            moved(self.labels),
+            None if self.features is None else moved(self.features),
+        )
+
     @property
     def mask(self) -> Tensor | None:
         """The attention mask [B, S] (or [B, C, S], of C options), where there is one."""

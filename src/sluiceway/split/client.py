@@ -19,9 +19,10 @@ from sluiceway.split.config import (
     TrainedLayers,
     batch_counts,
     joined,
+    summed_losses,
 )
 from sluiceway.split.messages import read_round_start
-from sluiceway.split.packing import BatchContext, BatchId
+from sluiceway.split.packing import BatchContext, BatchId, Encoded, Message
 from sluiceway.split.scorers import ChannelScorer
 from sluiceway.strategies import LocalContext, Strategy
 from sluiceway.strategies.base import unprefixed
@@ -29,7 +30,7 @@ from sluiceway.strategies.base import unprefixed
 
 @dataclass(frozen=True)
 class SentBatch:
-    """What a client keeps of a batch until its gradient has returned."""
+    """What a client keeps of a batch until its gradient has returned; labels on the CPU."""
 
     smashed: Tensor
     context: BatchContext
@@ -140,14 +141,14 @@ class SplitClient:
         self._batches = self.batches(round)
 
     def batches(self, round: int) -> Iterator[tuple[BatchId, Batch]]:
-        """The client's batches of a round, shuffled and augmented by a seed of their own."""
+        """The client's batches of a round on the CPU, shuffled and augmented by their own seed."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, round, self.client_id))
         count = 0
         for _ in range(self.config.training.local_epochs):
             order = torch.randperm(self.size, generator=generator)
             for part in order.split(self.config.training.batch_size):
                 if len(part) >= self.smallest:
-                    batch = Batch.of(self.examples, part, self.config.device, generator)
+                    batch = Batch.of(self.examples, part, torch.device("cpu"), generator)
                     yield BatchId(self.client_id, round, count), batch
                     count += 1
 
@@ -169,7 +170,7 @@ class SplitClient:
             parts["scores"] = {"channels": scores.float()}
         if self.tail is not None:
             examples = sum(examples for examples, _ in self.losses)
-            total = sum(examples * float(loss) for examples, loss in self.losses)
+            total = sum(summed_losses(self.losses))
             parts["loss"] = {
                 "examples": torch.tensor(examples),
                 "sum": torch.tensor(total, dtype=torch.float64),
@@ -185,8 +186,8 @@ class SplitClient:
         if not crosses:
             self._next(batch_id)
 
-    def smashed_data(self, batch_id: BatchId) -> bytes:
-        """The next batch, packed. Raises WireError if it is not the requested one."""
+    def smashed_data(self, batch_id: BatchId) -> Encoded:
+        """The message of the next batch. Raises WireError if it is not the requested one."""
         return self.send(batch_id, self._next(batch_id))
 
     def _next(self, batch_id: BatchId) -> Batch:
@@ -195,10 +196,10 @@ class SplitClient:
             raise WireError(f"batch {batch_id.batch} is not the next one")
         return batch
 
-    def send(self, batch_id: BatchId, batch: Batch) -> bytes:
-        """Run the front on a batch and pack its output; with labels, but in a U-shape."""
+    def send(self, batch_id: BatchId, batch: Batch) -> Encoded:
+        """The message of what the front makes of a batch; with labels, but in a U-shape."""
         self.trained.train()
-        smashed = batch.run(self.front)
+        smashed = batch.to(self.config.device).run(self.front)
         if self.scorer is not None:
             self.scorer.watch(smashed.detach(), batch.labels)
         labels = None if self.tail else batch.labels
@@ -206,11 +207,12 @@ class SplitClient:
         self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
         return message
 
-    def tail_gradient(self, batch_id: BatchId, message: bytes) -> bytes:
-        """In a U-shape: run the tail on what the server made, and pack the gradient of the loss."""
+    def tail_gradient(self, batch_id: BatchId, message: Message) -> Encoded:
+        """In a U-shape: run the tail on what the server made; returns the gradient of the loss."""
         assert self.tail is not None
-        link, labels = self.config.tail_link, self.waiting[batch_id].labels
-        opened = link.open(message, batch=batch_id, labels=False, device=self.config.device)
+        link, device = self.config.tail_link, self.config.device
+        labels = self.waiting[batch_id].labels.to(device, non_blocking=True)
+        opened = link.open(message, batch=batch_id, labels=False, device=device)
         hidden = opened.values.requires_grad_()
         # A copy, since the tail's first layer may work in place, which a leaf does not allow.
         loss = self.config.loss(self.tail(hidden.clone()), labels)
@@ -219,8 +221,8 @@ class SplitClient:
         assert hidden.grad is not None
         return link.down(hidden.grad, opened.context)
 
-    def receive(self, batch_id: BatchId, message: bytes) -> None:
-        """Unpack the gradient of that batch, go backward through the front, and step."""
+    def receive(self, batch_id: BatchId, message: Message) -> None:
+        """Open the gradient of that batch, go backward through the front, and step."""
         sent = self.waiting.pop(batch_id)
         gradient = self.config.link.open_gradient(message, sent.context, self.config.device)
         if self.scorer is not None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
-from sluiceway.split.packing import BatchId
+from sluiceway.split.packing import BatchId, Message
 
 
 class Away(WireError):
@@ -35,14 +35,14 @@ class ClientProxy(Protocol):
     def request(self, batch_id: BatchId, crosses: bool) -> None:
         """Have it send its next batch, or leave that batch out."""
 
-    def smashed_data(self, batch_id: BatchId) -> bytes:
-        """The packed smashed data that were asked for."""
+    def smashed_data(self, batch_id: BatchId) -> Message:
+        """The message of smashed data that were asked for."""
 
-    def tail_gradient(self, batch_id: BatchId, message: bytes) -> bytes:
-        """In a U-shape: the packed gradient of its tail by what the server made of a batch."""
+    def tail_gradient(self, batch_id: BatchId, message: Message) -> Message:
+        """In a U-shape: the gradient of its tail by what the server made of a batch."""
 
-    def receive(self, batch_id: BatchId, message: bytes) -> None:
-        """Step on the packed gradient of a batch."""
+    def receive(self, batch_id: BatchId, message: Message) -> None:
+        """Step on the gradient of a batch."""
 
     def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
         """Its message at the end of the round, and scores that are not in it.

@@ -21,11 +21,13 @@ from sluiceway.split.packing import (
     LIMIT,
     BatchContext,
     BatchId,
+    Encoded,
     Expected,
+    Message,
     Smashed,
+    encode_gradient,
+    encode_smashed,
     message_bytes,
-    pack_gradient,
-    pack_smashed,
     unpack_gradient,
     unpack_smashed,
 )
@@ -102,8 +104,8 @@ class Compressor:
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         training: bool = True,
-    ) -> tuple[bytes, BatchContext]:
-        """The client's message.
+    ) -> tuple[Encoded, BatchContext]:
+        """The client's message: tensors where they are, of known length; `bytes` packs it.
 
         Args:
             A: smashed data, [B, C], [B, C, L] or [B, C, H, W]; its graph is left alone.
@@ -119,11 +121,11 @@ class Compressor:
             ValueError: a shape does not fit, or a number is out of range.
         """
         selection = self.select(A, batch, mask, training)
-        return pack_smashed(A, selection, batch, self.codec, labels)
+        return encode_smashed(A, selection, batch, self.codec, labels)
 
     def open(
         self,
-        message: bytes,
+        message: Message,
         shape: tuple[int | None, ...] | None = None,
         batch: BatchId | None = None,
         labels: bool | None = None,
@@ -140,7 +142,7 @@ class Compressor:
         expected = Expected(shape, batch, self.codec, self.elements, labels, classes)
         return unpack_smashed(message, self.limit, expected, device)
 
-    def down(self, grad: Tensor, context: BatchContext) -> bytes:
+    def down(self, grad: Tensor, context: BatchContext) -> Encoded:
         """The server's message: the gradient by what crossed, and by nothing else.
 
         Args:
@@ -151,16 +153,16 @@ class Compressor:
             ValueError: the shape does not fit, or a value to be quantised is not finite.
         """
         if not self.error_feedback:
-            return pack_gradient(grad, context, self.gradient_codec)
+            return encode_gradient(grad, context, self.gradient_codec)
         return self._feedback.send(
             grad,
             context,
-            lambda corrected: pack_gradient(corrected, context, self.gradient_codec),
-            lambda message: self.open_gradient(message, context),
+            lambda corrected: encode_gradient(corrected, context, self.gradient_codec),
+            lambda message: self.open_gradient(message, context, grad.device),
         )
 
     def open_gradient(
-        self, message: bytes, context: BatchContext, device: str | torch.device = "cpu"
+        self, message: Message, context: BatchContext, device: str | torch.device = "cpu"
     ) -> Tensor:
         """What the client reads from it, for `A.backward(gradient)`.
 

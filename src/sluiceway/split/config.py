@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +114,14 @@ class TrainedLayers:
             held.setdefault(int(index), {})[name] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": held, "param_groups": groups})
+
+
+def summed_losses(losses: Sequence[tuple[int, Tensor]]) -> list[float]:
+    """From each step's examples and mean loss to its summed loss; a GPU is waited for once."""
+    if not losses:
+        return []
+    means = torch.stack([loss for _, loss in losses]).tolist()
+    return [examples * mean for (examples, _), mean in zip(losses, means, strict=True)]
 
 
 def batch_counts(layers: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sluiceway.split.packing import BatchContext
+from sluiceway.split.packing import BatchContext, Encoded
 
 
 class ErrorFeedback:
@@ -36,9 +36,9 @@ class ErrorFeedback:
         self,
         grad: Tensor,
         context: BatchContext,
-        pack: Callable[[Tensor], bytes],
-        unpack: Callable[[bytes], Tensor],
-    ) -> bytes:
+        pack: Callable[[Tensor], Encoded],
+        unpack: Callable[[Encoded], Tensor],
+    ) -> Encoded:
         """Pack a gradient with the client's residual added, and keep what rounding lost.
 
         Args:
@@ -56,7 +56,7 @@ class ErrorFeedback:
         examples = carried.sum(0)
         corrected = (grad + residual / examples.clamp(min=1)) * carried
         message = pack(corrected)
-        error = (corrected - unpack(message).to(corrected.device)).sum(0)
+        error = (corrected - unpack(message)).sum(0)
         self._residuals[client] = torch.where(examples > 0, error, residual)
         return message
 

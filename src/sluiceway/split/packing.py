@@ -25,8 +25,9 @@ little-endian, nothing aligned:
 The length follows from the header (`message_bytes`), so that a message is either exact or rejected.
 Every rejection is a `WireError`, raised before anything is allocated from the message's numbers.
 
-The same packing runs wherever a run executes, so that bytes are counted from what would really
-cross. Both sides keep a `BatchContext` per batch: it opens the gradient of that batch and no other.
+Where both sides are in one process a message stays tensors (`Encoded`), on the device where they
+were made: rounded, checked and refused alike, of the same length, but not written as bytes. Both
+sides keep a `BatchContext` per batch: it opens the gradient of that batch and no other.
 """
 
 import struct
@@ -40,7 +41,7 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
-from sluiceway.split.quantise import CODECS, Codec, codec_named, decode, encode
+from sluiceway.split.quantise import CODECS, Codec, Quantised, codec_named, encode
 from sluiceway.split.selection import (
     NOTHING,
     Selection,
@@ -93,7 +94,8 @@ class Smashed:
 
     Attributes:
         values: dense, the shape of the context, float32, zero where nothing crossed; a leaf without
-            gradient yet, with memory of its own.
+            gradient yet. From bytes its memory is its own; of an `Encoded` message in which nothing
+            was dropped or rounded it is the sender's, and must not be changed.
         labels: [B] int64 on the device of the values, or None if none crossed.
         context: for the gradient.
     """
@@ -179,9 +181,15 @@ class Header:
         batch, shape, kept = BatchId(*numbers[:3]), numbers[3 : 3 + dims], numbers[7]
         of_elements, codec = kind % 2 == 0, _CODES[codec]
         found = cls(kind > 2, of_elements, codec, encoding, label_bytes, batch, shape, kept)
-        found._require_consistent(len(message), limit)
-        found._require_expected(gradient, expected)
+        found.require(len(message), limit, gradient, expected)
         return found
+
+    def require(self, length: int, limit: int, gradient: bool, expected: Expected) -> None:
+        """Raise WireError unless a message of that length is within the limit and as expected."""
+        if length > limit:
+            raise WireError(f"message: {length} bytes, the limit is {limit}")
+        self._require_consistent(length, limit)
+        self._require_expected(gradient, expected)
 
     def _require_consistent(self, length: int, limit: int) -> None:
         """Sizes that fit each other, the message and the limit; Python's integers do not wrap."""
@@ -219,6 +227,37 @@ class Header:
                 raise WireError(f"{what}: expected {want}, got {got}")
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A message as tensors; `len` is its exact length, and `bytes` packs it.
+
+    Attributes:
+        header: of the message.
+        labels: [B] int64 on the CPU, or None.
+        selection: what of the values is in it.
+        values: of what is kept, [N, G, S], as the codec writes them.
+    """
+
+    header: Header
+    labels: Tensor | None
+    selection: Selection
+    values: Quantised
+
+    def __len__(self) -> int:
+        return self.header.sections[-1]
+
+    def __bytes__(self) -> bytes:
+        header, labels = self.header, b""
+        if self.labels is not None:
+            labels = self.labels.numpy().astype(_LABELS[header.label_bytes]).tobytes()
+        selection = to_bytes(self.selection, header.shape, header.encoding)
+        return b"".join([header.to_bytes(), labels, selection, *self.values.buffers()])
+
+
+#: What crosses: bytes between processes, tensors within one.
+Message = bytes | memoryview | Encoded
+
+
 def message_bytes(
     shape: tuple[int, ...],
     kept: int,
@@ -249,22 +288,23 @@ def message_bytes(
     return header.sections[-1]
 
 
-def pack_smashed(
+def encode_smashed(
     A: Tensor,
     selection: Selection,
     batch: BatchId,
     codec: str = "none",
     labels: Tensor | None = None,
-) -> tuple[bytes, BatchContext]:
-    """Pack what is kept of smashed data.
+) -> tuple[Encoded, BatchContext]:
+    """What is kept of smashed data, as a message.
 
     Args:
-        A: smashed data, [B, C], [B, C, L] or [B, C, H, W], any floating type, on any device; sent
-            as float32. Finite unless `codec` is "none".
+        A: smashed data, [B, C, ...], any floating type, on any device; sent as float32. Finite
+            unless `codec` is "none". Its values must not change while the message is in use.
         selection: what is kept of it.
         batch: whose it is.
         codec: name of one of `CODECS`.
-        labels: [B], any integer type, in [0, 65535]; None sends none.
+        labels: [B], any integer type, in [0, 65535]; None sends none. On the CPU they are checked
+            without waiting for a GPU.
 
     Returns:
         The message, and the context that opens its gradient.
@@ -273,11 +313,11 @@ def pack_smashed(
         ValueError: a shape does not fit, a number is out of range, or there is no such codec.
     """
     context = BatchContext(batch, tuple(A.shape), selection)
-    return _pack(A, context, codec, False, labels), context
+    return _encoded(A, context, codec, False, labels), context
 
 
-def pack_gradient(grad: Tensor, context: BatchContext, codec: str = "none") -> bytes:
-    """Pack the gradient by smashed data, of what was kept alone.
+def encode_gradient(grad: Tensor, context: BatchContext, codec: str = "none") -> Encoded:
+    """The gradient by smashed data, of what was kept alone, as a message.
 
     Args:
         grad: the shape of the context, any floating type, on any device.
@@ -289,11 +329,28 @@ def pack_gradient(grad: Tensor, context: BatchContext, codec: str = "none") -> b
     """
     if tuple(grad.shape) != context.shape:
         raise ValueError(f"grad: expected shape {list(context.shape)}, got {list(grad.shape)}")
-    return _pack(grad, context, codec, True, None)
+    return _encoded(grad, context, codec, True, None)
+
+
+def pack_smashed(
+    A: Tensor,
+    selection: Selection,
+    batch: BatchId,
+    codec: str = "none",
+    labels: Tensor | None = None,
+) -> tuple[bytes, BatchContext]:
+    """The message of `encode_smashed` as bytes, and the context that opens its gradient."""
+    message, context = encode_smashed(A, selection, batch, codec, labels)
+    return bytes(message), context
+
+
+def pack_gradient(grad: Tensor, context: BatchContext, codec: str = "none") -> bytes:
+    """The message of `encode_gradient` as bytes."""
+    return bytes(encode_gradient(grad, context, codec))
 
 
 def unpack_smashed(
-    message: bytes | memoryview,
+    message: Message,
     limit: int = LIMIT,
     expected: Expected | None = None,
     device: str | torch.device = "cpu",
@@ -301,7 +358,7 @@ def unpack_smashed(
     """Open a message of smashed data.
 
     Args:
-        message: as packed.
+        message: as packed, or as encoded.
         limit: in bytes, of the message and of the dense float32 tensor that it opens to.
         expected: what the receiver knows already.
         device: of the values and labels.
@@ -309,20 +366,16 @@ def unpack_smashed(
     Raises:
         WireError: it is no such message, or not the one expected.
     """
-    data, expected = memoryview(message), expected or Expected()
-    header = Header.read(data, limit, False, expected)
-    shape, (first, second, _) = header.shape, header.sections
-    labels = _read_labels(data[HEADER_BYTES:first], header.label_bytes, expected.classes)
-    encoded = data[first:second]
-    selection = from_bytes(encoded, shape, header.kept, header.elements, header.encoding)
-    device = torch.device(device)
-    values = selection.spread(decode(data[second:], header.groups, header.codec, device), shape)
-    context = BatchContext(header.batch, shape, selection)
-    return Smashed(values, None if labels is None else labels.to(device), context)
+    found = _read(message, None, limit, False, expected or Expected(), torch.device(device))
+    shape, labels = found.header.shape, found.labels
+    values = found.selection.spread(found.values.values(), shape).to(device)
+    if labels is not None:
+        labels = labels.to(device, non_blocking=True)
+    return Smashed(values, labels, BatchContext(found.header.batch, shape, found.selection))
 
 
 def unpack_gradient(
-    message: bytes | memoryview,
+    message: Message,
     context: BatchContext,
     limit: int = LIMIT,
     codec: str | None = None,
@@ -331,30 +384,28 @@ def unpack_gradient(
     """Open the gradient of the batch that the context is of.
 
     Args:
-        message: as packed.
+        message: as packed, or as encoded.
         context: of the batch.
         limit: in bytes, of the message and of the dense float32 gradient.
         codec: the one expected; None takes any.
         device: of the gradient.
 
     Returns:
-        The gradient, the shape of the context, float32, zero where nothing crossed.
+        The gradient, the shape of the context, float32, zero where nothing crossed; see `Smashed`
+        for whose memory it is.
 
     Raises:
         WireError: it is no such message, or a gradient of another batch.
     """
-    data, selection = memoryview(message), context.selection
+    selection = context.selection
     expected = Expected(context.shape, context.batch, codec, selection.elements)
-    header = Header.read(data, limit, True, expected)
-    if header.kept != selection.count:
-        raise WireError(f"header: expected {selection.count} kept, got {header.kept}")
-    values = decode(data[HEADER_BYTES:], header.groups, header.codec, torch.device(device))
-    return selection.spread(values, context.shape)
+    found = _read(message, selection, limit, True, expected, torch.device(device))
+    return selection.spread(found.values.values(), context.shape).to(device)
 
 
-def _pack(
+def _encoded(
     A: Tensor, context: BatchContext, name: str, gradient: bool, labels: Tensor | None
-) -> bytes:
+) -> Encoded:
     """The message of one direction."""
     shape, selection, codec = context.shape, context.selection, codec_named(name)
     if not 2 <= len(shape) <= 4 or 0 in shape or not A.is_floating_point():
@@ -363,33 +414,63 @@ def _pack(
         raise ValueError(f"selection: does not fit smashed data of shape {list(shape)}")
     if any(not 0 <= number < 1 << 32 for number in context.batch):
         raise ValueError(f"batch: expected numbers in [0, 2^32), got {tuple(context.batch)}")
-    written = None if labels is None else _labels(labels, len(A))
-    label_bytes, known = (0, b"") if written is None else (written.itemsize, written.tobytes())
+    label_bytes = 0
+    if labels is not None:
+        labels, label_bytes = _checked_labels(labels, len(A))
     kept, elements = selection.count, selection.elements
     code = NOTHING if gradient else cheapest(shape, kept, elements)
     header = Header(gradient, elements, codec, code, label_bytes, context.batch, shape, kept)
-    encoded = to_bytes(selection, shape, code)
-    return b"".join([header.to_bytes(), known, encoded, *encode(selection.take(A), codec)])
+    return Encoded(header, labels, selection, encode(selection.take(A), codec))
 
 
-def _labels(labels: Tensor, batch: int) -> np.ndarray:
-    """Labels in the smallest type that holds the largest."""
+def _read(
+    message: Message,
+    selection: Selection | None,
+    limit: int,
+    gradient: bool,
+    expected: Expected,
+    device: torch.device,
+) -> Encoded:
+    """A message that is as expected; `selection` is that of a gradient. Raises WireError."""
+    if isinstance(message, Encoded):
+        header, labels = message.header, message.labels
+        header.require(len(message), limit, gradient, expected)
+    else:
+        data = memoryview(message)
+        header = Header.read(data, limit, gradient, expected)
+        first, second, _ = header.sections
+        labels = _read_labels(data[HEADER_BYTES:first], header.label_bytes)
+    if selection is not None and header.kept != selection.count:
+        raise WireError(f"header: expected {selection.count} kept, got {header.kept}")
+    high = -1 if labels is None or expected.classes is None else int(labels.max())
+    if expected.classes is not None and high >= expected.classes:
+        raise WireError(f"labels: expected below {expected.classes}, got {high}")
+    if isinstance(message, Encoded):
+        return message
+    if selection is None:
+        selection = from_bytes(
+            data[first:second], header.shape, header.kept, header.elements, header.encoding
+        )
+    values = Quantised.read(data[second:], header.groups, header.codec, device)
+    return Encoded(header, labels, selection, values)
+
+
+def _checked_labels(labels: Tensor, batch: int) -> tuple[Tensor, int]:
+    """Labels [B] int64 on the CPU, and bytes of one: the fewest that hold the largest."""
     if tuple(labels.shape) != (batch,) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels: expected integers of shape [{batch}], got {list(labels.shape)}")
+    labels = labels.detach().to("cpu", torch.int64)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > 65535:
         raise ValueError(f"labels: expected numbers in [0, 65535], got {low} to {high}")
-    return labels.cpu().numpy().astype(_LABELS[1 if high < 256 else 2])
+    return labels, 1 if high < 256 else 2
 
 
-def _read_labels(data: memoryview, label_bytes: int, classes: int | None) -> Tensor | None:
+def _read_labels(data: memoryview, label_bytes: int) -> Tensor | None:
     """Labels, [B] int64; None if none crossed. Raises WireError."""
     if not label_bytes:
         return None
     labels = np.frombuffer(data, dtype=_LABELS[label_bytes]).astype(np.int64)
-    high = int(labels.max())
-    if label_bytes == 2 and high < 256:
+    if label_bytes == 2 and int(labels.max()) < 256:
         raise WireError("labels: expected one byte each, since all are below 256")
-    if classes is not None and high >= classes:
-        raise WireError(f"labels: expected below {classes}, got {high}")
     return torch.from_numpy(labels)

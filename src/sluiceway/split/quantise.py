@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,11 +26,9 @@ from sluiceway.core.messages import WireError
 
 # Values worked on at once: the temporaries of this many stay in a core's cache.
 _CHUNK: Final = 1 << 18
-_TINY: Final = np.float32(torch.finfo(torch.float32).tiny)
+_TINY: Final = torch.finfo(torch.float32).tiny
 # Half precision is used up to this: x / step rounds to at most it.
 _HALF_REACH: Final = 2.0**15
-#: Step, and low of affine codecs, of every group: [parameters, G].
-Parameters = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -94,101 +91,119 @@ def codec_named(name: str) -> Codec:
     return CODECS[name]
 
 
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """Values as a codec writes them, on the device where they were made.
+
+    Attributes:
+        codec: by which they are written.
+        numbers: [N, G, S] float32, float16 or, of integer codecs, int8 with its offset; of "none"
+            the values themselves, in their own memory.
+        parameters: step, and low of affine codecs, of every group: [parameters, G] float32.
+    """
+
+    codec: Codec
+    numbers: Tensor
+    parameters: Tensor
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """What the numbers stand for, [N, G, S] float32; of "none" not copied."""
+        if self.codec.bits == 32:
+            return self.numbers
+        values = self.numbers.float()
+        step = self.parameters[0]
+        values *= step.unsqueeze(1)
+        if self.codec.affine or (self.codec.bits < 16 and self.codec.offset):
+            # One addition for both: the stored integer's offset and low.
+            low = self.parameters[1] if self.codec.affine else torch.zeros_like(step)
+            values += (low - self.codec.offset * step).unsqueeze(1)
+        return values
+
+    def buffers(self) -> list[memoryview]:
+        """The pieces that a message holds, in their order: parameters, then numbers row by row.
+
+        Their bytes, one after another, have length `codec.nbytes(N * G * S, G)`. Of int4 the first
+        number of each pair is the low half of its byte, and an odd last one leaves the high half
+        zero.
+        """
+        numbers = self.numbers.contiguous()
+        if self.codec.bits == 4:
+            numbers = _to_nibbles(numbers)
+        return [self.parameters.cpu().numpy().data, numbers.cpu().numpy().data]
+
+    @classmethod
+    def read(
+        cls, data: memoryview, shape: tuple[int, int, int], codec: Codec, device: torch.device
+    ) -> "Quantised":
+        """The inverse of `buffers`, in memory of its own.
+
+        Args:
+            data: as many bytes as `codec.nbytes` says of `shape`; the caller has checked.
+            shape: N, G, S.
+            codec: the one they were written by.
+            device: where the numbers go.
+
+        Raises:
+            WireError: parameters that `encode` does not write.
+        """
+        split = 4 * codec.parameters * shape[1]
+        parameters = _from_bytes(data[:split], torch.float32).view(codec.parameters, shape[1])
+        if not _valid(parameters, codec):
+            raise WireError("scales: expected finite numbers, steps above 0")
+        numbers = _from_bytes(data[split:], _STORED[codec.bits])
+        if codec.bits == 4:
+            numbers = _from_nibbles(numbers, shape[0] * shape[1] * shape[2])
+        return cls(codec, numbers.view(shape).to(device), parameters.to(device))
+
+
 @torch.no_grad()
-def encode(values: Tensor, codec: Codec) -> list[memoryview]:
-    """Values as the pieces that a message holds, in their order: parameters, then numbers.
+def encode(values: Tensor, codec: Codec) -> Quantised:
+    """Values as a codec writes them.
 
     Args:
-        values: [N, G, S], float32, contiguous, on any device; not changed.
+        values: [N, G, S], float32, on any device; not changed.
         codec: any.
-
-    Returns:
-        Buffers whose bytes, one after another, have length `codec.nbytes(N * G * S, G)`:
-        parameters [parameters, G] float32, then the values row by row. Of int4 the first of each
-        pair is the low half of its byte, and an odd last one leaves the high half zero.
 
     Raises:
         ValueError: a value is not finite, or a group's range overflows float32 when rounded up
             (never for "none", which carries every bit).
     """
     if codec.bits == 32:
-        return [values.cpu().numpy().data]
+        return Quantised(codec, values, values.new_empty(0, values.shape[1]))
+    values = values.contiguous()
     parameters = _parameters(values, codec)
     if not _valid(parameters, codec):
         raise ValueError("values: expected finite numbers whose range is finite in float32")
     if codec.bits == 16:
-        numbers = (values / _column(parameters[0], values.device)).half()
+        numbers = (values / parameters[0].unsqueeze(1)).half()
     else:
         numbers = _integers(values, parameters, codec)
-    if codec.bits == 4:
-        numbers = _to_nibbles(numbers)
-    return [parameters.data, numbers.cpu().numpy().data]
+    return Quantised(codec, numbers, parameters)
 
 
-@torch.no_grad()
-def decode(
-    data: memoryview, shape: tuple[int, int, int], codec: Codec, device: torch.device
-) -> Tensor:
-    """The inverse of `encode`.
-
-    Args:
-        data: as many bytes as `codec.nbytes` says of `shape`; the caller has checked.
-        shape: N, G, S.
-        codec: the one it was encoded by.
-        device: where the values go.
-
-    Returns:
-        Values, [N, G, S], float32; memory of their own.
-
-    Raises:
-        WireError: parameters that `encode` does not write.
-    """
-    split = 4 * codec.parameters * shape[1]
-    parameters = np.frombuffer(data[:split], "<f4").reshape(codec.parameters, shape[1])
-    if not _valid(parameters, codec):
-        raise WireError("scales: expected finite numbers, steps above 0")
-    numbers = _from_bytes(data[split:], _STORED[codec.bits]).to(device)
-    if codec.bits == 32:
-        return numbers.view(shape)
-    if codec.bits == 4:
-        numbers = _from_nibbles(numbers, shape[0] * shape[1] * shape[2])
-    values = numbers.view(shape).float()
-    step = parameters[0].copy()
-    values *= _column(step, device)
-    # One addition for both: the stored integer's offset and low.
-    low = parameters[1] if codec.affine else np.zeros_like(step)
-    shift = low - np.float32(codec.offset) * step if codec.bits < 16 else low
-    if shift.any():
-        values += _column(shift, device)
-    return values
-
-
-def _parameters(values: Tensor, codec: Codec) -> Parameters:
+def _parameters(values: Tensor, codec: Codec) -> Tensor:
     """Step, and low of affine codecs, of every group: [parameters, G]."""
     # Over examples first: that runs along memory whatever the number of positions.
     by_example = values.flatten(1)
-    high, low = (
-        by(by(by_example, 0).view(values.shape[1:]), 1).cpu().numpy()
-        for by in (torch.amax, torch.amin)
-    )
-    # So few numbers cost less in numpy than the calls of torch do.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if codec.affine:
-            # A constant group has no range: any step does, but it must have an inverse.
-            return np.stack([np.maximum((high - low) / np.float32(codec.levels), _TINY), low])
-        largest = np.maximum(high, -low)
-        if codec.bits == 16:
-            # largest < 2^exponent, and NaN and infinity must stay visible.
-            exponent = np.maximum(np.frexp(largest)[1], -111) - 15
-            step = np.ldexp(np.float32(1), exponent)
-            return np.stack([np.where(np.isfinite(largest), step, largest)])
-        return np.stack([np.maximum(largest / np.float32(codec.levels), _TINY)])
+    high, low = (by(by(by_example, 0).view(values.shape[1:]), 1) for by in (torch.amax, torch.amin))
+    # A tensor, since by a number a GPU does not divide but multiplies by its rounded inverse.
+    levels = high.new_full((), codec.levels)
+    if codec.affine:
+        # A constant group has no range: any step does, but it must have an inverse.
+        return torch.stack([((high - low) / levels).clamp(min=_TINY), low])
+    largest = torch.maximum(high, -low)
+    if codec.bits == 16:
+        # largest < 2^exponent, and NaN and infinity must stay visible.
+        exponent = torch.frexp(largest)[1].clamp(min=-111) - 15
+        step = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, by its bits
+        return torch.where(largest.isfinite(), step, largest).unsqueeze(0)
+    return (largest / levels).clamp(min=_TINY).unsqueeze(0)
 
 
-def _integers(values: Tensor, parameters: Parameters, codec: Codec) -> Tensor:
+def _integers(values: Tensor, parameters: Tensor, codec: Codec) -> Tensor:
     """What is stored of each value, [N, G, S] int8."""
-    inverse = _column(1 / parameters[0], values.device)
-    low = _column(parameters[-1], values.device)
+    inverse, low = parameters[0].reciprocal().unsqueeze(1), parameters[-1].unsqueeze(1)
     numbers = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     # A GPU has no small cache to stay in, and pays for every piece.
     rows = max(1, _CHUNK // values[0].numel()) if values.device.type == "cpu" else len(values)
@@ -225,20 +240,14 @@ def _from_nibbles(data: Tensor, count: int) -> Tensor:
     return pairs.bitwise_or(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:count]
 
 
-def _valid(parameters: Parameters, codec: Codec) -> bool:
-    """Whether every integer stands for a finite number."""
+def _valid(parameters: Tensor, codec: Codec) -> bool:
+    """Whether every integer stands for a finite number. On a GPU this waits for the answer."""
     if not codec.parameters:
         return True
     step = parameters[0]
-    low = parameters[1] if codec.affine else np.float32(0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        span = step * np.float32(codec.levels if codec.bits < 16 else _HALF_REACH)
-        return bool((step > 0).all() and np.isfinite(span).all() and np.isfinite(low + span).all())
-
-
-def _column(parameters: Parameters, device: torch.device) -> Tensor:
-    """One number per group, [G, 1]."""
-    return torch.from_numpy(parameters).to(device).unsqueeze(1)
+    span = step * (codec.levels if codec.bits < 16 else _HALF_REACH)
+    end = parameters[1] + span if codec.affine else span
+    return bool(((step > 0) & span.isfinite() & end.isfinite()).all())
 
 
 def _from_bytes(data: memoryview, dtype: torch.dtype) -> Tensor:

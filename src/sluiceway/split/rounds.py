@@ -18,7 +18,7 @@ from sluiceway.core.round_loop import Record, Rounds
 from sluiceway.errors import quoted
 from sluiceway.moe import MoELayout
 from sluiceway.split.client_proxy import Away, ClientProxy
-from sluiceway.split.config import batch_counts
+from sluiceway.split.config import batch_counts, summed_losses
 from sluiceway.split.evaluation import Evaluator
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.messages import read_initial_scores, read_round_end
@@ -262,7 +262,8 @@ class SplitLoop:
         """Mean loss over the round's training examples; NaN if there was no step."""
         losses = list(self.losses)
         for server in self.servers.values():
-            losses += [(examples, examples * float(loss)) for examples, loss in server.losses]
+            sizes = [examples for examples, _ in server.losses]
+            losses += zip(sizes, summed_losses(server.losses), strict=True)
             server.losses = []
         total = sum(examples for examples, _ in losses)
         return sum(summed for _, summed in losses) / total if total else float("nan")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sluiceway.core.signals import check_stop
 from sluiceway.split.client_proxy import Away, ClientProxy
-from sluiceway.split.packing import BatchId, Smashed
+from sluiceway.split.packing import BatchId, Message, Smashed
 from sluiceway.split.server import SplitServer
 
 #: "sequential": clients take turns on one front and one back. "parallel": every client has a
@@ -54,7 +54,7 @@ def train_together(
     done = dict.fromkeys(sizes, 0)
     by_id = {client.client_id: client for client in clients}
 
-    def tail(batch_id: BatchId, message: bytes) -> bytes:
+    def tail(batch_id: BatchId, message: Message) -> Message:
         answer = by_id[batch_id.client].tail_gradient(batch_id, message)
         traffic.down += len(message)
         traffic.up += len(answer)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sluiceway.core.guards import finite
 from sluiceway.core.messages import WireError
 from sluiceway.split.config import SplitConfig, TrainedLayers
-from sluiceway.split.packing import BatchId, Smashed
+from sluiceway.split.packing import BatchId, Encoded, Message, Smashed
 
 
 class SplitServer:
@@ -28,7 +28,7 @@ class SplitServer:
         #: Examples and mean loss of each step since they were last taken.
         self.losses: list[tuple[int, Tensor]] = []
 
-    def open(self, message: bytes, *, labels: bool) -> Smashed:
+    def open(self, message: Message, *, labels: bool) -> Smashed:
         """A client's smashed data, if they can be trained on.
 
         Args:
@@ -46,14 +46,14 @@ class SplitServer:
             raise WireError("NaN or Inf in the smashed data")
         return opened
 
-    def step(self, opened: Sequence[Smashed]) -> list[bytes]:
+    def step(self, opened: Sequence[Smashed]) -> list[Encoded]:
         """One optimiser step on the mean loss over all the batches, as if they were one.
 
         Args:
             opened: what `open` gave, with labels.
 
         Returns:
-            For each batch the packed gradient of its client's own mean loss: that of the mean
+            For each batch the gradient of its client's own mean loss: that of the mean
             over all examples, times all examples over the client's. So a front learns at the same
             pace whoever else takes part, and fronts averaged by their examples move as one front
             would on the batches together.
@@ -71,17 +71,17 @@ class SplitServer:
         return self._train(opened, output_gradient)
 
     def step_u(
-        self, opened: Sequence[Smashed], tail: Callable[[BatchId, bytes], bytes]
-    ) -> tuple[list[bytes], dict[int, str]]:
+        self, opened: Sequence[Smashed], tail: Callable[[BatchId, Message], Message]
+    ) -> tuple[list[Encoded], dict[int, str]]:
         """The same in a U-shape, where labels are never seen here.
 
         Args:
             opened: what `open` gave.
-            tail: carries a batch's output, packed, to its client's tail; returns the packed
+            tail: carries the message of a batch's output to its client's tail; returns that of the
                 gradient.
 
         Returns:
-            The packed gradients, and by client why the gradient of its tail was not used.
+            The gradients, and by client why the gradient of its tail was not used.
         """
         link, rejected = self.config.tail_link, dict[int, str]()
 
@@ -105,8 +105,8 @@ class SplitServer:
 
     def _train(
         self, opened: Sequence[Smashed], output_gradient: Callable[[Tensor], Tensor]
-    ) -> list[bytes]:
-        """Forward, backward from the output's gradient, step, and the packed gradients."""
+    ) -> list[Encoded]:
+        """Forward, backward from the output's gradient, step, and the gradients."""
         self.trained.train()
         leaves = [one.values.requires_grad_() for one in opened]
         # Of one message too this makes a copy: the first layer may work in place, and a leaf not.

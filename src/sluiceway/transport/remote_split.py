@@ -20,7 +20,7 @@ from sluiceway.core.messages import WireError
 from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.errors import line
 from sluiceway.split.client_proxy import Away
-from sluiceway.split.packing import BatchId
+from sluiceway.split.packing import BatchId, Message
 from sluiceway.split.rounds import SplitLoop, SplitRecord
 from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.split.training import run_rounds
@@ -147,11 +147,11 @@ class RemoteClient:
     def smashed_data(self, batch_id: BatchId) -> bytes:
         return self.reply()[1]
 
-    def tail_gradient(self, batch_id: BatchId, message: bytes) -> bytes:
-        return self.exchange({"what": "finish", "batch": batch_id.batch}, message)[1]
+    def tail_gradient(self, batch_id: BatchId, message: Message) -> bytes:
+        return self.exchange({"what": "finish", "batch": batch_id.batch}, bytes(message))[1]
 
-    def receive(self, batch_id: BatchId, message: bytes) -> None:
-        self.send({"what": "receive", "batch": batch_id.batch}, message)
+    def receive(self, batch_id: BatchId, message: Message) -> None:
+        self.send({"what": "receive", "batch": batch_id.batch}, bytes(message))
 
     def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
         _, message = self.exchange({"what": "end", "scores": crossing or self.own_mask})

@@ -117,7 +117,7 @@ class SplitTrainer:
 
     def send(self, facts: dict[str, Any], _: bytes) -> Reply:
         """The next batch, packed."""
-        return {}, self.side.smashed_data(self.name_of(facts))
+        return {}, bytes(self.side.smashed_data(self.name_of(facts)))
 
     def pass_over(self, facts: dict[str, Any], _: bytes) -> Reply:
         """Leave the next batch out."""
@@ -130,7 +130,7 @@ class SplitTrainer:
 
     def finish(self, facts: dict[str, Any], message: bytes) -> Reply:
         """Run the tail, and send its gradient."""
-        return {}, self.side.tail_gradient(self.name_of(facts), message)
+        return {}, bytes(self.side.tail_gradient(self.name_of(facts), message))
 
     def receive(self, facts: dict[str, Any], message: bytes) -> Reply:
         """Step on the gradient of a batch."""
