@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
 
 #: From (logits [B, C], labels [B]) to a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -57,6 +57,8 @@ class Batch:
             inputs, labels = examples.gather(indices, generator)  # type: ignore[attr-defined]
         elif hasattr(examples, "gather"):
             inputs, labels = examples.gather(indices)
+        elif isinstance(examples, TensorDataset):
+            inputs, labels = (tensor[indices] for tensor in examples.tensors)
         else:
             inputs, labels = default_collate([examples[i] for i in indices.tolist()])
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
@@ -91,7 +93,7 @@ class Batch:
         """The mask of an encoder-decoder's decoder, [B, C, T], where there is one."""
         return self.inputs.get("decoder_attention_mask") if isinstance(self.inputs, dict) else None
 
-    def run(self, model: nn.Module) -> Tensor:
+    def run(self, model: Callable[..., Any]) -> Tensor:
         """The model's logits [B, C], whether it returns a tensor or an object that holds one.
 
         Half precision is widened to float32, so that no loss is summed in it.

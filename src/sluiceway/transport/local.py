@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,10 @@ from sluiceway.core.messages import (
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
-from sluiceway.errors import described, line
+from sluiceway.errors import InputError, described, line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
+from sluiceway.federated.stacked import StackedTrainer
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies import strategy as strategy_of
 from sluiceway.transport.protocol import TaskFailure
@@ -100,6 +101,17 @@ class LocalEngine:
         self._down = broadcast_length(broadcast)
         self._fresh = {}
         room = self.memory
+        for answer in self.answers(broadcast, clients, personal):
+            if keep and isinstance(answer, Update):
+                room -= answer.nbytes
+                yield copied(answer) if room >= 0 else self.stored(answer)
+            else:
+                yield answer
+
+    def answers(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int]
+    ) -> Iterator[Update | Failure]:
+        """What each client answers; its tensors may be overwritten by the next one's."""
         for number in clients:
             check_stop()
             state = self.kept(number)
@@ -113,9 +125,6 @@ class LocalEngine:
                 continue
             if state:
                 self._fresh[number] = state
-            if keep:
-                room -= update.nbytes
-                update = copied(update) if room >= 0 else self.stored(update)
             yield update
 
     def kept(self, number: int) -> dict[str, Tensor]:
@@ -156,6 +165,28 @@ class LocalEngine:
             check_stop()
             total += self.worker.evaluate(tensors, part)
         return total
+
+
+class StackedEngine(LocalEngine):
+    """Trains `stacked` clients at a time in this process; see `StackedTrainer`.
+
+    Raises:
+        InputError: the model, the strategy or the way it trains does not allow that.
+    """
+
+    def __init__(self, worker: Worker, *, stacked: int, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self.stacked = stacked
+        self.trainer = StackedTrainer(worker)
+
+    def answers(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int]
+    ) -> Iterator[Update | Failure]:
+        for first in range(0, len(clients), self.stacked):
+            check_stop()
+            group = clients[first : first + self.stacked]
+            for answer in self.trainer.train(broadcast, group, personal):
+                yield received_update(answer) if isinstance(answer, Update) else answer
 
 
 class PoolEngine:
@@ -301,6 +332,7 @@ def federate(
     device: str = "auto",
     workers: int = 1,
     threads: int | None = None,
+    stacked: int = 0,
     min_clients: int = 1,
     max_retries: int = 1,
     evaluate_every: int = 1,
@@ -329,6 +361,8 @@ def federate(
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
         workers: processes that train clients; results do not depend on it where `threads` is set.
         threads: torch threads for each worker.
+        stacked: clients that are trained at once in this process, see `StackedTrainer`; 0 or 1
+            for one after the other. Results agree with those up to rounding.
         timeout: seconds that a client may train before the round goes on without it, 0 for any;
             its process is ended, so this needs the CPU. Results then depend on the machine.
         features: keeps what frozen layers make of each example; None for a cache of this run's
@@ -339,7 +373,8 @@ def federate(
 
     Raises:
         ValueError: nothing to train, too few clients with examples, several workers or a timeout
-            on a GPU.
+            on a GPU. InputError, which is one: `stacked` with several workers, a timeout, or a
+            model, strategy or training that it is not for.
         TooFewUpdates: a round had fewer than `min_clients` usable updates, however often it was
             tried; CheckpointError, StorageError: see `Checkpoint`.
         NoExpertsError: the strategy needs experts and the model has none.
@@ -358,6 +393,9 @@ def federate(
     place = torch.device(chosen_device(device))
     if (workers > 1 or timeout) and place.type != "cpu":
         raise ValueError(f"several workers, and a timeout, need the CPU; this runs on {place}")
+    if stacked > 1 and (workers > 1 or timeout):
+        with_what = "several workers" if workers > 1 else "a timeout"
+        raise InputError(f"run.stacked = {stacked} cannot be used with {with_what}")
     model.to(place)
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
@@ -380,6 +418,10 @@ def federate(
         engine: LocalEngine | PoolEngine
         if workers > 1 or timeout:
             engine = PoolEngine(worker, workers=workers, threads=threads or 1, timeout=timeout)
+        elif stacked > 1:
+            engine = StackedEngine(
+                worker, stacked=stacked, threads=threads, saved=checkpoint is not None
+            )
         else:
             engine = LocalEngine(worker, threads=threads, saved=checkpoint is not None)
         stack.enter_context(engine)

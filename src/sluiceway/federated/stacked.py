@@ -1,0 +1,433 @@
+"""Many clients at once: one step of `torch.func.vmap` over copies of what is trained.
+
+The batches, their order and the formulas are those of `Worker.train`; sums are taken in another
+order, so that results agree with it up to rounding. Shapes: K clients of a stack, S steps of the
+longest of them, B examples a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import TensorDataset
+
+from sluiceway.core.batches import Batch, Loss
+from sluiceway.core.guards import Failure
+from sluiceway.core.seeds import derive_seed
+from sluiceway.core.signals import check_stop
+from sluiceway.errors import InputError, described, first_line, line
+from sluiceway.federated.client import Worker
+from sluiceway.strategies import Broadcast, FedProx, LocalContext, Strategy, Update
+
+#: Examples of the trial step.
+FEW = 4
+#: Largest difference of the trial's gradients, relative to their largest value.
+TOLERANCE = 1e-2
+
+#: The column of a text's attention mask.
+MASK = "inputs/attention_mask"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A client's examples and the order in which it visits them.
+
+    Attributes:
+        number: of the client.
+        columns: inputs, labels and features by name, [N, ...] each.
+        rows: positions in the columns, [steps, B]; 0 in place of an absent example.
+        counts: examples of each step, [steps].
+        held: how many examples the client holds.
+    """
+
+    number: int
+    columns: Tensors
+    rows: Tensor
+    counts: Tensor
+    held: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for shards that can be stacked: the shape and type of an example."""
+        return tuple((name, t.shape[1:], t.dtype) for name, t in self.columns.items())
+
+
+class StackedTrainer:
+    """Trains several clients of a worker at once.
+
+    Args:
+        worker: its model lends the layers; what is trained is copied for each client.
+
+    Raises:
+        InputError: its model, its strategy or the way it trains does not allow that.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.example_losses = per_example(worker.loss)
+        #: Trained parameters that get no gradient; an optimiser leaves them as they are.
+        self.unused: set[str] = set()
+        received = {name: param.detach() for name, param in worker.params.items()}
+        self.first = Broadcast(0, received)
+        if why := hindrance(worker):
+            raise InputError(f"run.stacked: {why}")
+        context = self.context(received, received, self.first)
+        self.penalised = worker.strategy.penalty(context) is not None
+        if why := self.trial():
+            raise InputError(f"run.stacked: {why}")
+
+    def train(
+        self, broadcast: Broadcast, clients: Sequence[int], personal: set[int]
+    ) -> list[Update | Failure]:
+        """What each client answers, in the order of `clients`; see `Worker.train`.
+
+        A client whose examples cannot be read, or whose training raises, has failed alone.
+        """
+        answers: dict[int, Update | Failure] = {}
+        shards = []
+        for number in clients:
+            try:
+                seed = derive_seed(self.worker.seed, broadcast.round, number)
+                shards.append(self.shard(number, seed))
+            except Exception as error:
+                answers[number] = Failure(number, described(error), error=error)
+        stacks: dict[object, list[Shard]] = {}
+        for shard in aligned(shards):
+            stacks.setdefault(shard.kind, []).append(shard)
+        for stack in stacks.values():
+            answers |= self.attempt(broadcast, stack, personal)
+        return [answers[number] for number in clients]
+
+    def attempt(
+        self, broadcast: Broadcast, shards: list[Shard], personal: set[int]
+    ) -> dict[int, Update | Failure]:
+        """Train shards of one kind; where that raises, each by itself."""
+        try:
+            return {update.client: update for update in self.fit(broadcast, shards, personal)}
+        except Exception as error:
+            if len(shards) == 1:
+                number = shards[0].number
+                return {number: Failure(number, described(error), error=error)}
+            alone = [self.attempt(broadcast, [shard], personal) for shard in shards]
+            return {number: answer for one in alone for number, answer in one.items()}
+
+    def shard(self, number: int, seed: int) -> Shard:
+        """A client's examples, in the order in which `Worker.steps` visits them."""
+        examples, training = self.worker.clients[number], self.worker.training
+        count, size = len(examples), training.batch_size * training.accumulate
+        once = hasattr(examples, "gather") or isinstance(examples, TensorDataset)
+        batches, orders = [], []
+        with self.worker.randomness(seed):
+            for epoch in range(training.local_epochs):
+                order = torch.randperm(count)
+                if once:  # an example is the same whenever it is read
+                    orders.append(order)
+                else:
+                    batches.append(Batch.of(examples, order, self.worker.device))
+                    orders.append(torch.arange(count) + epoch * count)
+            if once:
+                batches.append(Batch.of(examples, torch.arange(count), self.worker.device))
+        columns = [columns_of(batch) for batch in batches]
+        rows = torch.cat([F.pad(order, (0, -count % size)).view(-1, size) for order in orders])
+        counts = torch.full((len(orders), -(-count // size)), size)
+        counts[:, -1] = count - (counts.shape[1] - 1) * size
+        joined = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        return Shard(number, joined, rows, counts.flatten(), count)
+
+    def fit(
+        self, broadcast: Broadcast, shards: list[Shard], personal: set[int]
+    ) -> Iterator[Update]:
+        """Train shards of one kind at once, and give each client's update."""
+        worker = self.worker
+        worker.load(broadcast.tensors, needed=worker.exchanged)
+        worker.training_mode()
+        shards = sorted(shards, key=lambda shard: -len(shard.counts))  # the first train longest
+        values = {
+            n: p.detach().expand(len(shards), *p.shape).clone() for n, p in worker.params.items()
+        }
+        losses, penalties = self.descend(values, shards, broadcast)
+        for place, shard in enumerate(shards):
+            own = {n: t[place] for n, t in values.items()}
+            metrics = {"loss": losses[place]}
+            if self.penalised:
+                metrics["penalty"] = penalties[place]
+            if shard.number in personal and worker.personal_examples:
+                worker.load(own)
+                examples = worker.clients[shard.number]
+                metrics["personal_accuracy"] = worker.personal_accuracy(examples)
+            tensors = {p.key: p.of(worker.exchanged | own) for p in worker.strategy.shared_pieces}
+            yield Update(shard.number, broadcast.round, shard.held, tensors, metrics=metrics)
+
+    def descend(
+        self, values: Tensors, shards: Sequence[Shard], broadcast: Broadcast
+    ) -> tuple[list[float], list[float]]:
+        """Local training of all shards, in place; their mean losses and penalties.
+
+        Args:
+            values: [K, ...] each; the optimiser is new.
+            shards: K of one kind, in descending number of steps. A client that has taken its
+                steps is left out of those that follow, so that nothing of it changes.
+        """
+        training, device = self.worker.training, self.worker.device
+        starts = torch.tensor([0, *(len(shard.columns["labels"]) for shard in shards)]).cumsum(0)
+        rows = pad_sequence(
+            [s.rows + start for s, start in zip(shards, starts, strict=False)], True
+        )
+        counts = pad_sequence([shard.counts for shard in shards], True)
+        real = torch.arange(rows.shape[-1]) < counts[..., None]
+        weights = (real / counts[..., None].clamp_min(1)).to(device)
+        rows = rows.to(device)
+        names = shards[0].columns
+        columns = {name: torch.cat([shard.columns[name] for shard in shards]) for name in names}
+        step = self.step(broadcast)
+        params = {name: nn.Parameter(value) for name, value in values.items()}
+        optimiser = training.optimiser(list(params.values()))
+        sums = torch.zeros(2, len(shards), device=device)
+        for number, (active, width) in enumerate(
+            zip((counts > 0).sum(0).tolist(), counts.amax(0).tolist(), strict=True)
+        ):
+            check_stop()
+            narrow(params, optimiser, active)
+            now = {name: param.detach() for name, param in params.items()}
+            for first in range(0, width, training.batch_size):
+                some = slice(first, min(first + training.batch_size, width))
+                where = rows[:active, number, some]
+                batch = {name: column[where] for name, column in columns.items()}
+                grads, (_, terms) = step(now, batch, weights[:active, number, some])
+                sums[:, :active] += torch.stack(terms)
+                for name in params.keys() - self.unused:
+                    grad = params[name].grad
+                    params[name].grad = grads[name] if grad is None else grad.add_(grads[name])
+            if training.max_grad_norm > 0:
+                clip(
+                    [p.grad for p in params.values() if p.grad is not None], training.max_grad_norm
+                )
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        steps = torch.tensor([len(shard.counts) for shard in shards], device=device)
+        losses, penalties = (sums / steps).tolist()
+        return losses, penalties
+
+    def step(self, broadcast: Broadcast) -> Callable[..., Any]:
+        """Gradients and terms of `objective`, for K clients whose arguments are stacked."""
+        received = {name: param.detach() for name, param in self.worker.params.items()}
+        function = partial(self.objective, broadcast, received)
+        return vmap(grad_and_value(function, has_aux=True))
+
+    def objective(
+        self,
+        broadcast: Broadcast,
+        received: Tensors,
+        values: Tensors,
+        columns: Tensors,
+        weights: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What one client's part of a step adds to its loss, with the loss and the penalty in it.
+
+        Args:
+            values: the client's parameters by name.
+            columns: the part's examples, [B, ...] each.
+            weights: of the examples, [B]; those of a step sum to 1.
+        """
+        model = self.worker.model
+
+        def run(*args: Tensor, **kwargs: Tensor) -> Any:
+            return functional_call(model, values, args, kwargs)
+
+        batch = batch_of(columns)
+        loss = (self.example_losses(batch.run(run), batch.labels) * weights).sum()
+        penalty = self.worker.strategy.penalty(self.context(values, received, broadcast))
+        if penalty is None:
+            return loss, (loss, torch.zeros_like(loss))
+        penalty = penalty * weights.sum()
+        return loss + penalty, (loss, penalty)
+
+    def context(self, values: Tensors, received: Tensors, broadcast: Broadcast) -> LocalContext:
+        """A client with these parameters, as its strategy's penalty sees it."""
+        return LocalContext(
+            model=self.worker.model,
+            params=cast(dict[str, nn.Parameter], values),
+            received=received,
+            broadcast=broadcast,
+            layout=self.worker.layout,
+            observer=None,
+            state={},
+        )
+
+    def trial(self) -> str | None:
+        """Why a stacked step cannot be taken, or differs from one that is not; None if neither.
+
+        The model is left as it was.
+        """
+        worker = self.worker
+        batch = few_examples(worker)
+        if batch is None:  # no client's examples can be read: each will fail by itself
+            return None
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in worker.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        worker.training_mode()
+        try:
+            with worker.randomness(0):
+                logits = batch.run(worker.model)
+                for module, name, buffer, value in buffers:
+                    if module.get_buffer(name) is not buffer or not torch.equal(buffer, value):
+                        return f"training changes the buffer {name} ({type(module).__name__})"
+                return self.compared(batch, logits)
+        except Exception as error:
+            return f"this model or loss cannot be stacked ({line(first_line(error), 160)})"
+        finally:
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
+
+    def compared(self, batch: Batch, logits: Tensor) -> str | None:
+        """Why a stacked step on a batch does not agree with a plain one; None if it does."""
+        worker, count = self.worker, len(batch.labels)
+        loss = worker.loss(logits, batch.labels)
+        plain = torch.autograd.grad(loss, list(worker.params.values()), allow_unused=True)
+        if not mean_of_examples(worker.loss, self.example_losses, logits.detach()):
+            return "the loss is not the mean of the examples' losses"
+        columns = {name: torch.cat([c, c[:1]]) for name, c in columns_of(batch).items()}
+        weights = F.pad(torch.full((count,), 1 / count, device=worker.device), (0, 1))
+        two = [
+            {name: t.expand(2, *t.shape) for name, t in part.items()}
+            for part in ({n: p.detach() for n, p in worker.params.items()}, columns)
+        ]
+        grads, _ = self.step(self.first)(*two, weights.expand(2, -1))
+        largest = max((float(grad.abs().max()) for grad in plain if grad is not None), default=0.0)
+        for (name, stacked), grad in zip(grads.items(), plain, strict=True):
+            if grad is None:
+                if not stacked.any():
+                    self.unused.add(name)
+            elif not torch.allclose(stacked[0], grad, rtol=0, atol=TOLERANCE * largest):
+                return "what the model makes of an example depends on the others of its batch"
+        return None
+
+
+def hindrance(worker: Worker) -> str | None:
+    """What of a worker's strategy, training or layers excludes stacking; None if nothing does.
+
+    Leaves the model in training mode.
+    """
+    strategy, training = worker.strategy, worker.training
+    kind = type(strategy)
+    if (
+        kind.start_training is not Strategy.start_training
+        or kind.correct is not Strategy.correct
+        or kind.finish_training is not Strategy.finish_training
+        or kind.penalty not in (Strategy.penalty, FedProx.penalty)
+    ):
+        return f"method {strategy.name} has a client half of its own"
+    if worker.layout.blocks:
+        return "the model has mixture-of-experts blocks"
+    if worker.initial:
+        return f"method {strategy.name} keeps parameters with its clients"
+    if training.checkpointing:
+        return "checkpointing = true"
+    if training.mixed != "no":
+        return f"mixed = {training.mixed!r}"
+    if half := [n for n, p in worker.params.items() if p.dtype.itemsize < 4]:
+        return f"{half[0]} is of half precision"
+    worker.training_mode()
+    for name, module in worker.model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, _BatchNorm) or (
+            isinstance(module, _NormBase) and module.track_running_stats
+        ):
+            return f"{name} ({type(module).__name__}) takes statistics of its batches"
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            return f"{name} ({type(module).__name__}) is random"
+    return None
+
+
+def few_examples(worker: Worker) -> Batch | None:
+    """Some examples of the first client whose can be read; None if no client's can."""
+    for examples in worker.clients:
+        if count := min(FEW, len(examples)):
+            try:
+                with worker.randomness(0):
+                    return Batch.of(examples, torch.arange(count), worker.device)
+            except Exception:
+                continue
+    return None
+
+
+def per_example(loss: Loss) -> Loss:
+    """The losses [B] of which a loss is the mean."""
+    if loss is F.cross_entropy:
+        return partial(F.cross_entropy, reduction="none")
+    return vmap(lambda logits, label: loss(logits[None], label[None]))
+
+
+def mean_of_examples(loss: Loss, losses: Loss, logits: Tensor) -> bool:
+    """Whether `loss` is the mean of `losses`, on as many examples as there are classes."""
+    classes = logits.shape[-1]
+    numbers = torch.linspace(-1, 1, classes * classes, dtype=logits.dtype, device=logits.device)
+    some = (7 * numbers).sin().view(classes, classes)
+    labels = torch.arange(classes, device=logits.device)
+    return torch.allclose(loss(some, labels), losses(some, labels).mean(), rtol=1e-3, atol=1e-6)
+
+
+def columns_of(batch: Batch) -> Tensors:
+    """A batch as named tensors, [B, ...] each."""
+    inputs = batch.inputs if isinstance(batch.inputs, dict) else {"": batch.inputs}
+    known = {} if batch.features is None else {"features": batch.features}
+    return {f"inputs/{name}": t for name, t in inputs.items()} | known | {"labels": batch.labels}
+
+
+def batch_of(columns: Mapping[str, Tensor]) -> Batch:
+    """The inverse of `columns_of`."""
+    inputs = {n.removeprefix("inputs/"): t for n, t in columns.items() if n.startswith("inputs/")}
+    return Batch(inputs.get("", inputs), columns["labels"], columns.get("features"))
+
+
+def aligned(shards: Sequence[Shard]) -> list[Shard]:
+    """The same shards, their texts padded to one length where that is a mask's to say."""
+    masks = [shard.columns.get(MASK) for shard in shards]
+    width = max((mask.shape[-1] for mask in masks if mask is not None), default=0)
+    return [
+        shard if mask is None else replace(shard, columns=lengthened(shard.columns, mask, width))
+        for shard, mask in zip(shards, masks, strict=True)
+    ]
+
+
+def lengthened(columns: Tensors, mask: Tensor, width: int) -> Tensors:
+    """Columns of `mask`'s shape [N, ..., S], and features [N, ..., S, d], with S = `width`."""
+    more = width - mask.shape[-1]
+    found = {n: F.pad(t, (0, more)) if t.shape == mask.shape else t for n, t in columns.items()}
+    if "features" in columns:
+        found["features"] = F.pad(columns["features"], (0, 0, 0, more))
+    return found
+
+
+def clip(grads: Sequence[Tensor], largest: float) -> None:
+    """`clip_grad_norm_` of each client: grads [K, ...] each, in place."""
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
+    shares = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(shares.view(-1, *[1] * (grad.dim() - 1)))
+
+
+def narrow(params: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, to: int) -> None:
+    """Let an optimiser go on with the first `to` clients of its parameters [K, ...]."""
+    for param in params.values():
+        if len(param) > to:
+            for name, value in optimiser.state[param].items():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    optimiser.state[param][name] = value[:to]
+            param.data = param.data[:to]
