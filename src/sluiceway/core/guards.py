@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -211,4 +212,4 @@ def finite(value: Tensor) -> bool:
     """Whether all values are finite. One sum tells unless it overflows, which is then checked."""
     if not value.is_floating_point():
         return True
-    return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
+    return isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all())

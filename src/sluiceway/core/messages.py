@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -133,16 +134,34 @@ def packed_length(parts: Mapping[str, Mapping[str, Tensor]], facts: Facts) -> in
 
     It lays the tensors out as safetensors does: by type, the widest first, then by name.
     """
-    tensors = [(f"{prefix}/{n}", t) for prefix, part in parts.items() for n, t in part.items()]
-    tensors.sort(key=lambda item: (-_RANKS[item[1].dtype], item[0]))
-    header: dict[str, Any] = {"__metadata__": metadata_of(facts)}
+    kinds = tuple(
+        (f"{prefix}/{name}", tensor.dtype, tensor.shape)
+        for prefix, part in parts.items()
+        for name, tensor in part.items()
+    )
+    header, data = lengths_of(kinds)
+    header += len(compact(metadata_of(facts)))
+    return 8 + header + -header % 8 + data
+
+
+@lru_cache(maxsize=256)
+def lengths_of(kinds: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[int, int]:
+    """The lengths in bytes of a message's header, without its metadata, and of its tensors."""
+    header: dict[str, Any] = {"__metadata__": {}}
     end = 0
-    for name, tensor in tensors:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        kind = _NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + length + -length % 8 + end
+    for name, dtype, shape in sorted(kinds, key=lambda kind: (-_RANKS[kind[1]], kind[0])):
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    return len(compact(header)) - len(compact({})), end
+
+
+def compact(value: object) -> bytes:
+    """JSON as safetensors writes it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def read_tensors(path: Path, prefixes: Sequence[str]) -> tuple[Facts, dict[str, StoredTensors]]:

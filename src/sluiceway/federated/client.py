@@ -118,6 +118,7 @@ class Worker:
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {n: t.clone() for n, t in strategy.tensors.items() if strategy.private(n)}
         self.still = frozen_modules(model)
+        self.trains = False
 
     def train(
         self, number: int, broadcast: Broadcast, state: dict[str, Tensor], *, personal: bool
@@ -136,7 +137,8 @@ class Worker:
         """
         examples = self.clients[number]
         self.load(broadcast.tensors, needed=self.exchanged.keys() - self.initial.keys())
-        self.load({n: state.get(f"private/{n}", t) for n, t in self.initial.items()})
+        if self.initial:
+            self.load({n: state.get(f"private/{n}", t) for n, t in self.initial.items()})
         with (
             self.randomness(derive_seed(self.seed, broadcast.round, number)),
             self.observation() as seen,
@@ -180,13 +182,13 @@ class Worker:
             for rows in self.steps(examples):
                 check_stop()
                 terms = []
-                for part in rows.split(self.training.batch_size):
+                for part in self.parts(rows):
                     batch = Batch.of(examples, part, self.device)
                     terms.append(self.descend(client, stepper, batch, len(part) / len(rows)))
                 stepper.step(self.strategy.correct)
-                losses.append(torch.stack([loss for loss, _ in terms]).sum())
+                losses.append(total([loss for loss, _ in terms]))
                 if held := [penalty for _, penalty in terms if penalty is not None]:
-                    penalties.append(torch.stack(held).sum())
+                    penalties.append(total(held))
         metrics = {"loss": float(torch.stack(losses).mean())}
         if penalties:
             metrics["penalty"] = float(torch.stack(penalties).mean())
@@ -199,6 +201,10 @@ class Worker:
         for _ in range(self.training.local_epochs):
             order = torch.randperm(len(examples))
             yield from order.split(self.training.batch_size * self.training.accumulate)
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The batches of a step."""
+        return [rows] if self.training.accumulate == 1 else rows.split(self.training.batch_size)
 
     def descend(
         self, client: LocalContext, stepper: Stepper, batch: Batch, share: float
@@ -213,17 +219,23 @@ class Worker:
         with self.training.precision(self.device):
             with observing or contextlib.nullcontext():
                 logits = batch.run(self.model)
-            loss = self.loss(logits, batch.labels) * share
+            loss = self.loss(logits, batch.labels)
+            if share != 1:
+                loss = loss * share
             penalty = self.strategy.penalty(client)
         if penalty is None:
             stepper.backward(loss)
             return loss.detach(), None
-        penalty = penalty * share
+        if share != 1:
+            penalty = penalty * share
         stepper.backward(loss + penalty)
         return loss.detach(), penalty.detach()
 
     def training_mode(self) -> None:
         """Training mode, except for modules that are entirely frozen."""
+        if self.trains and self.model.training:  # an evaluation has not changed it since
+            return
+        self.trains = True
         self.model.train()
         for module in self.still:
             module.eval()
@@ -274,3 +286,8 @@ class Worker:
             else:  # the same on a CPU, and faster: it looks for no other device
                 torch.default_generator.manual_seed(seed)
             yield
+
+
+def total(terms: list[Tensor]) -> Tensor:
+    """The sum of scalars."""
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()

@@ -58,18 +58,23 @@ class Stepper:
             for name, param in client.params.items()
             if client.master_params[name] is not param
         ]
-        self.optimiser = training.optimiser(master_params)
         fp16 = any(param.dtype == torch.float16 for param in client.params.values())
-        self.scaler = torch.amp.GradScaler(
-            device.type, init_scale=SCALE, enabled=fp16 or training.mixed == "float16"
-        )
+        self.scaler: torch.amp.GradScaler | None = None
+        if fp16 or training.mixed == "float16":
+            self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE)
+        self.alike = len({(param.dtype, param.device) for param in master_params}) == 1
+        self.optimiser: SGD | torch.optim.Optimizer
+        if training.optimizer == "sgd" and self.alike and self.scaler is None:
+            self.optimiser = SGD(master_params, training)
+        else:
+            self.optimiser = training.optimiser(master_params)
         self.skipped = 0
         for param in (*client.params.values(), *master_params):
             param.grad = None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar loss to the masters' (float32 sums of it, if need be)."""
-        self.scaler.scale(loss).backward()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
         for param, master in self.copies:
             if param.grad is not None:
                 grad = param.grad.float()
@@ -79,30 +84,95 @@ class Stepper:
 
     def step(self, correct: Callable[[LocalContext], None]) -> None:
         """Correct the gradients, clip, and step; in float16 not at all where they overflowed."""
-        self.scaler.unscale_(self.optimiser)
-        if self.overflowed():
-            self.skipped += 1
+        if self.scaler is None:
+            self.corrected(correct)
+            self.optimiser.step()
+            self.taken()
         else:
-            correct(self.client)
-            if self.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(self.client.master_params.values(), self.max_grad_norm)
-            self.scaler.step(self.optimiser)
-            for param, master in self.copies:
-                param.data.copy_(master.data)
-            self.client.steps += 1
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+            assert isinstance(self.optimiser, torch.optim.Optimizer)
+            self.scaler.unscale_(self.optimiser)
+            if self.overflowed():
+                self.skipped += 1
+            else:
+                self.corrected(correct)
+                self.scaler.step(self.optimiser)
+                self.taken()
+            self.scaler.update()
+        self.optimiser.zero_grad()
+
+    def corrected(self, correct: Callable[[LocalContext], None]) -> None:
+        """Correct and clip the gradients."""
+        correct(self.client)
+        if self.max_grad_norm > 0:
+            params = self.client.master_params.values()
+            if self.alike:
+                clip([p.grad for p in params if p.grad is not None], self.max_grad_norm)
+            else:
+                nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+
+    def taken(self) -> None:
+        """A step was taken: half-precision parameters follow it."""
+        for param, master in self.copies:
+            param.data.copy_(master.data)
+        self.client.steps += 1
 
     def overflowed(self) -> bool:
-        """Whether the loss is scaled and some gradient is infinite or NaN."""
-        if not self.scaler.is_enabled():
-            return False
+        """Whether some gradient of a scaled loss is infinite or NaN."""
         finite = [
             m.grad.isfinite().all()
             for m in self.client.master_params.values()
             if m.grad is not None
         ]
         return not bool(torch.stack(finite).all())
+
+
+class SGD:
+    """`torch.optim.SGD` to the bit, without what that does in every step besides.
+
+    Args:
+        params: of one type, on one device.
+        training: lr, momentum and weight_decay.
+    """
+
+    def __init__(self, params: list[nn.Parameter], training: Training) -> None:
+        self.params = params
+        self.training = training
+        self.buffers: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step, of the parameters that have a gradient."""
+        some: list[Tensor] = [param for param in self.params if param.grad is not None]
+        grads = [param.grad for param in some if param.grad is not None]
+        if not some:
+            return
+        if self.training.weight_decay:
+            grads = list(torch._foreach_add(grads, some, alpha=self.training.weight_decay))
+        if self.training.momentum:
+            for param, grad in zip(some, grads, strict=True):
+                if param in self.buffers:
+                    self.buffers[param].mul_(self.training.momentum).add_(grad)
+                else:
+                    self.buffers[param] = grad.clone()
+            grads = [self.buffers[param] for param in some]
+        torch._foreach_add_(some, grads, alpha=-self.training.lr)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for param in self.params:
+            param.grad = None
+
+
+@torch.no_grad()
+def clip(grads: list[Tensor], largest: float) -> None:
+    """`nn.utils.clip_grad_norm_` to the bit, of gradients of one type on one device, in place."""
+    if not grads:
+        return
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    share = torch.clamp(largest / (norm + 1e-6), max=1.0)
+    # a product with 1 changes nothing; elsewhere than on a CPU, asking would be waiting
+    if share.device.type != "cpu" or share.item() != 1:
+        torch._foreach_mul_(grads, share)
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ class LocalEngine:
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._kept_bytes = 0
         self._fresh: dict[int, dict[str, Tensor]] = {}
+        self._files: set[str] = set()
 
     def __enter__(self) -> Self:
         self.folder = self._stack.enter_context(scratch_folder())
@@ -100,6 +101,7 @@ class LocalEngine:
     ) -> Iterator[Update | Failure]:
         self._down = broadcast_length(broadcast)
         self._fresh = {}
+        self._files = set(os.listdir(self.states))
         room = self.memory
         for answer in self.answers(broadcast, clients, personal):
             if keep and isinstance(answer, Update):
@@ -131,8 +133,7 @@ class LocalEngine:
         """What a client keeps, to be changed in place; tensors themselves are never changed."""
         if number in self._kept:
             return dict(self._kept[number])
-        path = self.states / f"{number}"
-        return load_file(path) if path.exists() else {}
+        return load_file(self.states / f"{number}") if f"{number}" in self._files else {}
 
     def stored(self, update: Update) -> Update:
         """The update with its tensors in a file. Raises StorageError."""
