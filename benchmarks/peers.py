@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import TensorDataset
 
+from peers_pfl import Data, clients_of, network
 from sluiceway.core.evaluation import label_counts
 from sluiceway.core.round_loop import Loop, Rounds
 from sluiceway.core.settings import Training
@@ -42,28 +43,6 @@ from sluiceway.transport.local import LocalEngine, StackedEngine
 BATCH, LR = 10, 0.1
 #: Rounds before those that are measured.
 WARM = 2
-Data = list[tuple[Tensor, Tensor]]
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 10)
-    )
-
-
-def clients_of(count: int, examples: int) -> Data:
-    """Images of 8 x 8 with a label that can be learned."""
-    rng = torch.Generator().manual_seed(0)
-    truth = torch.randn(64, 10, generator=rng)
-    found = []
-    for _ in range(count):
-        images = torch.randn(examples, 1, 8, 8, generator=rng)
-        found.append((images, (images.flatten(1) @ truth).argmax(1)))
-    return found
 
 
 def plain_loop(model: nn.Module, data: Data) -> Callable[[], None]:
@@ -134,51 +113,44 @@ def void(_: object) -> None:
     return
 
 
-class Pfl:
-    """pfl in a process of its own; a line in is a round, a line out its CPU seconds."""
+def pfl_rounds(options: argparse.Namespace) -> Callable[[], float] | None:
+    """Runs a round of pfl 0.6.0 in a process of its own and gives its CPU seconds.
 
-    def __init__(self, python: Path, options: argparse.Namespace) -> None:
-        script = Path(__file__).with_name("peers_pfl.py")
-        given = [options.model, options.clients, options.examples, BATCH, LR]
-        self.process = subprocess.Popen(
-            [str(python), str(script), *map(str, given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def round(self) -> float:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-
-def pfl_python() -> Path | None:
-    """The interpreter of an environment with pfl 0.6.0, made if need be; None with a reason."""
+    None, with the reason said, where it cannot be installed.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     home = cache / "sluiceway-benchmarks" / "pfl-0.6.0"
     python = home / "bin" / "python"
-    wanted = ["pfl==0.6.0", f"torch=={torch.__version__.split('+')[0]}"]
-    if (
-        subprocess.run(
-            [python, "-c", "import pfl, torch"], check=False, capture_output=True
-        ).returncode
-        if python.exists()
-        else True
-    ):
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        made = subprocess.run(
-            [python, "-m", "pip", "install", "-q", *wanted],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            print(f"pfl 0.6.0 left out, it cannot be installed: {made.stderr.strip()[-200:]}")
+    if not (home / "complete").exists():
+        wanted = ["pfl==0.6.0", f"torch=={torch.__version__.split('+')[0]}"]
+        try:
+            quiet = {"check": True, "capture_output": True, "text": True}
+            subprocess.run([sys.executable, "-m", "venv", "--clear", home], **quiet)  # type: ignore
+            subprocess.run([python, "-m", "pip", "install", "-q", *wanted], **quiet)  # type: ignore
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or f"{error}"
+            print(f"pfl 0.6.0 is left out, it cannot be installed: {why.strip()[-200:]}\n")
             return None
-    return python
+        (home / "complete").touch()
+    given = [options.model, options.clients, options.examples, BATCH, LR]
+    process = subprocess.Popen(
+        [str(python), str(Path(__file__).with_name("peers_pfl.py")), *map(str, given)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    asks, answers = process.stdin, process.stdout
+    answers.readline()  # the first round evaluates
+
+    def one_round() -> float:
+        asks.write("\n")
+        asks.flush()
+        return float(answers.readline())
+
+    return one_round
 
 
 def cpu_seconds(one_round: Callable[[], None]) -> float:
@@ -206,8 +178,7 @@ def main() -> None:
     parser.add_argument("--pfl", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = {"mlp": mlp, "cnn": cnn}[options.model]()
+    model = network(options.model)
     data = clients_of(options.clients, options.examples)
     rounds: dict[str, Callable[[], Any]] = {
         "plain loop": plain_loop(model, data),
@@ -221,8 +192,8 @@ def main() -> None:
         profile(next(call for name, call in rounds.items() if options.profile in name))
         return
     timed: dict[str, Callable[[], float]] = {n: partial(cpu_seconds, r) for n, r in rounds.items()}
-    if options.pfl and (python := pfl_python()):
-        timed["pfl 0.6.0"] = Pfl(python, options).round
+    if options.pfl and (pfl := pfl_rounds(options)):
+        timed["pfl 0.6.0"] = pfl
     for _ in range(WARM):
         for measure in timed.values():
             measure()
