@@ -161,6 +161,13 @@ def test_compare_split_methods(
         ("recipe", "model.name=.", "no model could be loaded"),
         ("recipe", "data.path=nosuch.csv", "nosuch.csv"),
         ("recipe", "run.device=tpu", "run.device = 'tpu' cannot be used here"),
+        (
+            "recipe",
+            "run.stacked=4",
+            "run.stacked: method fedalign-moe has a client half of its own",
+        ),
+        ("recipe", "run.stacked=-1", "run.stacked = -1: must be greater than or equal to 0"),
+        ("split_recipe", "run.stacked=4", "run.stacked = 4 cannot be used with run.kind = 'split'"),
         ("split_recipe", "model.cut=conv9", "'conv9' is no layer of the network; it can be cut at"),
         ("split_recipe", "model.cut=head", "last layer"),
         ("split_recipe", "data.clients=300", "300 clients"),

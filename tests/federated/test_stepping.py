@@ -18,11 +18,36 @@ from sluiceway.core.messages import read_update, write_update
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation, Training
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.federated.stepping import master_params_of
+from sluiceway.federated.stepping import SGD, clip, master_params_of
 from sluiceway.strategies import FedAlignMoE, FedAvg, FedProx, Scaffold, Strategy
 from sluiceway.transport.local import federate
 
 HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sgd_and_clipping_are_those_of_torch_bit_for_bit(momentum: float, decay: float) -> None:
+    """Gradients below and above the norm, and a parameter without any in some steps."""
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(*shape, generator=rng) for shape in ((7, 5), (3,), (2, 4, 9))]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    training = Training(optimizer="sgd", lr=0.03, momentum=momentum, weight_decay=decay)
+    mine, plain = SGD(ours, training), training.optimiser(theirs)
+    for step in range(6):
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if number != step % 4:
+                one.grad = torch.randn(one.shape, generator=rng) * 10 ** (step - 3)
+                other.grad = one.grad.clone()
+        clip([param.grad for param in ours if param.grad is not None], 1.0)
+        nn.utils.clip_grad_norm_(theirs, 1.0)
+        mine.step()
+        plain.step()
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        mine.zero_grad()
+        plain.zero_grad()
+    assert not torch.equal(ours[0], start[0])
+    clip([], 1.0)
 
 
 def test_defaults_are_the_plain_loop_bit_for_bit() -> None:

@@ -138,7 +138,7 @@ def plan_of(recipe: Recipe) -> Rounds:
 
 def worker_count(recipe: Recipe, device: str) -> int:
     """How many worker processes train clients."""
-    if device != "cpu":
+    if device != "cpu" or recipe.run.stacked > 1:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(recipe.run.workers or cores or 1, recipe.data.clients)

@@ -75,6 +75,9 @@ class Run(BaseModel):
     """Federated: worker processes, 0 for one a core; on a GPU there is one."""
     threads: int = Field(default=1, ge=1, le=1024)
     """Federated: torch threads of each worker process."""
+    stacked: int = Field(default=0, ge=0, le=100_000)
+    """Federated: clients that are trained at once, in one process; 0 or 1 for one after the other.
+    For modules without experts, dropout and BatchNorm; results agree up to rounding."""
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
     """Federated: memory for the outputs of frozen layers (MB); what exceeds it is kept in a
     file."""
@@ -116,6 +119,15 @@ class Run(BaseModel):
                 "run.engine = 'flower' carries federated runs only: split training exchanges a "
                 "message for every mini-batch, and a Flower message takes seconds"
             )
+        if self.stacked > 1:
+            others = {
+                "run.kind = 'split'": self.kind == "split",
+                f"run.engine = {self.engine!r}": self.engine != "local",
+                f"run.workers = {self.workers}": self.workers > 1,
+                f"run.timeout = {self.timeout:g}": self.timeout > 0,
+            }
+            for other in [name for name, given in others.items() if given]:
+                raise ValueError(f"run.stacked = {self.stacked} cannot be used with {other}")
         return self
 
 

@@ -151,6 +151,7 @@ def run_federated(
         training=training,
         workers=workers,
         threads=recipe.run.threads if device == "cpu" else None,
+        stacked=recipe.run.stacked,
         features=session.feature_cache(recipe.run.feature_memory_mb, recipe.run.feature_disk_mb),
         on_update=progress.on_update,
     )
