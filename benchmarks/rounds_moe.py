@@ -19,10 +19,12 @@ from sluiceway.data import TextDataset
 from sluiceway.experiment.models import Pretrained, classifier, load_pretrained
 from sluiceway.experiment.recipe import Model
 from sluiceway.federated.client import prepare
+from sluiceway.moe import UpcycledMoE, upcycled
 from sluiceway.strategies import strategy
 from sluiceway.transport.local import LocalEngine, standing
 
 TEXTS, CLASSES = 240, 20
+ROWS = upcycled.ROWS
 TRAINING = Training()
 CPU = torch.device("cpu")
 
@@ -40,20 +42,20 @@ def texts(kind: str, seed: int = 0) -> TextDataset:
     return TextDataset({"input_ids": ids, "attention_mask": mask}, labels)
 
 
-def model_of(loaded: Pretrained, dtype: str = "float32") -> nn.Module:
+def model_of(loaded: Pretrained, skip: bool = False) -> nn.Module:
     """The quickstart's: MiniLM with 8 experts top-2 in its last layer, which is trained."""
     fresh = Pretrained(
         copy.deepcopy(loaded.backbone), loaded.tokenizer, loaded.source, loaded.hidden
     )
-    return classifier(fresh, Model(), classes=CLASSES, seed=0).to(getattr(torch, dtype))
+    return classifier(fresh, Model(skip_padding=skip), classes=CLASSES, seed=0)
 
 
 @contextlib.contextmanager
 def ours(
-    loaded: Pretrained, examples: TextDataset, method: str
+    loaded: Pretrained, examples: TextDataset, method: str, skip: bool = False
 ) -> Iterator[Callable[[int], object]]:
     """A round of the embedded engine with one client: observer, guards, counted bytes, records."""
-    model, plan = model_of(loaded), strategy(method)
+    model, plan = model_of(loaded, skip), strategy(method)
     prepare(model, plan, 1)
     with standing(
         model,
@@ -129,6 +131,18 @@ def rounds_over_floor(turns: int, kind: str) -> dict[str, list[float]]:
     }
 
 
+def gain_of_skipping(turns: int, kind: str) -> list[float]:
+    """Processor seconds of a round of fedavg over those with `model.skip_padding`."""
+    loaded, examples = load_pretrained("minilm"), texts(kind)
+    with contextlib.ExitStack() as stack:
+        runs = {
+            name: stack.enter_context(ours(loaded, examples, "fedavg", skip))
+            for name, skip in (("all", False), ("real", True))
+        }
+        seconds = by_turns(runs, turns)
+    return [a / b for a, b in zip(seconds["all"], seconds["real"], strict=True)]
+
+
 def by_turns(runs: dict[str, Callable[[int], object]], turns: int) -> dict[str, list[float]]:
     """Processor seconds of the thread, after two turns that are not counted."""
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -140,3 +154,35 @@ def by_turns(runs: dict[str, Callable[[int], object]], turns: int) -> dict[str, 
             run(turn)
             found[name].append(time.thread_time() - began)
     return {name: seconds[2:] for name, seconds in found.items()}
+
+
+def bfloat16_rows(turns: int) -> tuple[list[float], float]:
+    """Forward and backward of bfloat16 experts on batches of changing size.
+
+    Returns:
+        Time with as many rows as there are over time with multiples of 32, turn by turn; the share
+        of batches whose output and gradients are equal to the bit.
+    """
+    loaded = load_pretrained("minilm")
+    block = next(m for m in model_of(loaded).modules() if isinstance(m, UpcycledMoE))
+    block = copy.deepcopy(block).bfloat16().requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    ratios, equal = [], []
+    for turn in range(turns + 1):
+        spent = {1: 0.0, ROWS: 0.0}
+        for _ in range(15):
+            tokens = int(torch.randint(200, 1024, (1,), generator=generator))
+            hidden = torch.randn(tokens, 384, generator=generator).bfloat16()
+            cotangent = torch.randn(tokens, 384, generator=generator).bfloat16()
+            results = []
+            for upcycled.ROWS in spent if turn % 2 else reversed(spent):
+                x = hidden.clone().requires_grad_(True)
+                began = time.thread_time()
+                out = block(x)
+                grads = torch.autograd.grad(out, [x, *block.parameters()], cotangent)
+                spent[upcycled.ROWS] += time.thread_time() - began
+                results.append((out, *grads))
+            pairs = zip(*results, strict=True)
+            equal.append(all(torch.equal(one, two) for one, two in pairs))
+        ratios.append(spent[1] / spent[ROWS])
+    return ratios[1:], sum(equal) / len(equal)

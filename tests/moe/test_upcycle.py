@@ -13,6 +13,7 @@ from sluiceway.moe import (
     UpcycledRouter,
     find_layout,
     moe_layout,
+    skip_padding,
     upcycle,
 )
 
@@ -185,6 +186,96 @@ def test_unused_experts_get_a_zero_gradient() -> None:
         for e in range(5):
             assert bool(parameter.grad[e].any()) == (e in used)
     assert moe(x[:0]).shape == (0, 6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("spread", ["even", "one", "few"])
+def test_blocks_of_experts_equal_one_expert_after_the_other(gated: bool, spread: str) -> None:
+    experts = block(gated).experts
+    size = {"even": 200, "one": 70, "few": 3}[spread]
+    chosen = torch.full((size,), 3) if spread == "one" else torch.arange(size) * 7 % 5
+    rows = torch.randn(size, 6, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(size, 6, dtype=torch.float64)
+    wanted = [rows, *experts.parameters()]
+    turns, blocks = experts.in_turn(rows, chosen), experts.in_blocks(rows, chosen)
+    torch.testing.assert_close(blocks, turns)
+    for one, two in zip(
+        torch.autograd.grad(blocks, wanted, cotangent),
+        torch.autograd.grad(turns, wanted, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_step_waits_for_the_gpu() -> None:
+    moe = block(gated=True).cuda()
+    x = torch.randn(100, 6, dtype=torch.float64, device="cuda", requires_grad=True)
+    wanted = [x, *moe.parameters()]
+    warm = torch.autograd.grad(moe(x).sum(), wanted)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = torch.autograd.grad(moe(x).sum(), wanted)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, two) for one, two in zip(found, warm, strict=True))
+    expected = torch.autograd.grad(copy.deepcopy(moe).cpu()(x.cpu()).sum(), x)[0]
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_bfloat16_rows_are_filled_up_without_a_trace() -> None:
+    experts, seen = block(gated=False).experts.bfloat16(), []
+    run = experts._run
+
+    def noted(rows: Tensor, counts: list[int]) -> Tensor:
+        seen.append(counts)
+        return run(rows, counts)
+
+    experts._run = noted
+    rows = torch.randn(40, 6).bfloat16()
+    chosen = torch.tensor([0] * 33 + [4] * 7)
+    out = experts.in_turn(rows, chosen)
+    assert seen == [[64, 0, 0, 0, 32]]
+    exact = experts.double().in_turn(rows.double(), chosen)
+    torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_padding_passes_by_the_experts(dense: Dense, name: str, checkpointing: bool) -> None:
+    plain = upcycle(dense(name), 2, experts=4, noise=0.5).train()
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    skipping = copy.deepcopy(plain)
+    skip_padding(skipping)
+    skipping = copy.deepcopy(skipping)  # the mask reaches the blocks of a copy too
+    rows: list[int] = []
+    results = []
+    for model in (plain, skipping):
+        for module in model.modules():
+            if isinstance(module, UpcycledExperts):
+                module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        output = model(input_ids=IDS, attention_mask=MASK).last_hidden_state[MASK.bool()]
+        output.pow(4).sum().backward()
+        results.append([output, *(p.grad for p in model.parameters() if p.grad is not None)])
+    times = 4 if checkpointing else 2
+    assert rows == [24] * times + [20] * times
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    skipping(input_ids=IDS)
+    assert rows[-2:] == [24, 24]
+
+
+def test_padding_that_cannot_be_skipped_is_refused(dense: Dense) -> None:
+    with pytest.raises(ValueError, match="upcycled experts only"):
+        skip_padding(dense("bert"))
+    moe = block(gated=False)
+    moe.mask = torch.ones(5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="has 5 entries for 4 tokens"):
+        moe(torch.randn(4, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sluiceway.data import DataError, check_tokenizer, wheel_folder
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import TextClassifier
 from sluiceway.experiment.recipe import Model
-from sluiceway.moe import MoELayout, add_lora, find_layout, repair, upcycle
+from sluiceway.moe import MoELayout, add_lora, find_layout, repair, skip_padding, upcycle
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,8 @@ def assembled(
             trained = trained_names(built, model)
             if model.lora:
                 trained = adapt(built, model, trained)
+        if model.skip_padding:
+            skip_padding(built)
     except ValueError as error:
         raise InputError(f"[model]: {error}") from None
     for name, param in built.named_parameters():

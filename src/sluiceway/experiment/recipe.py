@@ -229,6 +229,9 @@ class Model(BaseModel):
     """A token's output is scaled by its gate's probabilities; needed for top_k = 1."""
     sliced: bool = False
     """Experts are equal parts of the dense layer instead of copies."""
+    skip_padding: bool = False
+    """Padding passes by the experts of upcycled layers: faster on a CPU where texts differ in
+    length. Results are equal up to rounding only."""
     train: Literal["moe", "experts", "layers", "all"] = "moe"
     """What is trained besides the head: experts and routers (moe), experts alone, everything from
     the first mixture upward (layers), or all."""

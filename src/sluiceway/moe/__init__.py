@@ -8,7 +8,7 @@ from sluiceway.moe.param_slice import ParamSlice
 from sluiceway.moe.received import received_logits
 from sluiceway.moe.repair import repair
 from sluiceway.moe.upcycle import upcycle
-from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
+from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter, skip_padding
 
 __all__ = [
     "FAMILIES",
@@ -30,5 +30,6 @@ __all__ = [
     "moe_layout",
     "received_logits",
     "repair",
+    "skip_padding",
     "upcycle",
 ]

@@ -6,12 +6,16 @@ Shapes: T tokens, H hidden width, I expert width, E experts, k experts chosen pe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
+
+#: In bfloat16 on a CPU, products of so many rows, or a multiple, are faster than of any number.
+ROWS = 32
 
 
 class UpcycledRouter(nn.Module):
@@ -113,20 +117,62 @@ class UpcycledExperts(nn.Module):
         tokens, k = indices.shape
         if tokens == 0:
             return torch.zeros_like(hidden)
-        flat = indices.reshape(-1)
-        order = flat.argsort(stable=True)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        counts: list[int] = torch.bincount(flat, minlength=self.num_experts).tolist()
-        # Repeating first makes both gathers permutations, whose backward adds each row once: the
-        # result does not depend on the order of additions, on any device.
+        # Repeated first, each row moves to a place of its own: no gradient depends on the order of
+        # additions, on any device.
         rows = hidden.unsqueeze(1).expand(tokens, k, -1).reshape(tokens * k, -1)
-        out = self._run(rows.index_select(0, order), counts)
-        out = out * weights.reshape(-1).index_select(0, order).unsqueeze(1).to(out.dtype)
-        return out.index_select(0, back).view(tokens, k, -1).sum(dim=1).to(hidden.dtype)
+        flat = indices.reshape(-1)
+        out = self.in_blocks(rows, flat) if rows.is_cuda else self.in_turn(rows, flat)
+        out = out * weights.reshape(-1, 1).to(out.dtype)
+        return out.view(tokens, k, -1).sum(dim=1).to(hidden.dtype)
+
+    def in_turn(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """One expert after the other: row r of [N, H] through expert chosen[r], for CPUs.
+
+        In bfloat16 each expert's rows are filled up with zeros to a multiple of `ROWS`.
+        """
+        ranks, counts = ranked(chosen, self.num_experts)
+        if rows.dtype == torch.bfloat16:
+            counts = (counts + ROWS - 1) // ROWS * ROWS
+        places = (counts.cumsum(0) - counts)[chosen] + ranks
+        sizes: list[int] = counts.tolist()
+        moved = rows.new_zeros(sum(sizes), rows.shape[1]).index_copy(0, places, rows)
+        return self._run(moved, sizes).index_select(0, places)
+
+    def in_blocks(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """The same as one batched product, whose shapes are known beforehand, for GPUs.
+
+        Rows are laid out in blocks that belong to one expert each, filled up with zeros. With N / E
+        rows a block, at most 2 E blocks hold them however they are spread over the experts: nothing
+        waits for the device to count them. Each expert's matrices are repeated for its blocks.
+        """
+        experts = self.num_experts
+        size = -(-len(rows) // (experts * 16)) * 16
+        number = len(rows) // size + experts
+        ranks, counts = ranked(chosen, experts)
+        blocks = (counts + size - 1) // size
+        ends = blocks.cumsum(0)
+        places = (ends - blocks)[chosen] * size + ranks
+        each = torch.arange(number, device=rows.device)
+        owners = torch.searchsorted(ends, each, right=True).clamp(max=experts - 1)
+        moved = rows.new_zeros(number * size, rows.shape[1]).index_copy(0, places, rows)
+        moved = moved.view(number, size, -1)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            weight = repeated(weight, owners).transpose(1, 2)
+            if bias is None:
+                return torch.bmm(x, weight)
+            return torch.baddbmm(repeated(bias, owners).unsqueeze(1), x, weight)
+
+        inner = linear(moved, self.up_proj, self.up_bias)
+        if self.gate_proj is None:
+            inner = self.activation(inner)
+        else:
+            inner = self.activation(linear(moved, self.gate_proj, None)) * inner
+        out = linear(inner, self.down_proj, self.down_bias)
+        return out.flatten(0, 1).index_select(0, places)
 
     def _run(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Experts on ``rows`` [T * k, H] sorted by expert, counts[e] rows for expert e."""
+        """Experts on ``rows`` sorted by expert, counts[e] rows for expert e."""
         # unbind, not indexing: its backward writes each fused gradient once, where E separate
         # slices would each write a full [E, I, H] of zeros.
         gates, ups, up_biases, downs, down_biases = (
@@ -153,19 +199,89 @@ class UpcycledMoE(nn.Module):
     """Router and experts in place of a dense feed-forward layer; no residual, no norm.
 
     Forward takes and returns [..., H]. The router is ``router``, the experts are ``experts``.
+
+    Attributes:
+        mask: [T] bool, False for padding of the batch in hand, which then gets zeros from no
+            expert (on a CPU; a GPU would wait to count it); None: every token is real. Set by
+            `skip_padding`.
     """
 
     def __init__(self, router: UpcycledRouter, experts: UpcycledExperts) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.mask: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
+        """[..., H] -> [..., H]. Raises ValueError if there is a mask of another batch's size."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         _, weights, indices = self.router(flat)
-        out: Tensor = self.experts(flat, indices, weights)
-        return out.reshape(hidden.shape)
+        if self.mask is None or flat.is_cuda:
+            out: Tensor = self.experts(flat, indices, weights)
+            return out.reshape(hidden.shape)
+        if len(self.mask) != len(flat):
+            raise ValueError(f"mask: has {len(self.mask)} entries for {len(flat)} tokens")
+        real = self.mask.nonzero().flatten()
+        out = self.experts(*(tensor.index_select(0, real) for tensor in (flat, indices, weights)))
+        return torch.zeros_like(flat).index_copy(0, real, out).reshape(hidden.shape)
+
+
+def skip_padding(model: nn.Module) -> None:
+    """Make padding pass by the experts of `UpcycledMoE` blocks, in all later calls of ``model``.
+
+    The mask is the ``attention_mask`` that the model is called with, by keyword, one entry per
+    token. It stays in the blocks after the call, for gradient checkpointing runs them again. Equal
+    up to rounding: gradients of weights are sums over fewer rows, in another order.
+
+    Raises:
+        ValueError: the model has no such block.
+    """
+    if not any(isinstance(module, UpcycledMoE) for module in model.modules()):
+        raise ValueError("padding can be skipped by upcycled experts only, and there are none")
+    model.register_forward_pre_hook(_share_mask, with_kwargs=True)
+
+
+def _share_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    mask: Tensor | None = kwargs.get("attention_mask")
+    for module in model.modules():
+        if isinstance(module, UpcycledMoE):
+            module.mask = None if mask is None else mask.reshape(-1) != 0
+
+
+def ranked(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Each row's number among those of its expert, [N], and the rows of each expert, [E].
+
+    Nothing here waits for a device.
+    """
+    sorted_, order = chosen.sort(stable=True)
+    each = torch.arange(experts, device=chosen.device)
+    begins = torch.searchsorted(sorted_, each)
+    counts = torch.searchsorted(sorted_, each, right=True) - begins
+    position = torch.arange(len(order), device=chosen.device)
+    return torch.empty_like(order).scatter(0, order, position) - begins[chosen], counts
+
+
+def repeated(weight: Tensor, owners: Tensor) -> Tensor:
+    """weight[owners], whose gradient is added up in a fixed order on any device."""
+    out: Tensor = _Repeated.apply(weight, owners)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Repeated(torch.autograd.Function):
+    """The gradient as a product with zeros and ones: index_add on a GPU has no fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, owners: Tensor) -> Tensor:
+        ctx.save_for_backward(owners)
+        ctx.experts = len(weight)
+        return weight.index_select(0, owners)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (owners,) = ctx.saved_tensors
+        each = torch.arange(ctx.experts, device=owners.device).unsqueeze(1)
+        total = (owners == each).to(grad.dtype) @ grad.flatten(1)
+        return total.view(ctx.experts, *grad.shape[1:]), None
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
