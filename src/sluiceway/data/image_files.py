@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sluiceway.data.download import cache_folder, replacing
+from sluiceway.data.download import cache_folder
 from sluiceway.data.errors import DataError
 from sluiceway.data.tables import ByteArray, ImageTable
 from sluiceway.errors import first_line
+from sluiceway.files import replacing
 
 Shape = tuple[int, int, int]
 """(C, H, W) of an image."""
@@ -204,7 +205,7 @@ def _load_cached(cached: Path, shape: tuple[int, ...]) -> ByteArray | None:
 
 def _save_cached(cached: Path, images: ByteArray) -> None:
     try:
-        with replacing(cached) as file:
+        with replacing(cached) as draft, draft.open("wb") as file:
             np.save(file, images)
         for other in cached.parent.glob("*.npy"):
             if other != cached:  # of an older state of the same file

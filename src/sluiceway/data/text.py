@@ -16,11 +16,12 @@ from sluiceway.data.columns import (
     name_integers,
     read_columns,
 )
-from sluiceway.data.download import cache_folder, replacing
+from sluiceway.data.download import cache_folder
 from sluiceway.data.errors import DataError
 from sluiceway.data.sources import Folder, Hub, Wheel, first_found, known_name, parquet_parts
 from sluiceway.data.tables import TextData, holdout
 from sluiceway.errors import first_line
+from sluiceway.files import replacing
 
 #: Seconds that the file of label groups may take to come, and its bytes at most.
 GROUPS_SECONDS, GROUPS_BYTES = 10, 1 << 20
@@ -210,8 +211,8 @@ def _group_of_label(column: str, url: str) -> dict[str, str]:
     with urllib.request.urlopen(url, timeout=GROUPS_SECONDS) as answer:
         content: bytes = answer.read(GROUPS_BYTES)
     found = _inverted(content)
-    with replacing(cached) as made:
-        made.write(content)
+    with replacing(cached) as draft:
+        draft.write_bytes(content)
     return found
 
 

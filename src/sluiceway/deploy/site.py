@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from sluiceway.core.evaluation import label_counts
-from sluiceway.core.files import write_atomically
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.data import ChoiceData, TextData, TextDataset
 from sluiceway.deploy.site_file import Invitation, OwnData, SiteFile, invitation, toml_of
@@ -35,6 +34,7 @@ from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session, capped, load_texts
 from sluiceway.experiment.validation import first_fault
 from sluiceway.federated.client import prepare
+from sluiceway.files import write_atomically
 from sluiceway.transport.local import standing
 from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError, Trainer

@@ -24,10 +24,10 @@ from typing import Any, Final
 
 from filelock import FileLock
 
-from sluiceway.core.files import scratch_folder, write_atomically
 from sluiceway.deploy.chunks import SiteFailure
 from sluiceway.deploy.processes import LOOK, alive, last_line
 from sluiceway.errors import described
+from sluiceway.files import scratch_folder, write_atomically
 from sluiceway.transport.framing import FACTS_LIMIT, FrameError, encode, parse
 from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.tls import Credentials

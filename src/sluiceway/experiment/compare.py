@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sluiceway.core.files import write_atomically
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.recipe import (
     Recipe,
@@ -29,6 +28,7 @@ from sluiceway.experiment.tables import (
     set_key,
     with_current_keys,
 )
+from sluiceway.files import write_atomically
 
 #: What is compared, by its key in summary.json.
 MEASURES = (

@@ -15,10 +15,10 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from sluiceway.core.checkpoints import StorageError
-from sluiceway.core.files import write_atomically
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, recipe_from
+from sluiceway.files import write_atomically
 
 #: Seconds to wait for a folder: a run that was just killed may need a moment to be gone.
 PATIENCE = 1

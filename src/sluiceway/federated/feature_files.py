@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples
-from sluiceway.core.files import replacing
+from sluiceway.files import replacing
 
 #: What decides how frozen layers compute, besides the model itself.
 PACKAGES = ("torch", "transformers")

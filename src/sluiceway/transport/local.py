@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, StorageError
 from sluiceway.core.evaluation import Evaluation, label_counts
-from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import Failure
 from sluiceway.core.messages import (
     WireError,
@@ -37,6 +36,7 @@ from sluiceway.errors import InputError, described, line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
 from sluiceway.federated.stacked import StackedTrainer
+from sluiceway.files import scratch_folder
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies import strategy as strategy_of
 from sluiceway.transport.protocol import TaskFailure

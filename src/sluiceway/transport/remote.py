@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sluiceway.core.batches import Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation, widened
-from sluiceway.core.files import scratch_folder, write_atomically
 from sluiceway.core.guards import Failure, RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
 from sluiceway.core.messages import write_broadcast
@@ -24,6 +23,7 @@ from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.errors import line
 from sluiceway.federated.client import Worker, prepare
+from sluiceway.files import scratch_folder, write_atomically
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.transport.local import PART, chosen_device, report_of, run_loop, standing
 from sluiceway.transport.protocol import Request, Response, TaskFailure, Transport

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sluiceway.core.files import replacing
 from sluiceway.core.messages import read_broadcast, write_update
 from sluiceway.federated.client import Worker
+from sluiceway.files import replacing
 from sluiceway.transport.protocol import Request, Response
 
 #: Runs besides the newest whose states a site keeps.

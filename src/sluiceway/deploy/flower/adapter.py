@@ -17,7 +17,6 @@ from torch import nn
 
 from sluiceway import strategies as rules
 from sluiceway.core.aggregation import Aggregation
-from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import Failure, UpdateFilter
 from sluiceway.core.messages import take_values
 from sluiceway.core.round_loop import Rounds
@@ -35,6 +34,7 @@ from sluiceway.deploy.flower.transport import Node, wait_for_nodes
 from sluiceway.errors import line
 from sluiceway.experiment.methods import parameters_of
 from sluiceway.federated.client import prepare
+from sluiceway.files import scratch_folder
 from sluiceway.strategies import Broadcast, Update
 from sluiceway.transport.local import report_of
 

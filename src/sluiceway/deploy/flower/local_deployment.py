@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import tomli_w
 
-from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.signals import Stopped, check_stop
 from sluiceway.deploy.flower.apps import DEFAULTS, IDLE
@@ -31,6 +30,7 @@ from sluiceway.errors import line
 from sluiceway.experiment.builders import worker_count
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress
+from sluiceway.files import scratch_folder
 
 #: Seconds between two looks at the ServerApp's progress, and at whether all processes are alive.
 TICK: Final = 0.2

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from sluiceway.core.files import scratch_folder
 from sluiceway.deploy.chunks import Chunk, ChunkError, replied
 from sluiceway.errors import line
+from sluiceway.files import scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

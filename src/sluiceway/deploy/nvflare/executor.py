@@ -12,11 +12,11 @@ from typing import Any
 
 from nvflare.collab import collab
 
-from sluiceway.core.files import scratch_folder
 from sluiceway.deploy.chunks import Chunk, ChunkError, ChunkHandler, replied
 from sluiceway.deploy.nvflare.kits import read_kit
 from sluiceway.deploy.nvflare.names import KIT, SITE, WAIT, typed
 from sluiceway.deploy.site_process import SiteProcess, site_command
+from sluiceway.files import scratch_folder
 
 
 class ClientExecutor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sluiceway.core.files import scratch_folder
 from sluiceway.deploy.nvflare.admin import opened
 from sluiceway.deploy.nvflare.kits import CLASSES, Kit, localise, provision
 from sluiceway.deploy.nvflare.start import command_of, environment_of
@@ -18,6 +17,7 @@ from sluiceway.deploy.processes import LOOPBACK, Processes, free_port
 from sluiceway.deploy.site_file import write_site_file
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress
+from sluiceway.files import scratch_folder
 
 #: Seconds that server and sites have to start, many since the machine may be busy.
 START_TIMEOUT = 180.0

@@ -24,8 +24,8 @@ from nvflare.app_common.job_launcher.client_process_launcher import ClientProces
 from nvflare.collab.runtime.defs import SETUP_TASK_NAME, SyncKey
 from nvflare.collab.runtime.executor import CollabExecutor
 
-from sluiceway.core.files import write_atomically
 from sluiceway.deploy.nvflare.names import KIT, refuse_tensors
+from sluiceway.files import write_atomically
 
 refuse_tensors()
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import tomli_w
 
-from sluiceway.core.files import scratch_folder
 from sluiceway.core.guards import RunFailed
 from sluiceway.deploy.nvflare.admin import AdminSession
 from sluiceway.deploy.nvflare.job import write_job
@@ -20,6 +19,7 @@ from sluiceway.deploy.outcome import raise_outcome
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Say
+from sluiceway.files import scratch_folder
 
 
 @dataclass(frozen=True)

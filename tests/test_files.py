@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sluiceway.core.files import scratch_folder
+from sluiceway.files import scratch_folder
 
 HOLD = """
 import sys, time
-from sluiceway.core.files import scratch_folder
+from sluiceway.files import scratch_folder
 with scratch_folder() as folder:
     (folder / "message").write_text("a client's update")
     print(folder, flush=True)

@@ -1,4 +1,4 @@
-"""A temporary folder that outlives no run, not even one that was killed."""
+"""Temporary folders that outlive no run, not even one that was killed, and whole files."""
 
 from __future__ import annotations
 
@@ -53,8 +53,13 @@ def lock_of(folder: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A draft to write, which replaces `path` at the end of the block; removed if it raises.
 
-    So that a reader sees the old file or the new one, and never half of one.
+    So that a reader sees the old file or the new one, and never half of one. Several processes may
+    do so at once: each has a draft of its own, and the last to finish wins.
+
+    Raises:
+        OSError: the folder cannot be made or written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield draft
