@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.experiment.conftest import Run
 
 from sluiceway import __version__
 from sluiceway.cli import main
 from sluiceway.experiment.methods import methods
 from sluiceway.split.methods import METHODS
+from sluiceway.split.rounds import SplitLoop, SplitRecord
 from sluiceway.strategies import STRATEGIES
 
 KEYS = {
@@ -58,6 +61,22 @@ def test_every_method_leaves_a_run_folder(own: Path, name: str, tmp_path: Path, 
     assert (out / "report.html").stat().st_size > 10_000
     assert list((out / "checkpoints").iterdir())
     assert "method" in (out / "recipe.toml").read_text()
+
+
+def test_a_split_run_has_the_threads_of_its_recipe(
+    split_recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    seen, run_round = set[int](), SplitLoop.run_round
+
+    def noted(*given: Any) -> SplitRecord:
+        seen.add(torch.get_num_threads())
+        return run_round(*given)
+
+    monkeypatch.setattr(SplitLoop, "run_round", noted)
+    before = torch.get_num_threads()
+    run(split_recipe, "out", "run.threads=3")
+    assert (seen, torch.get_num_threads()) == ({3}, before)
 
 
 @pytest.mark.parametrize("own", ["split_recipe"], indirect=True)

@@ -208,6 +208,25 @@ def test_a_network_of_another_precision_is_refused() -> None:
         train(sets=sets, model=normed().double())
 
 
+@pytest.mark.parametrize(
+    ("given", "inside"), [({}, 1), ({"threads": 3}, 3), ({"threads": None}, 2)]
+)
+def test_torch_has_the_threads_asked_for_and_then_those_of_before(
+    given: dict[str, Any], inside: int
+) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(rounds=1, on_round=lambda record: seen.append(torch.get_num_threads()), **given)
+        assert (seen, torch.get_num_threads()) == ([inside], 2)
+        with pytest.raises(ValueError, match="cut"):
+            train(cut_at="nowhere", **given)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_random_channels_need_no_rating() -> None:
     built = set_up(normed(), "conv1", clients(), RandomChannels(share=0.25, ramp_rounds=0))
     before = built.masks.merged_scores()

@@ -74,7 +74,7 @@ class Run(BaseModel):
     workers: int = Field(default=0, ge=0, le=1024)
     """Federated: worker processes, 0 for one a core; on a GPU there is one."""
     threads: int = Field(default=1, ge=1, le=1024)
-    """Federated: torch threads of each worker process."""
+    """Torch threads on a CPU, of each worker process; their number changes how sums are rounded."""
     stacked: int = Field(default=0, ge=0, le=100_000)
     """Federated: clients that are trained at once, in one process; 0 or 1 for one after the other.
     For modules without experts, dropout and BatchNorm; results agree up to rounding."""

@@ -21,6 +21,7 @@ from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome
 from sluiceway.split.setup import SplitSettings
+from sluiceway.split.training import torch_threads
 from sluiceway.strategies import STRATEGIES
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.remote import federate_remote
@@ -89,19 +90,21 @@ def serve_split(
     cut = recipe.model.cut
     progress.say(f"model: {recipe.model.name} cut at {cut}, on {device}; sites: {sites}")
     try:
-        result = split_remote(
-            model,
-            transport,
-            endpoint,
-            facts_of(recipe, pictures.label_names),
-            test,
-            split_settings(recipe, device),
-            plan_of(recipe),
-            timeout=recipe.run.timeout,
-            on_start=progress.on_start,
-            on_round=progress.on_round,
-            checkpoint=checkpoint,
-        )
+        threads = recipe.run.threads if device == "cpu" else None
+        with torch_threads(threads):
+            result = split_remote(
+                model,
+                transport,
+                endpoint,
+                facts_of(recipe, pictures.label_names),
+                test,
+                split_settings(recipe, device),
+                plan_of(recipe),
+                timeout=recipe.run.timeout,
+                on_start=progress.on_start,
+                on_round=progress.on_round,
+                checkpoint=checkpoint,
+            )
     except (CheckpointError, HandshakeError):
         raise
     except ValueError as error:

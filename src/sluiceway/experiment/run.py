@@ -183,6 +183,7 @@ def run_split(
             tail_at=recipe.model.tail,
             client_aggregation=STRATEGIES[recipe.run.client_aggregation](),
             training=recipe.training(),
+            threads=recipe.run.threads if device == "cpu" else None,
         )
     except CheckpointError:
         raise

@@ -80,9 +80,12 @@ class TrainedLayers:
         self.frozen = frozen_modules(layers)
         params = [p for p in layers.parameters() if p.requires_grad]
         self.optimiser = training.optimiser(params) if params else None
+        layers.eval()  # from here on the outermost module's mode tells that of all
 
     def train(self) -> None:
         """Training mode, but for modules that are wholly frozen."""
+        if self.layers.training:
+            return
         self.layers.train()
         for module in self.frozen:
             module.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ def split_train(
     training: Optimisation | None = None,
     loss: Loss = F.cross_entropy,
     device: torch.device | str = "cpu",
+    threads: int | None = 1,
     on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[SplitRecord], None] = lambda record: None,
     checkpoint: Checkpoint | None = None,
@@ -76,6 +77,8 @@ def split_train(
             long as the run, each where its layers are.
         loss: of (logits, labels), a mean over the batch.
         device: where everything runs.
+        threads: torch threads while it runs, >= 1; None leaves them as they are. Their number
+            changes how sums are rounded, and beside a busy process many wait for each other.
         on_start, on_round: called before the first round, and after each with its record.
         checkpoint: where the run is saved, and continued from.
         min_clients: clients of a round whose layers must be usable, >= 1. With fewer the run ends:
@@ -112,13 +115,25 @@ def split_train(
     counts = label_counts(clients)
     if not counts.shape[1]:
         raise ValueError("no client holds any example")
-    with torch.random.fork_rng([settings.device] if settings.device.type == "cuda" else []):
+    devices = [settings.device] if settings.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch_threads(threads):
         first = next(examples for examples in clients if len(examples))
         example = Batch.of(first, torch.tensor([0]), settings.device)
         setup = SharedSetup(model, settings, example, counts.shape[1], len(clients))
         here = [setup.client(client_id, examples) for client_id, examples in enumerate(clients)]
         loop = SplitLoop(setup, plan, test, counts, here)
         return run_rounds(loop, plan, on_start, on_round, checkpoint)
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """So many torch threads in the block, and as many as before after it; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_rounds(
