@@ -57,14 +57,18 @@ def floor(examples: Pictures) -> Callable[[int], None]:
     return epoch
 
 
-def split(examples: Pictures, method: Compressor, cut: str) -> Callable[[int], None]:
+def split(
+    examples: Pictures, method: Compressor, cut: str, layout: torch.memory_format
+) -> Callable[[int], None]:
     """A round of split training, evaluated on ten pictures."""
     device = torch.device("cpu")
     settings = SplitSettings(
         cut, method, "parallel", None, FedAvg(), TRAINING, functional.cross_entropy, device, 0
     )
     example = Batch.of(examples, torch.tensor([0]), device)
-    setup = SharedSetup(network(), settings, example, CLASSES, 1)
+    model = network()
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    setup = SharedSetup(model, settings, example, CLASSES, 1)
     clients = [setup.client(0, examples)]
     loop = SplitLoop(setup, Rounds(), Pictures(10), label_counts([examples]), clients)
 
@@ -76,12 +80,16 @@ def split(examples: Pictures, method: Compressor, cut: str) -> Callable[[int], N
 
 def rounds_over_floor(turns: int, cut: str) -> dict[str, list[float]]:
     """Processor seconds of each kind of round over those of the floor, turn by turn."""
-    examples = Pictures(IMAGES)
-    rounds = {
-        "floor": floor(examples),
-        f"sl, cut at {cut}": split(examples, Compressor(), cut),
-        f"acp-sl, cut at {cut}": split(examples, ACPSL(warmup=0, ramp_rounds=0, share=0.5), cut),
-    }
+    examples, half = Pictures(IMAGES), ACPSL(warmup=0, ramp_rounds=0, share=0.5)
+    rounds = {"floor": floor(examples)}
+    plain, last = torch.contiguous_format, torch.channels_last
+    for name, method, layout in (
+        ("sl", Compressor(), plain),
+        ("acp-sl", half, plain),
+        ("sl in channels_last", Compressor(), last),
+        ("acp-sl in channels_last", half, last),
+    ):
+        rounds[f"{name}, cut at {cut}"] = split(examples, method, cut, layout)
     found: dict[str, list[float]] = {name: [] for name in rounds}
     for turn in range(turns + 1):  # the first warms up
         for name, run in rounds.items():

@@ -83,6 +83,27 @@ def test_dropout_and_layers_that_work_in_place(tmp_path: Path) -> None:
     require_equal(history(None, model=plain(), method="sl"), again)
 
 
+def test_a_network_in_channels_last_stays_so_and_is_continued(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        built = normed()
+        built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return built
+
+    with pytest.raises(Ended):
+        history(Checkpoint(tmp_path), stop=2, model=model(), training=ADAMW)
+    again = history(Checkpoint(tmp_path, resume=True), model=model(), training=ADAMW)
+    trained = model()
+    result = history(None, model=trained, training=ADAMW)
+    require_equal(result, again)
+    convolutions = [p for p in trained.parameters() if p.dim() == 4]
+    assert len(convolutions) == 4
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    plainly = history(None, training=ADAMW)
+    for one, other in zip(result.records, plainly.records, strict=True):
+        assert (one.bytes_up, one.bytes_down) == (other.bytes_up, other.bytes_down)
+        assert one.train_loss == pytest.approx(other.train_loss, rel=0.05)
+
+
 def test_a_scorers_state_under_its_first_name_is_read() -> None:
     (client,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL()))
     assert client.scorer is not None

@@ -106,7 +106,10 @@ def network(
 def chosen_network(recipe: Recipe, shape: Sequence[int], classes: int) -> nn.Sequential:
     """The network of a split recipe, for images of shape (C, H, W)."""
     chosen = recipe.model
-    return network(chosen.name, chosen.width, shape, classes=classes, seed=recipe.run.seed)
+    built = network(chosen.name, chosen.width, shape, classes=classes, seed=recipe.run.seed)
+    if chosen.channels_last:
+        built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return built
 
 
 def chosen_strategy(recipe: Recipe) -> tuple[Strategy, Training]:

@@ -212,6 +212,9 @@ class Model(BaseModel):
     """Adapters on routers too, which are otherwise trained whole."""
     width: int = Field(default=32, ge=1, le=512)
     """Images: channels of the first layers."""
+    channels_last: bool = False
+    """Images: weights of convolutions in the memory layout torch.channels_last, which is faster.
+    Results are equal up to rounding only."""
     cut: Text | None = None
     """Split: the last layer that clients hold; `sluiceway inspect conv4` lists them."""
     tail: Text | None = None

@@ -115,6 +115,11 @@ class TrainedLayers:
         for key, value in state.items():
             index, name = key.split("/")
             held.setdefault(int(index), {})[name] = value
+        params = [param for group in self.optimiser.param_groups for param in group["params"]]
+        for number, values in held.items():
+            for name, value in values.items():
+                if value.shape == params[number].shape:  # a fused step needs one memory layout
+                    values[name] = torch.empty_like(params[number].detach()).copy_(value)
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": held, "param_groups": groups})
 
