@@ -62,21 +62,21 @@ class FeatureFiles:
                 path.unlink()
 
 
-def feature_key(model: nn.Module, layers: str, examples: Examples, rows: Tensor) -> str:
+def feature_key(fingerprint: str, model: nn.Module, examples: Examples, rows: Tensor) -> str:
     """Equal for the same frozen values, the same code, and the same inputs at these rows.
 
     Args:
-        model: its frozen parameters, its buffers and its structure count.
-        layers: which layers are run.
+        fingerprint: of the layers that are run and of the frozen parameters.
+        model: its buffers, its structure and where it is count besides.
         examples: inputs are read in order of the rows.
         rows: int64.
     """
-    digest = hashlib.sha256(layers.encode())
-    told = [repr(model), str(torch.get_num_threads()), *(version(name) for name in PACKAGES)]
+    digest = hashlib.sha256(fingerprint.encode())
+    place = next(model.parameters()).device.type
+    told = [repr(model), place, str(torch.get_num_threads()), *(version(name) for name in PACKAGES)]
     digest.update("\n".join(told).encode())
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for name, tensor in {**frozen, **dict(model.named_buffers())}.items():
-        add(digest, f"{name} {tensor.device.type}", tensor)
+    for name, tensor in model.named_buffers():
+        add(digest, name, tensor)
     add(digest, f"{len(examples)} rows", rows)
     for part in rows.split(1024):
         inputs = Batch.of(examples, part, torch.device("cpu")).inputs

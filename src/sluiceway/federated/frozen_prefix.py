@@ -293,7 +293,9 @@ class FeatureCache:
             if len(rows) and (store is None or bool((store.lengths[rows] == 0).any())):
                 held = sum(s.flat.nbytes for s in self.stores.values() if s.where == "memory")
                 left = max(self.limit - held, 0)
-                self.stores[fingerprint, number] = self.store(trunk, base, rows, device, left)
+                self.stores[fingerprint, number] = self.store(
+                    trunk, fingerprint, base, rows, device, left
+                )
                 self._kept.append(base)
         return [
             FeatureExamples(examples, rows, self.stores[fingerprint, id(base)])
@@ -303,12 +305,18 @@ class FeatureCache:
         ]
 
     def store(
-        self, trunk: FrozenPrefix, examples: Examples, rows: Tensor, device: torch.device, left: int
+        self,
+        trunk: FrozenPrefix,
+        fingerprint: str,
+        examples: Examples,
+        rows: Tensor,
+        device: torch.device,
+        left: int,
     ) -> FeatureStore:
         """The features of these rows, from a file of an earlier run or computed."""
         if self.files is None or not self.files.limit:
             return FeatureStore.of(trunk, examples, rows, device, left)
-        key = feature_key(trunk.model, str(trunk.layers), examples, rows)
+        key = feature_key(fingerprint, trunk.model, examples, rows)
         found = self.files.load(key)
         if found is not None and found["flat"].nbytes <= left:
             return FeatureStore(**found, where="memory")

@@ -48,7 +48,41 @@ PART = 256
 MEMORY = 2 << 30
 
 
-class LocalEngine:
+class EngineFolder:
+    """The temporary folder of an engine, and the length of its last broadcast.
+
+    Args:
+        worker: model and data.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._stack = ExitStack()
+        self._down = 0
+
+    def __enter__(self) -> Self:
+        self.folder = self._stack.enter_context(scratch_folder())
+        self.states = self.folder / "clients"
+        self.states.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def broadcast_bytes(self) -> int:
+        return self._down
+
+    def packed(self, broadcast: Broadcast) -> Path:
+        """The file of a broadcast, in a new folder for the round. Raises StorageError."""
+        folder = self.folder / "round"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        down = folder / "broadcast"
+        self._down = write_broadcast(down, broadcast)
+        return down
+
+
+class LocalEngine(EngineFolder):
     """Trains clients in this process, one after the other; messages stay tensors in memory.
 
     Bytes are the computed length of the packed messages. Updates that must wait for others are
@@ -73,28 +107,21 @@ class LocalEngine:
         saved: bool = False,
         memory: int = MEMORY,
     ) -> None:
-        self.worker = worker
+        super().__init__(worker)
         self.threads = threads
         self.saved = saved
         self.memory = memory
-        self._stack = ExitStack()
-        self._down = 0
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._kept_bytes = 0
         self._fresh: dict[int, dict[str, Tensor]] = {}
         self._files: set[str] = set()
 
     def __enter__(self) -> Self:
-        self.folder = self._stack.enter_context(scratch_folder())
-        self.states = self.folder / "clients"
-        self.states.mkdir()
+        super().__enter__()
         if self.threads:
             self._stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
@@ -157,9 +184,6 @@ class LocalEngine:
                 os.replace(path.with_suffix(".new"), path)
         self._fresh = {}
 
-    def broadcast_bytes(self) -> int:
-        return self._down
-
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
         total = Evaluation.nothing()
         for part in test_parts(self.worker):
@@ -190,7 +214,7 @@ class StackedEngine(LocalEngine):
                 yield received_update(answer) if isinstance(answer, Update) else answer
 
 
-class PoolEngine:
+class PoolEngine(EngineFolder):
     """Trains clients in worker processes; their number changes no result.
 
     Messages are files of a temporary folder, packed as they would cross a wire. What clients keep
@@ -210,30 +234,19 @@ class PoolEngine:
     def __init__(
         self, worker: Worker, *, workers: int, threads: int = 1, timeout: float = 0
     ) -> None:
-        self.worker = worker
+        super().__init__(worker)
         self.timeout = timeout
         self.pool = Pool(worker, workers, threads)
-        self._stack = ExitStack()
-        self._down = 0
 
     def __enter__(self) -> Self:
-        self.folder = self._stack.enter_context(scratch_folder())
-        self.states = self.folder / "clients"
-        self.states.mkdir()
+        super().__enter__()
         self._stack.callback(self.pool.close)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
     ) -> Iterator[Update | Failure]:
-        folder = self.folder / "round"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        down = folder / "broadcast"
-        self._down = write_broadcast(down, broadcast)
+        down = self.packed(broadcast)
         jobs = [(number, down, self.states / f"{number}", number in personal) for number in clients]
         done = self.pool.map(train_client, jobs, self.timeout)
         for number, found in zip(clients, done, strict=True):
@@ -246,9 +259,6 @@ class PoolEngine:
             fresh = self.folder / "round" / f"state-{number}"
             if fresh.exists():
                 os.replace(fresh, self.states / f"{number}")
-
-    def broadcast_bytes(self) -> int:
-        return self._down
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
         path = self.folder / "global"

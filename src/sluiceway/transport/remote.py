@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,14 +17,20 @@ from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation, widened
 from sluiceway.core.guards import Failure, RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
-from sluiceway.core.messages import write_broadcast
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.errors import line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.files import scratch_folder, write_atomically
 from sluiceway.strategies import Broadcast, Strategy, Update
-from sluiceway.transport.local import PART, chosen_device, report_of, run_loop, standing
+from sluiceway.transport.local import (
+    EngineFolder,
+    chosen_device,
+    report_of,
+    run_loop,
+    standing,
+    test_parts,
+)
 from sluiceway.transport.protocol import Request, Response, TaskFailure, Transport
 
 #: Largest count of examples of a class, and most classes, that a site may claim.
@@ -33,7 +38,7 @@ COUNT_LIMIT = 10**12
 CLASSES_LIMIT = 10**6
 
 
-class RemoteEngine:
+class RemoteEngine(EngineFolder):
     """Clients at sites; the global model is evaluated here.
 
     Client states stay at the sites. Here is a file for each client with the round of its newest
@@ -49,32 +54,21 @@ class RemoteEngine:
     def __init__(
         self, transport: Transport, worker: Worker, *, keep: int, timeout: float = 0
     ) -> None:
+        super().__init__(worker)
         self.transport = transport
-        self.worker = worker
         self.keep = keep
         self.timeout = timeout
-        self._stack = ExitStack()
-        self._down = 0
         self._kept: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        self.folder = self._stack.enter_context(scratch_folder())
-        self.states = self.folder / "clients"
-        self.states.mkdir()
+        super().__enter__()
         (self.states / "run").write_text(uuid.uuid4().hex)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
     ) -> Iterator[Update | Failure]:
-        folder = self.folder / "round"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        down = folder / "broadcast"
-        self._down = write_broadcast(down, broadcast)
+        down = self.packed(broadcast)
         self._kept = {}
         requests = {
             number: Request(
@@ -89,7 +83,7 @@ class RemoteEngine:
             )
             for number in clients
         }
-        incoming = self.transport.send(requests, folder, self.timeout)
+        incoming = self.transport.send(requests, down.parent, self.timeout)
         for number, done in in_order(incoming, clients):
             path = done if isinstance(done, TaskFailure) else done.message
             if isinstance(done, Response) and done.facts.get("kept") is True:
@@ -108,13 +102,10 @@ class RemoteEngine:
             if number in self._kept:
                 write_atomically(self.states / f"{number}", f"{self._kept[number]}")
 
-    def broadcast_bytes(self) -> int:
-        return self._down
-
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Evaluation:
         total = Evaluation.nothing()
-        for part in torch.arange(len(self.worker.test)).split(PART):
-            total += self.worker.evaluate(tensors, part.tolist())
+        for part in test_parts(self.worker):
+            total += self.worker.evaluate(tensors, part)
         return total
 
 
