@@ -34,6 +34,7 @@ import torch
 import rounds_moe
 import rounds_split
 from measuring import report
+from sluiceway.core.memory import keep_freed_memory
 from sluiceway.experiment.models import load_pretrained
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="moe: rows in multiples of 32")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as runs do, and so for the floor too
     if args.profile:
         loaded, examples = load_pretrained("minilm"), rounds_moe.texts("short")
         with rounds_moe.ours(loaded, examples, args.profile) as run:

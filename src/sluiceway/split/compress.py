@@ -31,7 +31,7 @@ from sluiceway.split.packing import (
     unpack_gradient,
     unpack_smashed,
 )
-from sluiceway.split.selection import KeptChannels, Selection
+from sluiceway.split.selection import KeptChannels, Selection, every_channel
 from sluiceway.strategies.base import PARAMETERS
 
 Quantize = Literal["none", "fp16", "int8", "int4"]
@@ -95,7 +95,7 @@ class Compressor:
         """What of A crosses. The one thing that a new method must define."""
         if mask is not None:
             raise ValueError(f"mask: {self.name} chooses no channels")
-        return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool))
+        return every_channel(A.shape[1])
 
     def up(
         self,
@@ -210,4 +210,4 @@ class Channels(Compressor):
     name: ClassVar[str] = "channels"
 
     def select(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
-        return KeptChannels(torch.ones(A.shape[1], dtype=torch.bool) if mask is None else mask)
+        return every_channel(A.shape[1]) if mask is None else KeptChannels(mask)

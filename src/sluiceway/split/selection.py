@@ -6,7 +6,7 @@ its D = C x H x W elements. Bits and indices are little-endian, the lowest index
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import ClassVar, Final, Protocol
 
@@ -98,6 +98,12 @@ class KeptChannels:
 
     def rows(self) -> np.ndarray:
         return self._index.numpy()[None]
+
+
+@cache
+def every_channel(count: int) -> KeptChannels:
+    """All of so many channels."""
+    return KeptChannels(torch.ones(count, dtype=torch.bool))
 
 
 @dataclass(frozen=True, eq=False)

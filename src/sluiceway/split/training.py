@@ -13,6 +13,7 @@ from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, Snapshot
 from sluiceway.core.evaluation import label_counts
 from sluiceway.core.guards import Diverged, TooFewUpdates, finite
+from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.core.seeds import derive_seed
@@ -116,6 +117,7 @@ def split_train(
     counts = label_counts(clients)
     if not counts.shape[1]:
         raise ValueError("no client holds any example")
+    keep_freed_memory()
     devices = [settings.device] if settings.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch_threads(threads):
         first = next(examples for examples in clients if len(examples))

@@ -20,6 +20,7 @@ from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, StorageError
 from sluiceway.core.evaluation import Evaluation, label_counts
 from sluiceway.core.guards import Failure
+from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.messages import (
     WireError,
     broadcast_length,
@@ -407,6 +408,7 @@ def federate(
     if stacked > 1 and (workers > 1 or timeout):
         with_what = "several workers" if workers > 1 else "a timeout"
         raise InputError(f"run.stacked = {stacked} cannot be used with {with_what}")
+    keep_freed_memory()
     model.to(place)
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import described
 from sluiceway.transport.protocol import TaskFailure
@@ -201,6 +202,7 @@ def work(
     if isinstance(common, Packed):
         common = pickle.loads(common.content)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     while True:
         try:
