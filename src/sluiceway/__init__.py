@@ -51,11 +51,10 @@ _PLACES = {
 def _methods() -> dict[str, Any]:
     """Every class that a recipe can name as its method, by the name of the class."""
     from sluiceway.split.methods import METHODS
-    from sluiceway.strategies import ROBUST, STRATEGIES
+    from sluiceway.strategies import ROBUST, SERVER, STRATEGIES
 
-    return {
-        cls.__name__: cls for cls in (*STRATEGIES.values(), *ROBUST.values(), *METHODS.values())
-    }
+    tables = (STRATEGIES, ROBUST, SERVER, METHODS)
+    return {cls.__name__: cls for table in tables for cls in table.values()}
 
 
 def __getattr__(name: str) -> Any:

@@ -212,9 +212,9 @@ def recipes() -> None:
 
 @app.command()
 def methods(
-    kind: Annotated[str | None, typer.Argument(metavar="[federated|split|robust]")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="[federated|split|robust|server]")] = None,
 ) -> None:
-    """List the methods: strategies, compressors, and robust rules."""
+    """List the methods: strategies, compressors, robust rules and server optimisers."""
     from sluiceway.experiment.listings import show_methods
 
     show_methods(kind)

@@ -27,7 +27,7 @@ from sluiceway.experiment.recipe import (
 from sluiceway.experiment.reference import TABLES, reference
 from sluiceway.experiment.tables import parsed, shipped_recipes
 from sluiceway.split import METHODS
-from sluiceway.strategies import ROBUST, STRATEGIES, FedAlignMoE
+from sluiceway.strategies import ROBUST, STRATEGIES, FedAlignMoE, Momentum
 
 FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains", "mmlu", "hellaswag"}
 SPLIT = {"split-quickstart", "fashion-split", "cifar10-split"}
@@ -120,11 +120,14 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("data.name=cifar10", r"data\.name = 'cifar10': a federated run takes 20newsgroups"),
         ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
         ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
-        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, robust, lora"),
+        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, robust, server"),
         ("method.name=[1]", r"method\.name = \[1\]; allowed: fedavg"),
         ("method.robust=median", r"method\.robust = 'median': must be a table with a name"),
         ("method.robust.name=mean", r"method\.robust\.name = 'mean'; allowed: none, median, trim"),
         ("method.robust.share=0.1", r"method\.robust\.name = None; allowed: none, median"),
+        ("method.server=momentum", r"method\.server = 'momentum': must be a table with a name"),
+        ("method.server.name=sgd", r"method\.server\.name = 'sgd'; allowed: none, momentum, adam"),
+        ("method.server.beta=0.7", r"method\.server\.name = None; allowed: none, momentum"),
         ("method.lambda=-1", r"method\.lambda = -1: must be greater than or equal to 0"),
         ("method.gate=open", r"method\.gate = 'open': must be 'consistency', 'average'"),
         ("train.lr=0", r"train\.lr = 0: must be greater than 0"),
@@ -140,6 +143,46 @@ def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
     with pytest.raises(InputError, match=line) as caught:
         load_recipe("agnews", [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"name": "none"}, {"name": "momentum", "beta": 0.7, "lr": 1.0}],
+)
+def test_a_server_optimiser_goes_with_the_method_and_reads_back(table: dict[str, object]) -> None:
+    recipe = load_recipe("agnews", [f"method.server.{key}={value}" for key, value in table.items()])
+    made, resolved = recipe.built(), recipe.resolved()
+    assert isinstance(made, FedAlignMoE)
+    assert made.server == (None if table["name"] == "none" else Momentum(beta=0.7))
+    assert resolved["method"]["server"] == table
+    again = recipe_from(tomllib.loads(tomli_w.dumps(resolved)))
+    assert again.resolved() == resolved
+    assert load_recipe("agnews", ["method.server.name=yogi"]).resolved()["method"]["server"] == {
+        "name": "yogi",
+        "lr": 0.01,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "tau": 0.001,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "line"),
+    [
+        ("momentum", "beta=1", r"method\.server\.beta = 1: must be less than 1"),
+        ("momentum", "lr=0", r"method\.server\.lr = 0: must be greater than 0"),
+        ("momentum", "tau=1", r"unknown key method\.server\.tau; allowed .*: name, beta, lr"),
+        ("none", "lr=1", r"unknown key method\.server\.lr; allowed in \[method\.server\]: name$"),
+    ],
+)
+def test_a_wrong_server_optimiser_is_one_line(name: str, override: str, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        load_recipe("agnews", [f"method.server.name={name}", f"method.server.{override}"])
+
+
+def test_a_method_with_an_optimiser_of_its_own_takes_no_other() -> None:
+    with pytest.raises(InputError, match=r"method\.server: fedadam has a server optimiser of its"):
+        load_recipe("agnews", ["method.name=fedadam", "method.server.name=momentum"])
 
 
 ROBUST_TABLES: list[dict[str, object]] = [

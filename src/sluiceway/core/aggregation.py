@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sluiceway.core.guards import Diverged, finite
 from sluiceway.strategies import Strategy, Update
 
 
@@ -40,7 +41,11 @@ class Aggregation:
             self.strategy.accumulate(changed)
 
     def finish(self) -> None:
-        """Let the strategy take its new global values."""
+        """Let the strategy take its new global values, and its server optimiser step along them.
+
+        Raises:
+            Diverged: the server optimiser made a value that is not finite.
+        """
         if self.holds:
             updates = self.held
             for rule in self.strategy.rules:
@@ -48,7 +53,17 @@ class Aggregation:
             self.strategy.begin(self.number, updates)
             for update in updates:
                 self.strategy.accumulate(update)
+        old, server = self.strategy.tensors, self.strategy.server
         self.strategy.finish()
+        if server is not None and self.strategy.tensors is not old:
+            new = server.step(old, self.strategy.tensors, self.strategy.pieces)
+            for name, tensor in new.items():
+                if not finite(tensor):
+                    raise Diverged(
+                        f"round {self.number}: {name} is not finite after the server optimiser's "
+                        "step; its lr is too large"
+                    )
+            self.strategy.tensors = new
 
 
 def aggregate(strategy: Strategy, updates: Iterable[Update], number: int = 1) -> None:

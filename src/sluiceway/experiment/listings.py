@@ -42,7 +42,7 @@ def show_keys(table: str | None) -> None:
 
     known: dict[str, tuple[str, type[Any]]] = {name: (name, cls) for name, cls in TABLES.items()}
     for method in methods():
-        known[method.name] = ("method.robust" if method.kind == "robust" else "method", method.cls)
+        known[method.name] = (method.table, method.cls)
     if table is not None and table not in known:
         raise InputError(f"{quoted(table)} is no table or method; allowed: {', '.join(known)}")
     for prefix, cls in [known[table]] if table else [known[name] for name in TABLES]:

@@ -1,4 +1,4 @@
-"""The one list of methods: strategies, compressors and robust rules; and what [method] makes."""
+"""The one list of methods and of what goes with them; and what [method] makes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from sluiceway.experiment.keys import sentence
 from sluiceway.experiment.validation import checked
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
-from sluiceway.strategies import ROBUST, STRATEGIES, Strategy, UpdateRule
-
-#: What `method.robust.name` may be; "none" so that a comparison can leave it out.
-RULES: dict[str, type[UpdateRule] | None] = {"none": None, **ROBUST}
-
+from sluiceway.strategies import (
+    ROBUST,
+    SERVER,
+    STRATEGIES,
+    ServerOptimizer,
+    Strategy,
+    UpdateRule,
+)
 
 #: Kinds of methods, and where a recipe names one.
 KINDS = {
     "federated": "[method] of a federated run",
     "split": "[method] of a split run",
     "robust": "[method.robust], with any federated method",
+    "server": "[method.server], with any federated method",
 }
+#: The tables inside of [method] of a federated run, and what their names may be besides "none",
+#: which is there so that a comparison can leave them out.
+INNER: dict[str, dict[str, type[Any]]] = {"robust": {**ROBUST}, "server": {**SERVER}}
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Method:
 
     Attributes:
         name: value of `method.name`, or of `method.robust.name`.
-        kind: "federated", "split" or "robust".
+        kind: one of `KINDS`.
         cls: its class.
         text: one line about it.
     """
@@ -44,13 +51,18 @@ class Method:
     cls: type[Any]
     text: str
 
+    @property
+    def table(self) -> str:
+        """The table of a recipe that names it."""
+        return f"method.{self.kind}" if self.kind in INNER else "method"
+
 
 def methods() -> list[Method]:
     """Every method: what `sluiceway methods` and the tables of the documentation show."""
     tables: dict[str, Mapping[str, type[Any]]] = {
         "federated": STRATEGIES,
         "split": METHODS,
-        "robust": ROBUST,
+        **INNER,
     }
     return [
         Method(name, kind, cls, one_line(cls, kind))
@@ -69,47 +81,54 @@ def one_line(cls: type[Any], kind: str) -> str:
 def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor:
     """The strategy that [method] names, or in a split run the compressor. Raises InputError."""
     known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES}
-    name, apart = table.get("name"), {"name"} if split else {"name", "robust"}
+    name, apart = table.get("name"), {"name"} if split else {"name", *INNER}
     if not isinstance(name, str) or name not in known:  # a list is not even hashable
         raise InputError(f"method.name = {quoted(name)}; allowed: {', '.join(known)}")
     parameters = {key: value for key, value in table.items() if key not in apart}
     made: Strategy | Compressor = checked("method", known[name], parameters, sorted(apart))
-    if isinstance(made, Strategy) and "robust" in table:
-        made = made.with_rules(*robust_rules(table["robust"]))
+    if isinstance(made, Strategy):
+        found = {key: inner(key, table[key]) for key in INNER if key in table}
+        if rule := found.get("robust"):
+            made = made.with_rules(rule)
+        if optimizer := found.get("server"):
+            try:
+                made = made.with_server(optimizer)
+            except ValueError as error:
+                raise InputError(f"method.server: {error}") from None
     return made
 
 
-def robust_rules(table: Any) -> list[UpdateRule]:
-    """The rule that [method.robust] names; none for "none". Raises InputError."""
+def inner(key: str, table: Any) -> Any:
+    """What the table `[method.KEY]` names; None for "none". Raises InputError."""
+    known, where = INNER[key], f"method.{key}"
     if not isinstance(table, Mapping):
-        raise InputError(f"method.robust = {quoted(table)}: must be a table with a name")
+        raise InputError(f"{where} = {quoted(table)}: must be a table with a name")
     name = table.get("name")
-    if not isinstance(name, str) or name not in RULES:
-        raise InputError(f"method.robust.name = {quoted(name)}; allowed: {', '.join(RULES)}")
-    parameters = {key: value for key, value in table.items() if key != "name"}
-    rule = RULES[name]
-    if rule is None:
-        if parameters:
-            raise InputError(
-                f"unknown key method.robust.{min(parameters)}; allowed in [method.robust]: name"
-            )
-        return []
-    made: UpdateRule = checked("method.robust", rule, parameters, ["name"])
-    return [made]
+    if not isinstance(name, str) or name not in ("none", *known):
+        raise InputError(f"{where}.name = {quoted(name)}; allowed: none, {', '.join(known)}")
+    parameters = {other: value for other, value in table.items() if other != "name"}
+    if name != "none":
+        return checked(where, known[name], parameters, ["name"])
+    if parameters:
+        raise InputError(f"unknown key {where}.{min(parameters)}; allowed in [{where}]: name")
+    return None
 
 
 def method_table(table: Mapping[str, Any], made: Strategy | Compressor) -> dict[str, Any]:
     """[method] with defaults included, of the object that it made."""
-    robust = {}
-    if "robust" in table:
-        rules = made.rules if isinstance(made, Strategy) else ()
-        parameters = {key: value for rule in rules for key, value in parameters_of(rule).items()}
-        robust = {"robust": {"name": table["robust"]["name"], **parameters}}
-    return {"name": table["name"], **parameters_of(made), **robust}
+    tables = {}
+    for key in INNER:
+        if key in table:
+            tables[key] = {"name": table[key]["name"], **parameters_of(inner(key, table[key]))}
+    return {"name": table["name"], **parameters_of(made), **tables}
 
 
-def parameters_of(made: Strategy | Compressor | UpdateRule) -> dict[str, Any]:
-    """The parameters of a checked dataclass, by the names that a recipe uses."""
+def parameters_of(
+    made: Strategy | Compressor | UpdateRule | ServerOptimizer | None,
+) -> dict[str, Any]:
+    """The parameters of a checked dataclass, by the names that a recipe uses; none of None."""
+    if made is None:
+        return {}
     kind = TypeAdapter(type(made))
     found: dict[str, Any] = kind.dump_python(made, by_alias=True, exclude_none=True)
     return found

@@ -287,7 +287,9 @@ class Recipe(BaseModel):
 
     `method` has `name` and the parameters of that strategy. In a federated run it may have a table
     `robust`: `name` ("none", "median", "trimmed-mean" or "norm-clipping") and the parameters of
-    that rule, which hardens the aggregation.
+    that rule, which hardens the aggregation; and a table `server`: `name` ("none", "momentum",
+    "adam" or "yogi") and the parameters of that server optimiser, which steps along what every
+    round changed.
     """
 
     model_config = TABLE

@@ -49,8 +49,8 @@ def methods_text() -> Iterator[str]:
     for kind, title in KINDS.items():
         mine = [method for method in methods() if method.kind == kind]
         yield f"## {title}\n"
-        key = "method.robust" if kind == "robust" else "method"
         for method in mine:
+            key = method.table
             yield f'### `{key}.name = "{method.name}"`\n'
             yield f"{method.text}\n"
             own, inherited = split_keys(method, mine)

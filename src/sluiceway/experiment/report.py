@@ -198,7 +198,7 @@ def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a key tells runs apart, and not only because their methods have other parameters."""
-    own = key.startswith("method.") and key != "method.robust.name"
+    own = key.startswith("method.") and not key.endswith(".name")
     foreign = own and any(key not in one for one in flat)
     apart = len({repr(one.get(key)) for one in flat}) > 1
     return apart and not foreign and not key.startswith(ASIDE)

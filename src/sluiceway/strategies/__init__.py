@@ -12,15 +12,19 @@ from sluiceway.strategies.base import (
     Update,
     UpdateRule,
 )
+from sluiceway.strategies.fc_moe import FCMoE
 from sluiceway.strategies.fedadam import FedAdam
 from sluiceway.strategies.fedalign_moe import FedAlignMoE
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.fedavgm import FedAvgM
 from sluiceway.strategies.fedmoe import FedMoE
 from sluiceway.strategies.fedprox import FedProx
+from sluiceway.strategies.fedyogi import FedYogi
 from sluiceway.strategies.frozen_gate import FrozenGate
 from sluiceway.strategies.non_expert import NonExpert
 from sluiceway.strategies.robust import ROBUST, Median, NormClipping, TrimmedMean
 from sluiceway.strategies.scaffold import Scaffold
+from sluiceway.strategies.server import SERVER, Adam, Momentum, ServerOptimizer, Yogi
 from sluiceway.strategies.usage import Usage
 
 #: Every strategy by the name that `method.name` uses.
@@ -34,7 +38,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
         NonExpert,
         FrozenGate,
         Scaffold,
+        FedAvgM,
         FedAdam,
+        FedYogi,
+        FCMoE,
         FedAlignMoE,
     )
 }
@@ -54,24 +61,32 @@ def strategy(name: str, **parameters: Any) -> Strategy:
 
 __all__ = [
     "ROBUST",
+    "SERVER",
     "STRATEGIES",
+    "Adam",
     "Broadcast",
+    "FCMoE",
     "FedAdam",
     "FedAlignMoE",
     "FedAvg",
+    "FedAvgM",
     "FedMoE",
     "FedProx",
+    "FedYogi",
     "FrozenGate",
     "LocalContext",
     "Median",
+    "Momentum",
     "NonExpert",
     "NormClipping",
     "RunningMean",
     "Scaffold",
+    "ServerOptimizer",
     "Strategy",
     "TrimmedMean",
     "Update",
     "UpdateRule",
     "Usage",
+    "Yogi",
     "strategy",
 ]

@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, Observer, ParamSlice
+from sluiceway.strategies.server import ServerOptimizer
 
 #: How every strategy's parameters are checked: unknown names, values out of range, and numbers
 #: that are infinite or NaN are errors.
@@ -127,10 +128,23 @@ class Strategy:
     clients: int
     #: Applied in turn to the updates of every round, before they are added up.
     rules: tuple[UpdateRule, ...] = ()
+    #: Steps along what every round changed; None takes the round's values as they are.
+    server: ServerOptimizer | None = None
 
     def with_rules(self, *rules: UpdateRule) -> Self:
         """Itself, with these rules on its updates, such as `Median()`."""
         self.rules = rules
+        return self
+
+    def with_server(self, optimizer: ServerOptimizer) -> Self:
+        """Itself, with a server optimiser on every round's change, such as `Momentum()`.
+
+        Raises:
+            ValueError: it has one of its own.
+        """
+        if self.server is not None:
+            raise ValueError(f"{self.name} has a server optimiser of its own")
+        self.server = optimizer
         return self
 
     # -- the server's half ---------------------------------------------------------------------
@@ -155,6 +169,8 @@ class Strategy:
         self.layout = layout
         self.clients = clients
         self.pieces: tuple[ParamSlice, ...] = layout.pieces(self.tensors)
+        if self.server is not None:
+            self.server.setup(self.tensors)
         owned = self.server_owned(layout)
         self.shared_pieces = tuple(
             p for p in self.pieces if p.param not in owned and not self.private(p.param)
@@ -191,7 +207,10 @@ class Strategy:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Put the new global values into `self.tensors`; without any update they stay."""
+        """Put the new global values into a new `self.tensors`; without any update they stay.
+
+        The old ones are not changed in place: a server optimiser compares the two.
+        """
         raise NotImplementedError
 
     def streams(self) -> bool:
@@ -200,11 +219,14 @@ class Strategy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next round depends on, as named tensors."""
-        return {f"tensors/{name}": tensor for name, tensor in self.tensors.items()}
+        states = {} if self.server is None else self.server.state_dict()
+        return {f"tensors/{name}": tensor for name, tensor in self.tensors.items()} | states
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` gave; call after `setup`."""
         self.tensors = unprefixed(state, "tensors/")
+        if self.server is not None:
+            self.server.load_state_dict(state)
 
     def report(self) -> dict[str, float]:
         """Numbers about the last aggregation for metrics.jsonl."""
