@@ -16,6 +16,19 @@ float64, unless they say otherwise.
 
 from sluiceway.fedalign.low_rank import product_change, product_gram
 from sluiceway.fedalign.matching import LEAST_GAIN, match_experts
+from sluiceway.fedalign.moments import (
+    OFF_DIAGONAL,
+    RIDGE,
+    Moment,
+    low_rank_moment,
+    mean_squares,
+    packed_triangle,
+    received_moment,
+    region_step,
+    second_moment,
+    unpacked_triangle,
+    with_one,
+)
 from sluiceway.fedalign.routing import (
     REFERENCE_FLOOR,
     adaptive_strength,
@@ -40,24 +53,35 @@ from sluiceway.fedalign.semantics import (
 
 __all__ = [
     "LEAST_GAIN",
+    "OFF_DIAGONAL",
     "REFERENCE_FLOOR",
+    "RIDGE",
     "DirectionGram",
+    "Moment",
     "adaptive_strength",
     "centred_regions",
     "conditional_penalty",
     "consistency_weights",
     "expert_weights",
     "global_routing",
+    "low_rank_moment",
     "marginal_penalty",
     "match_experts",
     "mean_routing",
+    "mean_squares",
     "overlap",
+    "packed_triangle",
     "product_change",
     "product_gram",
+    "received_moment",
     "region_similarity",
+    "region_step",
     "region_weights",
     "routing_statistics",
+    "second_moment",
     "selection_threshold",
     "semantic_weights",
     "smoothed_weights",
+    "unpacked_triangle",
+    "with_one",
 ]

@@ -270,7 +270,10 @@ class Worker:
         if not self.layout.blocks:
             yield None
             return
-        observer = Observer(self.model, self.layout, regions=self.strategy.wants_regions())
+        strategy = self.strategy
+        observer = Observer(
+            self.model, self.layout, strategy.wants_regions(), strategy.wants_samples()
+        )
         try:
             yield observer
         finally:

@@ -2,8 +2,10 @@
 
 from sluiceway.moe.adapters import Adapter, add_lora, find_adapters
 from sluiceway.moe.families import FAMILIES, Family
+from sluiceway.moe.inner import inner_activation
 from sluiceway.moe.layout import Block, MoELayout, NoExpertsError, find_layout, moe_layout
-from sluiceway.moe.observe import BlockRouting, BlockStep, Observer
+from sluiceway.moe.linear_maps import LinearMap, linear_maps
+from sluiceway.moe.observe import BlockRouting, BlockStep, Observer, TokenSample
 from sluiceway.moe.param_slice import ParamSlice
 from sluiceway.moe.received import received_logits
 from sluiceway.moe.repair import repair
@@ -17,16 +19,20 @@ __all__ = [
     "BlockRouting",
     "BlockStep",
     "Family",
+    "LinearMap",
     "MoELayout",
     "NoExpertsError",
     "Observer",
     "ParamSlice",
+    "TokenSample",
     "UpcycledExperts",
     "UpcycledMoE",
     "UpcycledRouter",
     "add_lora",
     "find_adapters",
     "find_layout",
+    "inner_activation",
+    "linear_maps",
     "moe_layout",
     "received_logits",
     "repair",

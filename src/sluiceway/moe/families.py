@@ -114,6 +114,32 @@ class RouterOutput:
     dispatched: Tensor | None
 
 
+def combine_weights(output: Any, read: RouterOutput) -> Tensor:
+    """What each expert's output is multiplied by, [T, E] float32; 0 for a token it does not get.
+
+    Taken from the router's output where that has them, [T, k] by choice or [T, 1] or [T, E]; else
+    the softmax over the logits of the chosen experts.
+
+    Args:
+        output: what the router's forward returned.
+        read: the same, read by its family.
+    """
+    logits, selected = read.logits.detach().float(), read.selected
+    entered = torch.zeros_like(logits)
+    if read.dispatched is None:
+        entered.scatter_(1, selected, 1.0)
+    else:
+        entered += read.dispatched
+    given = output[1] if isinstance(output, tuple) and len(output) == 3 else None
+    if isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1:
+        given = given.detach().float().reshape(-1, given.shape[-1])
+        if given.shape == selected.shape and read.dispatched is None:
+            return torch.zeros_like(logits).scatter(1, selected, given)
+        if len(given) == len(logits) and given.shape[1] in (1, logits.shape[1]):
+            return given * entered
+    return logits.masked_fill(entered == 0, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
 def greatest(logits: Tensor, top_k: int) -> Tensor:
     """[T, k] int64, the experts of the k greatest among the logits [T, E], greatest first."""
     if top_k == 1:  # In a tie arg max and topk may differ, and routers of one choice use arg max.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sluiceway.fedalign.routing import routing_statistics
-from sluiceway.moe.families import RouterOutput
+from sluiceway.moe.families import RouterOutput, combine_weights
 from sluiceway.moe.layout import Block, MoELayout
 
 
@@ -61,6 +61,68 @@ class BlockStep:
     logits: Tensor
     selected: Tensor
     mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """Tokens that a block saw since the last reset, evenly spread over all; they never leave.
+
+    Attributes:
+        hidden: [n, d], what entered the router, without graph, in the model's type.
+        weights: [n, E] float32, what each expert's output was multiplied by; 0 where the token did
+            not enter it, and for padding.
+        counted: [n] bool, False for padding.
+    """
+
+    hidden: Tensor
+    weights: Tensor
+    counted: Tensor
+
+
+class _Sampler:
+    """Keeps every s-th token of a block; s doubles whenever there are more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.stride = 1
+        self.seen = 0
+        self.held = 0
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    @torch.no_grad()
+    def add(self, hidden: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+        rows = None
+        if mask is not None and not hidden.is_cuda:  # a GPU would wait to count them
+            rows = mask.nonzero().flatten()
+            if len(rows) == len(mask):
+                rows = None
+        count = len(hidden) if rows is None else len(rows)
+        some = slice(-self.seen % self.stride, None, self.stride)
+        self.seen += count
+        if rows is None:
+            counted = weights.new_ones(count, dtype=torch.bool) if mask is None else mask
+            part = (hidden[some].detach().clone(), weights[some], counted[some])
+            if hidden.is_cuda and mask is not None:
+                keep = part[2].unsqueeze(1)
+                # Padding may hold NaN, which a product with 0 would not remove.
+                part = (part[0].masked_fill(~keep, 0), part[1].masked_fill(~keep, 0), part[2])
+        else:
+            rows = rows[some]
+            part = (
+                hidden.detach().index_select(0, rows),
+                weights.index_select(0, rows),
+                weights.new_ones(len(rows), dtype=torch.bool),
+            )
+        self.parts.append(part)
+        self.held += len(part[0])
+        while self.held > self.most:
+            joined = self.joined()
+            self.stride *= 2
+            self.parts = [tuple(tensor[::2] for tensor in joined)]
+            self.held = len(self.parts[0][0])
+
+    def joined(self) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(tensors) for tensors in zip(*self.parts, strict=True))
 
 
 class _Sums:
@@ -121,6 +183,7 @@ class Observer:
         model: the model that ``layout`` describes.
         layout: its blocks.
         regions: measure the mean hidden state per expert too, [E, d] a block.
+        sample: tokens of each block to keep, at most, for `samples`; 0 for none.
 
     Attributes:
         last: per block, the last observed forward, or None. Holds that forward's graph until the
@@ -129,9 +192,12 @@ class Observer:
 
     last: list[BlockStep | None]
 
-    def __init__(self, model: nn.Module, layout: MoELayout, regions: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, layout: MoELayout, regions: bool = True, sample: int = 0
+    ) -> None:
         self._layout = layout
         self._regions = regions
+        self._sample = sample
         self._active = False
         self._grad_at_entry = False
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -181,9 +247,14 @@ class Observer:
             for sums, block in zip(self._sums, self._layout.blocks, strict=True)
         ]
 
+    def samples(self) -> list[TokenSample | None]:
+        """The tokens kept since the last reset, one sample per block; None if it saw none."""
+        return [TokenSample(*kept.joined()) if kept.parts else None for kept in self._samplers]
+
     def reset(self) -> None:
-        """Forget all sums and the last forward."""
+        """Forget all sums, samples and the last forward."""
         self._sums = [None] * len(self._layout.blocks)
+        self._samplers = [_Sampler(self._sample) for _ in self._layout.blocks]
         self.last = [None] * len(self._layout.blocks)
 
     def close(self) -> None:
@@ -212,11 +283,15 @@ class Observer:
                 )
             hidden = args[0] if args else next(iter(kwargs.values()))
             read = block.family.read(output, block.top_k)
-            self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read)
+            mask = self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read)
+            if self._sample:
+                weights = combine_weights(output, read)
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                self._samplers[block.position].add(flat, weights, mask)
 
         return hook
 
-    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput) -> None:
+    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput) -> Tensor | None:
         mask = self._masks[self._is_decoder[block.position]]
         if mask is not None:
             if mask.numel() != hidden.shape[0]:
@@ -232,6 +307,7 @@ class Observer:
                 sums = self._sums[block.position] = _Sums(block, self._regions, hidden.device)
         sums.add(hidden, output, mask)
         self.last[block.position] = BlockStep(hidden, output.logits, output.selected, mask)
+        return mask
 
 
 #: Why a model with experts must not be trained under reentrant checkpointing, and what to do.

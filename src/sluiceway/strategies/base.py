@@ -255,6 +255,10 @@ class Strategy:
         """Whether updates must carry the experts' region means ([E, d] per block)."""
         return False
 
+    def wants_samples(self) -> int:
+        """How many tokens of each block a client's observer should keep; they never cross."""
+        return 0
+
     # -- the client's half ---------------------------------------------------------------------
 
     def start_training(self, client: LocalContext) -> None:
@@ -308,7 +312,8 @@ class RunningMean:
         Args:
             piece: which tensor.
             value: same shape as the piece; None means unchanged (the old value counts).
-            weight: >= 0, a number or one for each row of the leading axis ([E] for a gate).
+            weight: >= 0, a number, or one for each row of the leading axis ([E] for a gate), or
+                of more axes, as broadcast against the piece.
         """
         mean = piece.of(self.mean)
         value = (piece.of(self.old) if value is None else value).to(mean)
@@ -320,7 +325,9 @@ class RunningMean:
                 mean.lerp_(value, weight / total)
             return
         share = torch.where(total > 0, weight / total.clamp_min(1e-300), 0.0)
-        mean.lerp_(value, share.to(mean).reshape(-1, *[1] * (mean.ndim - 1)))
+        if share.ndim == 1:
+            share = share.reshape(-1, *[1] * (mean.ndim - 1))
+        mean.lerp_(value, share.to(mean))
 
     def result(self) -> dict[str, Tensor]:
         """The mean of every tensor, in the tensors' own types."""

@@ -8,37 +8,77 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 from torch import Tensor
 
 from sluiceway import fedalign
-from sluiceway.moe import Adapter, Block, BlockStep, MoELayout, ParamSlice, received_logits
+from sluiceway.errors import InputError
+from sluiceway.moe import (
+    Adapter,
+    Block,
+    BlockStep,
+    LinearMap,
+    MoELayout,
+    ParamSlice,
+    TokenSample,
+    inner_activation,
+    linear_maps,
+    received_logits,
+)
 from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 from sluiceway.strategies.matching import reordered
+from sluiceway.strategies.region import RegionSums
+
+#: `method.preset`: what is set where the recipe says nothing else.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "experts": "semantic",
+        "weights": "select",
+        "reference": "marginal",
+        "gate": "consistency",
+        "match": "index",
+    }
+}
+
+#: Tokens of each block of which a client's moments are taken, at most.
+SAMPLE = 2048
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class FedAlignMoE(FedAvg):
-    """Consistency-weighted gates, a routing regulariser, and semantic averaging of experts.
+    """Consistency-weighted gates, a routing regulariser, and experts averaged by region.
 
     The five steps of the paper's ablation are four switches: all off is parameter averaging
     (FedAvg, bit for bit), then `align`, `consistency`, `adaptive` and `semantic` are added in turn.
+    `experts = "region"` takes the place of the last.
 
+    preset: "paper": the paper's form as reconstructed, whatever the defaults are; keys that are
+        given besides win.
     align: clients pull their routing toward the reference, weighted by `lambda`.
     consistency: client weights w_i(e) by routing overlap times margin; without it they are
         uniform where `align` is on and by examples where it is off.
     adaptive: the pull is strong for globally consistent experts and weak for the others.
-    semantic: experts are averaged over clients whose updates and regions agree.
+    semantic: true is `experts = "semantic"`, and false, where `experts` is not given, "mean".
+    experts: how experts are combined: "region", in least squares over the tokens that enter them
+        [ours]; "semantic", over clients whose updates and regions agree; "mean", by examples.
+    moments: what crosses of the second moment of the hidden states that enter an expert or gate:
+        "full", the matrix; "low-rank", its `rank` leading eigenvectors and its diagonal;
+        "diagonal" [ours].
+    rank: eigenvectors of each expert with `moments = "low-rank"`, >= 1 [ours].
+    down: the same of the expert's inner activation, which its projection down reads: "diagonal";
+        "moments", as `moments` says; "mean", nothing [ours].
     lambda: weight of the regulariser in the client's loss, >= 0 (`lambda_` in Python).
     reference: what routing is pulled to: "marginal" is the global routing distribution [paper],
         "conditional" the received gate's choice for the same token [ours].
     gate: how routers are combined: "consistency" rows by w_i(e) [ours], "average" by examples,
-        "frozen" never trained, "local" kept by each client.
+        "region" in least squares over all tokens [ours], "frozen" never trained, "local" kept by
+        each client.
     match: which experts are averaged with each other: those of the same "index" [paper], or those
         of the same "meaning", whose regions match best, gate rows with them [ours].
     weights: "select": like-minded clients outweigh the others, by the square of their share;
@@ -51,23 +91,73 @@ class FedAlignMoE(FedAvg):
 
     name: ClassVar[str] = "fedalign-moe"
     needs_experts: ClassVar[bool] = True
+    preset: Literal["paper"] | None = None
     align: bool = True
     consistency: bool = True
     adaptive: bool = True
-    semantic: bool = True
+    semantic: bool | None = None
+    experts: Literal["region", "semantic", "mean"] | None = None
+    moments: Literal["full", "low-rank", "diagonal"] = "full"
+    rank: int = Field(default=32, ge=1)
+    down: Literal["diagonal", "moments", "mean"] = "diagonal"
     lambda_: float = Field(
         default=0.1, ge=0, validation_alias="lambda", serialization_alias="lambda"
     )
     reference: Literal["marginal", "conditional"] = "conditional"
-    gate: Literal["consistency", "average", "frozen", "local"] = "consistency"
+    gate: Literal["consistency", "average", "region", "frozen", "local"] = "consistency"
     match: Literal["index", "meaning"] = "index"
     weights: Literal["select", "smooth"] = "smooth"
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
 
+    @model_validator(mode="before")
+    @classmethod
+    def with_preset(cls, given: Any) -> Any:
+        """The preset's values below those that are given."""
+        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, Mapping) or not isinstance(values.get("preset"), str):
+            return given
+        preset = dict(PRESETS.get(values["preset"], {}))
+        if "semantic" in values:
+            preset.pop("experts", None)
+        return {**preset, **values}
+
+    def __post_init__(self) -> None:
+        if self.experts is None:
+            self.experts = "mean" if self.semantic is False else "semantic"
+        if self.semantic and self.experts != "semantic":
+            raise ValueError(f"semantic = true, but experts = {self.experts!r}")
+        self.semantic = self.experts == "semantic"
+        if self.match == "meaning" and "region" in (self.experts, self.gate):
+            raise ValueError('match = "meaning" does not go with experts or gate = "region"')
+
     def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
         super().setup(tensors, layout, clients)
         self.routing: list[Tensor] = []
+        maps = [one for one in linear_maps(layout, tensors) if self.form(one)]
+        if self.lora != "frozen-a" and any(one.pair for one in maps):
+            raise InputError(
+                f'method.lora = {self.lora!r}: experts or gate = "region" combine LoRA adapters '
+                'whose A is not trained; set lora = "frozen-a", or experts = "mean"'
+            )
+        #: Maps by least squares, and those by a weight for each column, by the keys of pieces.
+        self.maps = tuple(one for one in maps if self.form(one) != "diagonal")
+        self.columns = {
+            piece.key: one for one in maps if self.form(one) == "diagonal" for piece in one.pieces
+        }
+        self.sources: dict[str, tuple[LinearMap, int]] = {}
+        for one in maps:
+            _, inputs = self.sources.get(one.source, (one, 0))
+            self.sources[one.source] = one, max(inputs, one.inputs)
+
+    def form(self, one: LinearMap) -> str | None:
+        """What crosses of the moment of a map's input; None for nothing."""
+        if (self.gate if one.expert is None else self.experts) != "region":
+            return None
+        if one.reads == "inner" and self.down != "moments":
+            return None if self.down == "mean" else "diagonal"
+        # Of B A with A as received, the moment of A x: a small matrix.
+        return self.moments if one.pair is None or self.moments == "diagonal" else "full"
 
     def trains(self, param: str, layout: MoELayout) -> bool:
         frozen = self.gate == "frozen" and param in layout.gate_params
@@ -77,19 +167,39 @@ class FedAlignMoE(FedAvg):
         return self.gate == "local" and param in self.layout.gate_params
 
     def wants_regions(self) -> bool:
-        return self.semantic or self.match == "meaning"
+        return bool(self.semantic) or self.match == "meaning"
+
+    def wants_samples(self) -> int:
+        return SAMPLE if self.sources else 0
 
     # -- the server's half ---------------------------------------------------------------------
 
     def server_extra(self) -> Mapping[str, Tensor]:
         return {f"routing/{block}": r_g.float() for block, r_g in enumerate(self.routing)}
 
+    def client_extra(self) -> Mapping[str, Tensor]:
+        return {
+            f"moment/{source}": torch.empty(
+                self.packed_shape(one, inputs), dtype=torch.bfloat16, device="meta"
+            )
+            for source, (one, inputs) in self.sources.items()
+        }
+
+    def packed_shape(self, one: LinearMap, inputs: int) -> tuple[int, ...]:
+        """Of the moment of a map's input, as it crosses."""
+        form = self.form(one)
+        if form == "full":
+            return (inputs * (inputs + 1) // 2,)
+        return (min(self.rank, inputs) + 1 if form == "low-rank" else 1, inputs)
+
     def streams(self) -> bool:
-        # Weights need every client's routing report, and directions its tensors.
-        return not (self.align or self.consistency or self.semantic or self.match == "meaning")
+        # Regions' likeness and update directions are of pairs of clients.
+        return not (self.semantic or self.match == "meaning")
 
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         super().begin(number, updates)
+        self.regions = RegionSums(self.tensors, self.maps)
+        self.shares = [torch.zeros(2, b.num_experts).double() for b in self.layout.blocks]
         self.ordered: dict[int, Update] = {}
         if not updates:
             return
@@ -99,22 +209,42 @@ class FedAlignMoE(FedAvg):
                 held = self.matched(held, block)
             self.ordered = {update.client: update for update in held}
         self.rows = {update.client: row for row, update in enumerate(held)}
-        self.gate_weights = [self.client_weights(held, b) for b in range(len(self.layout.blocks))]
-        self.next_routing = [
-            fedalign.global_routing(w, stacked(held, b, "routing"))
-            for b, w in enumerate(self.gate_weights)
-        ]
         if self.semantic:
             self.expert_weights = [self.semantic_weights(held, b) for b in self.layout.blocks]
 
     def accumulate(self, update: Update) -> None:
-        super().accumulate(self.ordered.get(update.client, update))
+        update = self.ordered.get(update.client, update)
+        super().accumulate(update)
+        self.regions.add(update)
+        for block, shares in enumerate(self.shares):
+            weight = self.gate_weight(update, block)
+            shares += torch.stack((weight * update.routing[block].routing, weight))
 
     def finish(self) -> None:
-        if self.mean.total and not self.streams():
-            self.routing = self.next_routing
+        if self.mean.total and (self.align or self.consistency):
+            self.routing = [
+                fedalign.global_routing((weighted / total)[None], torch.ones_like(total)[None])
+                for weighted, total in self.shares
+            ]
         self.ordered = {}
         super().finish()
+        del self.regions
+
+    def step(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.regions.fold(mean)
+        return mean
+
+    def gate_weight(self, update: Update, block: int) -> Tensor:
+        """How much a client's routing counts for each expert, [E]; need not be normalised.
+
+        In proportion to w_i(e): the global routing in the overlap is a common factor. The small
+        terms count where those before them are zero for every client.
+        """
+        report = update.routing[block]
+        if self.consistency:
+            return report.routing * (report.margin + 1e-12) + 1e-30
+        examples = 1.0 if self.align else float(update.examples)
+        return torch.full_like(report.routing, examples)
 
     def matched(self, held: Sequence[Update], block: Block) -> list[Update]:
         """The updates with the experts of one block in the common order."""
@@ -126,16 +256,6 @@ class FedAlignMoE(FedAvg):
             update if torch.equal(order, kept) else reordered(update, block, order)
             for update, order in zip(held, orders, strict=True)
         ]
-
-    def client_weights(self, held: Sequence[Update], block: int) -> Tensor:
-        """w_i(e), [N, E] with columns that sum to one: whose routing counts for which expert."""
-        r = stacked(held, block, "routing")
-        examples = torch.tensor([u.examples for u in held], dtype=r.dtype)
-        if self.consistency:
-            r_g = self.routing[block] if self.routing else fedalign.mean_routing(r, examples)
-            return fedalign.consistency_weights(r, r_g, stacked(held, block, "margin"))
-        uniform = torch.ones_like(examples) if self.align else examples
-        return (uniform / uniform.sum()).unsqueeze(1).expand_as(r)
 
     def semantic_weights(self, held: Sequence[Update], block: Block) -> Tensor:
         """Weight of each client for each expert, [N, E]; an unused expert's column is zero."""
@@ -200,14 +320,33 @@ class FedAlignMoE(FedAvg):
 
     def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
         owner = self.layout.owner(piece.key)
-        if owner is not None and self.semantic:
+        if owner is not None and self.experts != "mean":
             block, expert = owner
-            return float(self.expert_weights[block][self.rows[update.client], expert])
+            if self.semantic:
+                return float(self.expert_weights[block][self.rows[update.client], expert])
+            report = update.routing[block]
+            usage = update.examples * float(report.load[expert]) / max(report.tokens, 1)
+            return self.column_weight(update, piece, usage)
         block_of_gate = self.layout.gate_block(piece.param)
-        aligned = self.gate == "consistency" and (self.align or self.consistency)
-        if block_of_gate is not None and aligned:
-            return self.gate_weights[block_of_gate][self.rows[update.client]]
+        if block_of_gate is not None:
+            if self.gate == "consistency" and (self.align or self.consistency):
+                return self.gate_weight(update, block_of_gate)
+            return self.column_weight(update, piece, float(update.examples))
         return float(update.examples)
+
+    def column_weight(self, update: Update, piece: ParamSlice, usage: float) -> float | Tensor:
+        """The weight of each column of a map by its input's mean square; else `usage`."""
+        one = self.columns.get(piece.key)
+        packed = None if one is None else update.extra.get(f"moment/{one.source}")
+        if one is None or packed is None:
+            return usage
+        squares = update.examples * packed[-1].cpu().double()
+        # An input that is zero for every client's tokens is left to the plain mean.
+        squares = squares + 1e-9 * usage
+        if one.bias is not None and piece.key == one.bias.key:
+            return float(squares[-1])
+        squares = squares[: one.width]
+        return squares.unsqueeze(1) if one.transposed else squares.unsqueeze(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | dict(self.server_extra())
@@ -218,6 +357,59 @@ class FedAlignMoE(FedAvg):
         self.routing = [routing[str(block)] for block in range(len(routing))]
 
     # -- the client's half ---------------------------------------------------------------------
+
+    def finish_training(self, client: LocalContext) -> Mapping[str, Tensor]:
+        if client.observer is None or not self.sources:
+            return {}
+        samples = client.observer.samples()
+        report = client.observer.routing()
+        sent: dict[str, Tensor] = {}
+        for source, (one, inputs) in self.sources.items():
+            sample = samples[one.block]
+            used = one.expert is None or float(report[one.block].load[one.expert]) > 0
+            if sample is None or not used:
+                continue
+            rows = self.inputs_of(client, one, sample)
+            if rows is not None:
+                packed = self.packed_moment(one, inputs, *rows)
+                sent[f"moment/{source}"] = packed.to("cpu", torch.bfloat16)
+        return sent
+
+    def inputs_of(
+        self, client: LocalContext, one: LinearMap, sample: TokenSample
+    ) -> tuple[Tensor, Tensor, float] | None:
+        """What a map reads, [T, n], the tokens' weights, [T], and the number of all tokens.
+
+        None where the inner activation is not known; see `inner_activation`.
+        """
+        weights = sample.counted.float()
+        tokens = max(float(weights.sum()), 1.0)
+        rows = sample.hidden
+        if one.expert is not None:
+            weights = sample.weights[:, one.expert].clamp_min(0)
+        some = weights.nonzero().flatten()
+        rows, weights = rows[some], weights[some]
+        if one.reads == "inner":
+            inner = inner_activation(client.model, client.layout.blocks[one.block], one, rows)
+            if inner is None:
+                return None
+            rows = inner
+        rows = rows.detach().float()
+        if one.pair is not None:
+            a = one.pair.a.of({one.pair.a.param: client.model.get_parameter(one.pair.a.param)})
+            rows = rows @ a.detach().float().T
+        return rows, weights, tokens
+
+    def packed_moment(
+        self, one: LinearMap, inputs: int, rows: Tensor, weights: Tensor, tokens: float
+    ) -> Tensor:
+        """The moment of a map's input as it crosses, float32."""
+        if inputs > rows.shape[1]:
+            rows = fedalign.with_one(rows)
+        if self.form(one) == "full":
+            return fedalign.packed_triangle(fedalign.second_moment(rows, weights, tokens))
+        rank = self.packed_shape(one, inputs)[0] - 1
+        return fedalign.low_rank_moment(rows, weights, tokens, rank)
 
     def penalty(self, client: LocalContext) -> Tensor | None:
         if not self.align or self.lambda_ == 0 or client.observer is None:
