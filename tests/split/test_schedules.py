@@ -36,6 +36,7 @@ from sluiceway.split import (
     WireError,
 )
 from sluiceway.split.client import SplitClient
+from sluiceway.split.packing import Encoded
 from sluiceway.split.rounds import SplitLoop
 from sluiceway.split.schedules import spread
 
@@ -88,6 +89,11 @@ def wanted_gradients(built: SplitLoop, batches: list[Batch]) -> list[dict[str, T
     return found
 
 
+def due(message: Encoded) -> tuple[BatchId, int]:
+    """The batch and the number of rows that a message says it has."""
+    return message.header.batch, message.header.shape[0]
+
+
 @pytest.mark.parametrize("schedule", ["parallel", "u"])
 @few
 @given(sending=orders, receiving=orders)
@@ -100,13 +106,13 @@ def test_gradient_i_belongs_to_batch_i(
     messages = [local(built)[i].send(names[i], batches[i]) for i in sending]
     server = built.servers[-1]
     if schedule == "u":
-        opened = [server.open(message, labels=False) for message in messages]
+        opened = [server.open(m, *due(m), labels=False) for m in messages]
         replies, refused = server.step_u(
             opened, lambda n, m: local(built)[n.client].tail_gradient(n, m)
         )
         assert refused == {}
     else:
-        replies = server.step([server.open(message, labels=True) for message in messages])
+        replies = server.step([server.open(m, *due(m), labels=True) for m in messages])
     answers = dict(zip(sending, replies, strict=True))
     for i in receiving:
         local(built)[i].receive(names[i], answers[i])
@@ -123,7 +129,7 @@ def test_a_gradient_that_went_astray_is_refused(swapped: list[int]) -> None:
     built, names, batches = begun("parallel")
     messages = [local(built)[i].send(names[i], batches[i]) for i in range(4)]
     server = built.servers[-1]
-    replies = server.step([server.open(message, labels=True) for message in messages])
+    replies = server.step([server.open(m, *due(m), labels=True) for m in messages])
     for i, other in enumerate(swapped):
         if i == other:
             local(built)[i].receive(names[i], replies[other])
@@ -152,7 +158,8 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
         name, batch = next(steps[number])
         client = local(other)[number]
         server = other.servers[number]
-        (reply,) = server.step([server.open(client.send(name, batch), labels=True)])
+        opened = server.open(client.send(name, batch), name, len(batch.labels), labels=True)
+        (reply,) = server.step([opened])
         client.receive(name, reply)
     for mine, yours in zip(local(one), local(other), strict=True):
         assert same(
@@ -233,7 +240,7 @@ def test_a_server_of_a_u_shape_refuses_labels() -> None:
     built, names, batches = begun("parallel")
     message = local(built)[0].send(names[0], batches[0])
     with pytest.raises(WireError, match="labels: expected none"):
-        built.servers[-1].open(message, labels=False)
+        built.servers[-1].open(message, *due(message), labels=False)
 
 
 def test_a_server_refuses_what_is_not_of_its_cut() -> None:
@@ -247,7 +254,7 @@ def test_a_server_refuses_what_is_not_of_its_cut() -> None:
     ]
     for message in wrong:
         with pytest.raises(WireError):
-            built.servers[-1].open(message, labels=True)
+            built.servers[-1].open(message, names[0], 2, labels=True)
 
 
 def test_a_layer_that_works_in_place_may_follow_a_cut() -> None:

@@ -177,10 +177,24 @@ def test_a_site_that_cannot_join_is_named(recipe: Path, tmp_path: Path) -> None:
         run(small(recipe), transport=reach)
 
 
-@pytest.mark.parametrize("said", [None, "12", [1.5], [-1], [True], [10**13]])
+@pytest.mark.parametrize("said", [None, "12", [1.5], [-1], [True], [10**13], [0] * 4])
 def test_impossible_label_counts(said: Any) -> None:
     with pytest.raises(HandshakeError, match="site x: its label counts"):
-        counts_of(Response({"label_counts": said}), "x")
+        counts_of(Response({"label_counts": said}), "x", classes=3)
+
+
+def test_nobody_joins_with_classes_that_the_model_has_not(recipe: Path, tmp_path: Path) -> None:
+    class Claiming(NearbyTransport):
+        def one(self, number: int, request: Request, folder: Path) -> Response | TaskFailure:
+            found = super().one(number, request, folder)
+            if request.what != "join" or number != 1:
+                return found
+            assert isinstance(found, Response)
+            return Response({**found.facts, "label_counts": [1] * 10**6})
+
+    place = tmp_path / "sites"
+    with pytest.raises(HandshakeError, match=r"counts are 1000000; expected .* at most 3"):
+        run(small(recipe), transport=Claiming(sharing(place, 3), place))
 
 
 def test_answers_in_order() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,3 +138,65 @@ def test_what_is_not_a_frame(
         wrapped.sendall(sent)
         with pytest.raises(ConnectionBroken, match=why):
             connection.receive(0.5)
+
+
+def test_a_drip_of_bytes_does_not_outlive_the_timeout(
+    server: TlsServer, authority: Authority
+) -> None:
+    context = authority.keys("two").context(server=False)
+    raw = socket.create_connection(("localhost", server.port))
+    with context.wrap_socket(raw, server_hostname="localhost") as wrapped:
+        connection = server.connection("two", 10)
+        stopped = threading.Event()
+
+        def drip() -> None:
+            for byte in HEADER.pack(MAGIC, 2, 500) + b"{}" + bytes(500):
+                if stopped.wait(0.02):
+                    return
+                wrapped.sendall(bytes([byte]))
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(ConnectionBroken, match=r"no answer within 0\.5 s"):
+            connection.receive(0.5)
+        took = time.monotonic() - began
+        stopped.set()
+        thread.join()
+    assert took < 2
+
+
+def test_who_does_not_read_is_given_up(server: TlsServer, authority: Authority) -> None:
+    context = authority.keys("two").context(server=False)
+    raw = socket.create_connection(("localhost", server.port))
+    with context.wrap_socket(raw, server_hostname="localhost"):
+        connection = server.connection("two", 10)
+        with pytest.raises(ConnectionBroken, match=r"it took no message within 0\.5 s"):
+            connection.send({}, bytes(1 << 26), 0.5)
+
+
+def test_fifty_silent_strangers_keep_nobody_out(server: TlsServer, authority: Authority) -> None:
+    strangers = [socket.create_connection(("localhost", server.port)) for _ in range(50)]
+    try:
+        with client(server, authority.keys("one")):
+            connection = server.connection("one", 5)
+            connection.send({"a": 1})
+            assert connection.receive(5)[0] == {"back": {"a": 1}}
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_the_port_outlives_a_lack_of_files(server: TlsServer, authority: Authority) -> None:
+    keys = authority.keys("one")
+    stranger = socket.socket()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (stranger.fileno() + 1, hard))
+    try:
+        stranger.connect(("127.0.0.1", server.port))
+        until(lambda: " ".join(server.rejected), "cannot accept: too many open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        stranger.close()
+    with client(server, keys):
+        server.connection("one", 10).send({})

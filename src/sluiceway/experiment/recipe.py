@@ -106,7 +106,8 @@ class Run(BaseModel):
     about; 0 for none."""
     timeout: float = Field(default=0.0, ge=0)
     """Federated: training time of a client (s) after which the round goes on without it, 0 for no
-    limit. Needs the CPU."""
+    limit. Needs the CPU. Deployed: time of a round, or of an answer of a site in split training; 0
+    is then a day, and half an hour."""
     checkpoint_every: int = Field(default=1, ge=1, le=99_999)
     """Rounds between checkpoints; the last round has one too."""
     checkpoint_keep: int = Field(default=2, ge=1, le=99_999)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,48 @@ class SplitConfig:
     classes: int
     device: torch.device
 
-    def epoch_batches(self, examples: int, smallest: int = 1) -> list[int]:
-        """Sizes of the batches of an epoch; a last one below `smallest` is left out."""
+    def epoch_batches(self, examples: int, smallest: int = 1, epochs: int = 1) -> BatchSizes:
+        """Sizes of the batches of so many epochs; a last one below `smallest` is left out."""
         whole, rest = divmod(examples, self.training.batch_size)
-        return [self.training.batch_size] * whole + ([rest] if rest >= max(smallest, 1) else [])
+        return BatchSizes(
+            self.training.batch_size, whole, rest if rest >= max(smallest, 1) else 0, epochs
+        )
+
+
+@dataclass(frozen=True)
+class BatchSizes(Sequence[int]):
+    """Sizes of a client's batches, which are not held: how many there are a client says itself.
+
+    Attributes:
+        size, whole: of an epoch's whole batches, and how many.
+        rest: of its last batch, 0 for none.
+        epochs: >= 1.
+    """
+
+    size: int
+    whole: int
+    rest: int
+    epochs: int
+
+    def __len__(self) -> int:
+        return self.epochs * (self.whole + (self.rest > 0))
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, at: int | slice) -> int | tuple[int, ...]:
+        if isinstance(at, slice):
+            return tuple(self[i] for i in range(*at.indices(len(self))))
+        place = range(len(self))[at] % (self.whole + (self.rest > 0))
+        return self.size if place < self.whole else self.rest
+
+    def counts(self) -> dict[int, int]:
+        """How many batches there are of each size."""
+        found = {self.size: self.epochs * self.whole, self.rest: self.epochs}
+        return {size: count for size, count in found.items() if size and count}
 
 
 class TrainedLayers:

@@ -146,7 +146,7 @@ class SplitLoop:
         """Clients train with the server's layers, or each with the server's copy for it."""
         config, smallest = self.setup.config, self.model.smallest[0]
         sizes = {
-            c.client_id: config.epoch_batches(c.size, smallest) * config.training.local_epochs
+            c.client_id: config.epoch_batches(c.size, smallest, config.training.local_epochs)
             for c in clients
         }
         copies = self.setup.schedule == "copies"

@@ -86,7 +86,8 @@ def train_together(
                 with rejecting(one, ValueError):
                     message = by_id[one.client].smashed_data(one)
                     traffic.up += len(message)
-                    opened[one] = server.open(message, labels=not tails)
+                    rows = sizes[one.client][one.batch]
+                    opened[one] = server.open(message, one, rows, labels=not tails)
         if sum(len(smashed.values) for smashed in opened.values()) < server.smallest:
             continue
         # 3. Step on the server; in a U-shape by way of the clients' tails.

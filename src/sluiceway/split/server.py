@@ -28,19 +28,22 @@ class SplitServer:
         #: Examples and mean loss of each step since they were last taken.
         self.losses: list[tuple[int, Tensor]] = []
 
-    def open(self, message: Message, *, labels: bool) -> Smashed:
-        """A client's smashed data, if they can be trained on.
+    def open(self, message: Message, batch: BatchId, rows: int, *, labels: bool) -> Smashed:
+        """A client's smashed data, if they are those that are due and can be trained on.
 
         Args:
             message: as the client sent it.
+            batch: that the client was asked for; the message must say the same of itself.
+            rows: examples of that batch, >= 1.
             labels: whether it must have labels; in a U-shape it must not.
 
         Raises:
-            WireError: it is no smashed data of this cut, or a value is NaN or infinite.
+            WireError: it is no smashed data of this cut, another batch, or a value is NaN or
+                infinite.
         """
-        config, shape = self.config, (None, *self.config.shape)
+        config, shape = self.config, (rows, *self.config.shape)
         opened = config.link.open(
-            message, shape, labels=labels, classes=config.classes, device=config.device
+            message, shape, batch, labels=labels, classes=config.classes, device=config.device
         )
         if not finite(opened.values):
             raise WireError("NaN or Inf in the smashed data")

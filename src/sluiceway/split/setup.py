@@ -154,8 +154,9 @@ class SharedSetup:
             sizes: examples of the clients that take part.
         """
         config, tail_shape = self.config, self.model.tail_shape
-        epochs = config.training.local_epochs
-        batches = Counter(n for size in sizes for n in config.epoch_batches(size))
+        batches = Counter[int]()
+        for size in sizes:
+            batches.update(config.epoch_batches(size, epochs=config.training.local_epochs).counts())
         label_bytes = 0 if tail_shape else 1 if config.classes <= 256 else 2
         # At the start and end of a round: layers, what the strategy sends with them (clients as
         # much as the server), a mask, float32 scores (in the first round twice), names and facts.
@@ -173,7 +174,7 @@ class SharedSetup:
                 if tail_shape:
                     shape = (size, *tail_shape)
                     one += config.tail_link.bytes_up(shape) + config.tail_link.bytes_down(shape)
-                total += epochs * count * one
+                total += count * one
             return total
 
         return nbytes

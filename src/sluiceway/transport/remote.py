@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sluiceway.core.batches import Examples, Loss
+from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation, widened
 from sluiceway.core.guards import Failure, RunFailed
@@ -35,7 +35,9 @@ from sluiceway.transport.protocol import Request, Response, TaskFailure, Transpo
 
 #: Largest count of examples of a class, and most classes, that a site may claim.
 COUNT_LIMIT = 10**12
-CLASSES_LIMIT = 10**6
+CLASSES_LIMIT = 1 << 16
+#: Seconds for a round's training where `run.timeout` does not say.
+ROUND_TIMEOUT = 86_400.0
 
 
 class RemoteEngine(EngineFolder):
@@ -48,7 +50,7 @@ class RemoteEngine(EngineFolder):
         transport: reaches the sites.
         worker: model and test set; its clients are empty.
         keep: states that a site keeps, enough to return to the oldest checkpoint.
-        timeout: seconds for a round's training, 0 for any.
+        timeout: seconds for a round's training, 0 for `ROUND_TIMEOUT`.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class RemoteEngine(EngineFolder):
             )
             for number in clients
         }
-        incoming = self.transport.send(requests, down.parent, self.timeout)
+        incoming = self.transport.send(requests, down.parent, self.timeout or ROUND_TIMEOUT)
         for number, done in in_order(incoming, clients):
             path = done if isinstance(done, TaskFailure) else done.message
             if isinstance(done, Response) and done.facts.get("kept") is True:
@@ -128,6 +130,7 @@ def joined(
     transport: Transport,
     facts: Mapping[str, Any],
     signature: ModelSignature | None,
+    classes: int = CLASSES_LIMIT,
     timeout: float = 0,
 ) -> Tensor:
     """Have every site join, and check that all exchange the server's tensors.
@@ -135,6 +138,7 @@ def joined(
     Args:
         facts: what a site needs to prepare its model; ready for JSON.
         signature: the server's; None where the sites send none.
+        classes: that the model tells apart; nobody may claim examples of more.
         timeout: seconds for all of them, 0 for any.
 
     Returns:
@@ -153,7 +157,7 @@ def joined(
                 raise RunFailed(f"site {line(name, 80)} did not join: {line(found.why, 1000)}")
             if signature is not None:
                 check_signature(signature, found.facts, name)
-            counts[number] = counts_of(found, name)
+            counts[number] = counts_of(found, name, classes)
     if missing := [transport.sites[i] for i in requests if i not in counts]:
         raise RunFailed(f"site {line(missing[0], 80)} did not join: no answer")
     width = max(map(len, counts.values()))
@@ -173,16 +177,29 @@ def states_needed(checkpoint: Checkpoint | None) -> int:
     return 2 + (checkpoint.every * checkpoint.keep if checkpoint else 0)
 
 
-def counts_of(found: Response, name: str) -> list[int]:
+def counts_of(found: Response, name: str, classes: int = CLASSES_LIMIT) -> list[int]:
     """Examples of each class that a site reports. Raises HandshakeError."""
     counts = found.facts.get("label_counts")
-    if (
-        not isinstance(counts, list)
-        or len(counts) > CLASSES_LIMIT
-        or not all(type(n) is int and 0 <= n <= COUNT_LIMIT for n in counts)
-    ):
-        raise HandshakeError(f"site {line(name, 80)}: its label counts are not integers >= 0")
+    if not isinstance(counts, list) or len(counts) > classes:
+        what = f"{len(counts)}" if isinstance(counts, list) else "no list"
+        raise HandshakeError(
+            f"site {line(name, 80)}: its label counts are {what}; expected a list of at most "
+            f"{classes}, one for each class of the model"
+        )
+    if not all(type(n) is int and 0 <= n <= COUNT_LIMIT for n in counts):
+        raise HandshakeError(
+            f"site {line(name, 80)}: its label counts are not integers from 0 to {COUNT_LIMIT}"
+        )
     return counts
+
+
+def classes_of(model: nn.Module, test: Examples, device: torch.device) -> int:
+    """How many classes the model tells apart: as many as it has logits, and at least two."""
+    if not len(test):
+        return CLASSES_LIMIT
+    with torch.no_grad():
+        logits = Batch.of(test, torch.tensor([0]), device).run(model.eval())
+    return max(2, logits.shape[-1])
 
 
 def federate_remote(
@@ -210,8 +227,8 @@ def federate_remote(
         facts: what a site needs to join.
         test: the global test set.
         plan, training, loss, device, on_start, on_round, on_update, checkpoint: as of `federate`.
-        timeout: seconds for the training of a round, 0 for any; a client that takes longer has
-            failed.
+        timeout: seconds for the training of a round, 0 for `ROUND_TIMEOUT`; a client that takes
+            longer has failed.
 
     Raises:
         RunFailed, HandshakeError: see `joined`; and as `federate`.
@@ -219,7 +236,8 @@ def federate_remote(
     place = torch.device(chosen_device(device))
     model.to(place)
     prepare(model, strategy, len(transport.sites))
-    counts = joined(transport, facts, ModelSignature.of(strategy.tensors))
+    signature = ModelSignature.of(strategy.tensors)
+    counts = joined(transport, facts, signature, classes_of(model, test, place))
     keep = states_needed(checkpoint)
     with ExitStack() as stack:
         worker = stack.enter_context(

@@ -25,12 +25,14 @@ from sluiceway.split.rounds import SplitLoop, SplitRecord
 from sluiceway.split.setup import SharedSetup, SplitSettings
 from sluiceway.split.training import run_rounds
 from sluiceway.transport.protocol import Transport
-from sluiceway.transport.remote import check_signature, joined, states_needed
+from sluiceway.transport.remote import check_signature, classes_of, joined, states_needed
 from sluiceway.transport.tls import Connection, ConnectionBroken, Endpoint, TlsServer
 
 #: Seconds to wait for a site's connection before the run begins, and at the start of a round.
 FIRST_WAIT = 60.0
 ROUND_WAIT = 2.0
+#: Seconds for an answer where `run.timeout` does not say: a site that hangs stops a run so long.
+ANSWER_TIMEOUT = 1800.0
 
 
 @dataclass
@@ -44,7 +46,7 @@ class RemoteClient:
         facts: what it needs to build its layers, ready for JSON.
         signature: of the layers that it must have.
         keep: states that it keeps, enough to return to the oldest checkpoint.
-        timeout: seconds for an answer, 0 for any.
+        timeout: seconds for a message and for its answer, 0 for any.
         own_mask: it has a mask of its own, which the server keeps; so its scores must cross.
         run: the run's name.
         based: the round after which it has its newest valid state, 0 for none.
@@ -94,14 +96,14 @@ class RemoteClient:
             yield
         except ConnectionBroken as error:
             self.disconnect()
-            raise Away(f"site {self.site}: {error}") from None
+            raise Away(f"site {line(self.site, 80)}: {error}") from None
 
     def send(self, facts: Mapping[str, Any], body: bytes = b"") -> None:
         """Send a frame. Raises Away."""
         with self._connected():
             if self._connection is None:
                 raise ConnectionBroken("the connection is down")
-            self._connection.send(facts, body)
+            self._connection.send(facts, body, self.timeout)
 
     def reply(self) -> tuple[dict[str, Any], bytes]:
         """The next frame. Raises Away; WireError with the site's own error."""
@@ -110,7 +112,7 @@ class RemoteClient:
                 raise ConnectionBroken("the connection is down")
             facts, body = self._connection.receive(self.timeout)
         if "error" in facts:
-            raise WireError(f"site {self.site}: {line(str(facts['error']), 1000)}")
+            raise WireError(f"site {line(self.site, 80)}: {line(str(facts['error']), 1000)}")
         return facts, body
 
     def exchange(self, facts: Mapping[str, Any], body: bytes = b"") -> tuple[dict[str, Any], bytes]:
@@ -194,14 +196,15 @@ def split_remote(
         transport: reaches the sites, to have them join.
         endpoint: where they connect, for the messages of mini-batches.
         facts: what a site needs to join.
-        timeout: seconds for an answer, 0 for any.
+        timeout: seconds for an answer, 0 for `ANSWER_TIMEOUT`.
 
     Raises:
         RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
     with TlsServer(endpoint.keys, transport.sites, endpoint.listen, endpoint.port) as server:
         address = {"host": endpoint.host, "port": server.port}
-        counts = joined(transport, {**facts, "endpoint": address}, None)
+        classes = classes_of(model.to(settings.device), test, settings.device)
+        counts = joined(transport, {**facts, "endpoint": address}, None, classes)
         if not counts.shape[1]:
             raise ValueError("no client holds any example")
         example = Batch.of(test, torch.tensor([0]), settings.device)
@@ -215,7 +218,7 @@ def split_remote(
                 {"classes": counts.shape[1]},
                 ModelSignature.of(setup.exchanged()),
                 states_needed(checkpoint),
-                timeout,
+                timeout or ANSWER_TIMEOUT,
                 setup.choice is not None and setup.choice.masks == "client",
                 uuid.uuid4().hex,
             )

@@ -11,12 +11,14 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+from sluiceway.errors import quoted
 from sluiceway.transport.framing import HEADER, MAGIC, FrameError, encode, lengths, parse
 
 #: Most bytes that are read at a time, so that a length alone allocates no memory.
@@ -24,6 +26,11 @@ READ_SIZE: Final = 1 << 20
 #: TLS handshake timeout (s), and pause between a site's attempts to connect (s).
 HANDSHAKE_TIMEOUT: Final = 10.0
 RECONNECT_PAUSE: Final = 0.5
+#: Pause of the server's port when it cannot accept, because files or threads ran out (s).
+ACCEPT_PAUSE: Final = 0.1
+#: A machine that is gone is noticed after the first of these (s), by `PROBES` probes that are the
+#: second apart and unanswered; and by data that are not acknowledged for the sum.
+IDLE, PROBE, PROBES = 60, 15, 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,25 @@ class ConnectionBroken(ConnectionError):
     """A connection that has ended, or that brought something else than a frame; one line."""
 
 
+class Deadline:
+    """A moment from which on a message is too late, however steadily its bytes drip in.
+
+    Args:
+        timeout: seconds from now, 0 for none.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.end = time.monotonic() + timeout if timeout else None
+
+    def left(self) -> float | None:
+        """Seconds until then, None without one. Raises TimeoutError."""
+        if self.end is None:
+            return None
+        if (left := self.end - time.monotonic()) <= 0:
+            raise TimeoutError
+        return left
+
+
 class Connection:
     """One end of a connection; used by one thread at a time.
 
@@ -76,14 +102,34 @@ class Connection:
         self.socket = wrapped
         wrapped.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wrapped.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_KEEPIDLE", IDLE),
+            ("TCP_KEEPINTVL", PROBE),
+            ("TCP_KEEPCNT", PROBES),
+            ("TCP_USER_TIMEOUT", 1000 * (IDLE + PROBE * PROBES)),
+        ):
+            if (option := getattr(socket, name, None)) is not None:  # not on every system
+                wrapped.setsockopt(socket.IPPROTO_TCP, option, value)
 
-    def send(self, facts: Mapping[str, Any], body: bytes = b"") -> None:
-        """Send a frame. Raises ConnectionBroken."""
-        text = encode(facts)
+    def send(self, facts: Mapping[str, Any], body: bytes = b"", timeout: float = 0) -> None:
+        """Send a frame.
+
+        Args:
+            timeout: seconds until all of it is on its way, 0 for any.
+
+        Raises:
+            ConnectionBroken: the other end is gone, or does not take it.
+        """
+        text, deadline = encode(facts), Deadline(timeout)
+        whole = memoryview(HEADER.pack(MAGIC, len(text), len(body)) + text)
         try:
-            self.socket.sendall(HEADER.pack(MAGIC, len(text), len(body)) + text)
-            if body:
-                self.socket.sendall(body)
+            for data in (whole, memoryview(body)):
+                while data:
+                    self.socket.settimeout(deadline.left())
+                    data = data[self.socket.send(data[:READ_SIZE]) :]
+        except TimeoutError:
+            self.close()
+            raise ConnectionBroken(f"it took no message within {timeout:g} s") from None
         except OSError as error:
             raise self.broken(error) from None
 
@@ -91,15 +137,15 @@ class Connection:
         """The next frame.
 
         Args:
-            timeout: seconds without a byte, 0 for any.
+            timeout: seconds until all of it is here, 0 for any.
 
         Raises:
             ConnectionBroken: none came, or it is not a frame.
         """
+        deadline = Deadline(timeout)
         try:
-            self.socket.settimeout(timeout or None)
-            text, body = lengths(self.exactly(HEADER.size))
-            return parse(self.exactly(text)), self.exactly(body)
+            text, body = lengths(self.exactly(HEADER.size, deadline))
+            return parse(self.exactly(text, deadline)), self.exactly(body, deadline)
         except TimeoutError:
             self.close()
             raise ConnectionBroken(f"no answer within {timeout:g} s") from None
@@ -109,10 +155,11 @@ class Connection:
         except OSError as error:
             raise self.broken(error) from None
 
-    def exactly(self, count: int) -> bytes:
-        """The next `count` bytes."""
+    def exactly(self, count: int, deadline: Deadline) -> bytes:
+        """The next `count` bytes. Raises TimeoutError after the deadline."""
         found = bytearray()
         while len(found) < count:
+            self.socket.settimeout(deadline.left())
             piece = self.socket.recv(min(count - len(found), READ_SIZE))
             if not piece:
                 raise ConnectionError("closed")
@@ -151,7 +198,8 @@ class TlsServer:
         self.sites = frozenset(sites)
         self.connections: dict[str, Connection] = {}
         self.changed = threading.Condition()
-        self.listener = socket.create_server((host, port))
+        self.closed = False
+        self.listener = socket.create_server((host, port), backlog=128)
         self.port: int = self.listener.getsockname()[1]
         #: The last hundred rejected attempts, with the reason; the newest last.
         self.rejected: deque[str] = deque(maxlen=100)
@@ -164,13 +212,25 @@ class TlsServer:
         self.close()
 
     def accept(self) -> None:
-        """Accept connections until closed; each handshake has a thread and delays no other."""
-        while True:
+        """Accept connections until closed; each handshake has a thread and delays no other.
+
+        Where files or threads have run out it goes on as soon as there are some again: those of
+        strangers are free after `HANDSHAKE_TIMEOUT`.
+        """
+        while not self.closed:
             try:
                 raw, address = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.admit, args=(raw, address[0]), daemon=True).start()
+            except OSError as error:
+                if not self.closed:
+                    self.rejected.append(f"cannot accept: {error.strerror or error}")
+                    time.sleep(ACCEPT_PAUSE)
+                continue
+            try:
+                threading.Thread(target=self.admit, args=(raw, address[0]), daemon=True).start()
+            except RuntimeError as error:
+                self.rejected.append(f"{address[0]}: {error}")
+                raw.close()
+                time.sleep(ACCEPT_PAUSE)
 
     def admit(self, raw: socket.socket, address: str) -> None:
         """Do the TLS handshake, and keep the connection if its certificate names a site."""
@@ -183,7 +243,7 @@ class TlsServer:
             return
         name = common_name(wrapped)
         if name not in self.sites:
-            self.rejected.append(f"{address}: {name!r} is not a site of this run")
+            self.rejected.append(f"{address}: {quoted(name)} is not a site of this run")
             wrapped.close()
             return
         with self.changed:
@@ -211,6 +271,7 @@ class TlsServer:
 
     def close(self) -> None:
         """Close all connections, and stop listening."""
+        self.closed = True
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
