@@ -12,6 +12,7 @@ Besides the names below, every class in the tables of methods is here: strategie
 
 __version__ = "0.2.0"
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,10 @@ _PLACES = {
 def _methods() -> dict[str, Any]:
     """Every class that a recipe can name as its method, by the name of the class."""
     from sluiceway.split.methods import METHODS
-    from sluiceway.strategies import ROBUST, SERVER, STRATEGIES
+    from sluiceway.strategies import BASELINES, ROBUST, SERVER, STRATEGIES
 
-    tables = (STRATEGIES, ROBUST, SERVER, METHODS)
+    tables: tuple[Mapping[str, type[Any]], ...]
+    tables = (STRATEGIES, BASELINES, ROBUST, SERVER, METHODS)
     return {cls.__name__: cls for table in tables for cls in table.values()}
 
 

@@ -95,7 +95,8 @@ def test_overrides_reach_every_table() -> None:
         ["data.alpha=0.5", "method.name=fedprox", "method.mu=0.3", "train.lr=2e-4", "run.seed=7"],
     )
     assert recipe.data.alpha == 0.5
-    assert recipe.resolved()["method"] == {"name": "fedprox", "lora": "frozen-a", "mu": 0.3}
+    method = {"name": "fedprox", "lora": "frozen-a", "head": "examples", "mu": 0.3}
+    assert recipe.resolved()["method"] == method
     assert recipe.training().lr == 2e-4
     assert recipe.run.seed == 7
 

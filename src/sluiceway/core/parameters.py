@@ -27,3 +27,20 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     if not params or any(p.requires_grad for p in params):
         return [m for child in model.children() for m in frozen_modules(child)]
     return [model]
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """Weight [C, d] and bias [C] (if it has one) of the linear layer that gives the logits.
+
+    That is the model's last child where it is an nn.Linear with two outputs or more; into an
+    nn.Sequential it is looked for. Empty where there is none.
+    """
+    name, module = "", model
+    while not name or isinstance(module, nn.Sequential):
+        children = list(module.named_children())
+        if not children:
+            break
+        name, module = f"{name}{children[-1][0]}.", children[-1][1]
+    if not isinstance(module, nn.Linear) or module.out_features < 2:
+        return ()
+    return tuple(name + own for own, _ in module.named_parameters(recurse=False))

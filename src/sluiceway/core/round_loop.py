@@ -26,6 +26,7 @@ from sluiceway.core.checkpoints import (
 )
 from sluiceway.core.evaluation import Evaluation
 from sluiceway.core.guards import Failure, TooFewUpdates, UpdateFilter
+from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import line
@@ -90,6 +91,14 @@ class Rounds:
 class Engine(Protocol):
     """What carries messages between the server's loop and its clients."""
 
+    def head_sums(self, kind: HeadStart, clients: Sequence[int]) -> Iterator[HeadSums | Failure]:
+        """What each client sends for the closed-form start of the head, in their order.
+
+        Raises:
+            InputError: the model has no such head.
+        """
+        ...
+
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
     ) -> Iterator[Update | Failure]:
@@ -120,6 +129,8 @@ class Record:
 
     Where the global model was not evaluated, `accuracy` and `loss` are None and
     `accuracy_by_client` is empty.
+    Round 1 has the bytes of the head's closed-form start, and the clients that failed there.
+    `train_loss` is None where no client trains (method class-means).
     `accuracy_by_client` is the global model's, on each client's mix of labels (None for a client
     without examples). `rejected` names the clients whose update was left out, and why; `failed`
     those that gave none. `retries` says how often the round was tried again for want of usable
@@ -129,7 +140,7 @@ class Record:
     round: int
     accuracy: float | None
     loss: float | None
-    train_loss: float
+    train_loss: float | None
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -273,6 +284,8 @@ class Loop:
         on_update: called after every answer of a client with (done, of).
         checkpoint: where the run is saved and continued from.
         states: the folder in which the engine holds what clients keep.
+        head_start: how the head starts; in closed form, every client that holds examples is asked
+            for its sums before the first round.
         result: grows round by round.
     """
 
@@ -284,6 +297,7 @@ class Loop:
     on_update: Callable[[int, int], None] = lambda done, of: None
     checkpoint: Checkpoint | None = None
     states: Path | None = None
+    head_start: HeadStart = "random"
     result: Result = field(default_factory=Result)
 
     def restore(self) -> None:
@@ -308,6 +322,7 @@ class Loop:
 
         Raises:
             ValueError: too few clients hold examples.
+            RunFailed: no client gave sums for the head's start.
             TooFewUpdates: a round had too few usable updates, however often it was tried.
             StorageError: a checkpoint cannot be written.
             Stopped: the run was asked to stop.
@@ -316,10 +331,20 @@ class Loop:
         self.rounds.check(eligible)
         self.result.empty = (sizes == 0).nonzero().flatten().tolist()
         self.result.label_counts = self.label_counts.tolist()
+        self.strategy.label_counts = self.label_counts
         with self.checkpoint.guarding() if self.checkpoint else contextlib.nullcontext():
             for number in range(len(self.result.records) + 1, self.rounds.rounds + 1):
                 check_stop()
+                began = time.perf_counter()
+                start = self.start_head(eligible) if number == 1 else None
                 record = self.run_round(number, eligible)
+                if start:
+                    record = replace(
+                        record,
+                        bytes_up=start.nbytes + record.bytes_up,
+                        failed=start.failed | record.failed,
+                        seconds=time.perf_counter() - began,
+                    )
                 self.result.records.append(record)
                 self.result.tensors = self.strategy.tensors
                 if self.checkpoint:
@@ -328,8 +353,20 @@ class Loop:
                 self.result.forget_clients(self.checkpoint.every if self.checkpoint else 1)
         return self.result
 
+    def start_head(self, eligible: Sequence[int]) -> StartingHead | None:
+        """Give the strategy a head in closed form, where that is asked for."""
+        if self.head_start == "random":
+            return None
+        held = {name: self.strategy.tensors[name] for name in self.strategy.layout.head}
+        start = StartingHead(self.head_start, held, self.label_counts)
+        new = start.take(self.engine.head_sums(self.head_start, eligible))
+        self.strategy.tensors = self.strategy.tensors | new
+        return start
+
     def run_round(self, number: int, eligible: Sequence[int]) -> Record:
         """One round, tried again with other clients while it has too few usable updates."""
+        if not self.strategy.trains_clients:
+            return self.idle_round(number)
         began = time.perf_counter()
         attempts: list[Attempt] = []
         while True:
@@ -367,6 +404,22 @@ class Loop:
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,
         )
+
+    def idle_round(self, number: int) -> Record:
+        """A round in which nothing changes: the model is evaluated once, and that is repeated."""
+        began = time.perf_counter()
+        accuracy, loss, by_client = None, None, list[float | None]()
+        if self.rounds.evaluated(number):
+            known = [record for record in self.result.records if record.accuracy is not None]
+            if known:
+                last = known[-1]
+                accuracy, loss, by_client = last.accuracy, last.loss, last.accuracy_by_client
+            else:
+                found = self.engine.evaluate(self.strategy.tensors)
+                accuracy, loss = found.accuracy, found.mean_loss
+                by_client = found.accuracy_by_client(self.label_counts)
+        seconds = time.perf_counter() - began
+        return Record(number, accuracy, loss, None, 0, 0, seconds, [], {}, by_client)
 
     def attempt(self, number: int, chosen: Sequence[int]) -> Attempt:
         """Broadcast, and push each usable update into the strategy as it arrives.

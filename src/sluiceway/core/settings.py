@@ -43,6 +43,8 @@ class Optimisation:
 class Training(Optimisation):
     """How a client trains a whole model; its optimiser is new in every round.
 
+    local_steps: steps of the optimiser in a round, in [0, 10^9]: passes over the data go on or end
+        as it takes; 0 for whole passes, `local_epochs` of them.
     max_grad_norm: clipping, > 0; 0 for none.
     accumulate: batches for each step of the optimiser, in [1, 10^6]. Every example of a step
         counts alike: k batches of b make the step that one batch of k * b would, up to rounding,
@@ -61,10 +63,16 @@ class Training(Optimisation):
     The rest is as of `Optimisation`.
     """
 
+    local_steps: int = Field(default=0, ge=0, le=10**9)
     max_grad_norm: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1, le=1_000_000)
     mixed: Literal["no", "bfloat16", "float16"] = "no"
     checkpointing: bool = False
+
+    def steps(self, examples: int) -> int:
+        """Steps of a round of a client that holds so many examples."""
+        size = self.batch_size * self.accumulate
+        return self.local_steps or self.local_epochs * -(-examples // size)
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """The context that a forward pass runs in; `mixed` "no" leaves everything as it is."""

@@ -146,7 +146,9 @@ class FederatedRun(RunHandler):
         self.stack = stack
 
     def handle(self, request: Request, folder: Path) -> Response:
-        """Train. Raises SiteError for anything else."""
+        """Train, or give sums for the head's start. Raises SiteError for anything else."""
+        if request.what == "head-sums":
+            return self.trainer.head_sums(request, folder)
         if request.what != "train":
             raise SiteError(f"a federated run has no {request.what!r}")
         return self.trainer.train(request, folder)

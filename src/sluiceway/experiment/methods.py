@@ -15,6 +15,7 @@ from sluiceway.experiment.validation import checked
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.strategies import (
+    BASELINES,
     ROBUST,
     SERVER,
     STRATEGIES,
@@ -60,7 +61,7 @@ class Method:
 def methods() -> list[Method]:
     """Every method: what `sluiceway methods` and the tables of the documentation show."""
     tables: dict[str, Mapping[str, type[Any]]] = {
-        "federated": STRATEGIES,
+        "federated": {**STRATEGIES, **BASELINES},
         "split": METHODS,
         **INNER,
     }
@@ -80,7 +81,7 @@ def one_line(cls: type[Any], kind: str) -> str:
 
 def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor:
     """The strategy that [method] names, or in a split run the compressor. Raises InputError."""
-    known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES}
+    known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES, **BASELINES}
     name, apart = table.get("name"), {"name"} if split else {"name", *INNER}
     if not isinstance(name, str) or name not in known:  # a list is not even hashable
         raise InputError(f"method.name = {quoted(name)}; allowed: {', '.join(known)}")

@@ -26,6 +26,7 @@ from sluiceway.experiment.tables import overridden_tables, require_shallow, with
 from sluiceway.experiment.validation import checked, first_fault
 
 if TYPE_CHECKING:  # torch is imported once the other tables are right
+    from sluiceway.core.head_start import HeadStart
     from sluiceway.core.settings import Optimisation
     from sluiceway.split.compress import Compressor
     from sluiceway.strategies import Strategy
@@ -201,6 +202,10 @@ class Model(BaseModel):
     answer: Literal["head", "likelihood"] = "head"
     """How classes are scored: by a linear head on the mean hidden state, or by the likelihood that
     a language model gives to each ending, or to each label's word after the prompt."""
+    head_start: Literal["random", "means", "ridge"] | None = None
+    """Federated: how a linear head starts: random, or in closed form from sums over all examples
+    that clients send once, class means or ridge regression. By default random; where answers are
+    not scored by a head with a row for each class it can be nothing else."""
     prompt: str = Field(default="{text}\nTopic:", max_length=10_000)
     """With likelihood: what stands around a text, with {text} once."""
     words: list[Text] | None = Field(default=None, max_length=10_000)
@@ -321,12 +326,35 @@ class Recipe(BaseModel):
             raise ValueError("a split run needs model.cut, the last layer that clients hold")
         if (self.run.schedule == "u") != (self.model.tail is not None):
             raise ValueError("run.schedule = 'u' and model.tail go together, one needs the other")
+        if self.model.head_start not in (None, "random") and not self.has_head:
+            raise ValueError(
+                f"model.head_start = {self.model.head_start!r} is for federated runs in which a "
+                "head scores classes (model.answer = 'head', data with labels); here it is 'random'"
+            )
+        if self.method.get("name") == "central" and self.run.engine != "local":
+            raise ValueError(
+                f"method.name = 'central' pools all examples, which run.engine = "
+                f"{self.run.engine!r} never does; use 'local'"
+            )
         if self.run.rounds * self.data.clients > TURNS_LIMIT:
             raise ValueError(
                 f"run.rounds = {self.run.rounds} of data.clients = {self.data.clients}: their "
                 f"product must be at most {TURNS_LIMIT}"
             )
         return self
+
+    @property
+    def has_head(self) -> bool:
+        """Whether answers are scored by a linear head that has a row for each class."""
+        texts = self.run.kind == "federated" and self.data.name not in CHOICE_NAMES
+        return texts and self.model.answer == "head"
+
+    @property
+    def head_start(self) -> HeadStart:
+        """How the head starts, the default included."""
+        if self.model.head_start is not None or not self.has_head:
+            return self.model.head_start or "random"
+        return "means" if self.method.get("name") == "class-means" else "random"
 
     def built(self) -> Strategy | Compressor:
         """What [method] names: a strategy, or in a split run a compressor. Raises InputError."""
@@ -347,6 +375,8 @@ class Recipe(BaseModel):
         from sluiceway.experiment.methods import method_table
 
         tables = self.model_dump(exclude_none=True)
+        if self.run.kind == "federated":
+            tables["model"]["head_start"] = self.head_start
         tables["method"] = method_table(self.method, self.built())
         tables["train"] = TypeAdapter(type(self.training())).dump_python(self.training())
         return tables

@@ -40,9 +40,12 @@ def serve_federated(
     """Fine-tune a language model across sites; of the recipe's data the test set is read here.
 
     Raises:
-        InputError: there are more or fewer sites than the recipe has clients.
+        InputError: there are more or fewer sites than the recipe has clients; the method would
+            need their examples in one place.
     """
     sites = required_sites(recipe, transport)
+    if recipe.method["name"] == "central":
+        raise InputError("method central pools all examples, which a deployment never does")
     data = session.data(recipe.data, progress.say)
     model, _, test, source = language_model(recipe, data, session)
     strategy, training = chosen_strategy(recipe)
@@ -56,6 +59,7 @@ def serve_federated(
         plan_of(recipe),
         training,
         device=device,
+        head_start=recipe.head_start,
         timeout=recipe.run.timeout,
         on_start=progress.on_start,
         on_round=progress.on_round,

@@ -9,8 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
-from sluiceway.core.round_loop import Record, Result
+from sluiceway.core.round_loop import Record, Result, Rounds
+from sluiceway.core.settings import Training
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
     chosen_compressor,
@@ -28,7 +31,7 @@ from sluiceway.experiment.run_directory import RunDirectory
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome, summarise
 from sluiceway.split.training import split_train
-from sluiceway.strategies import STRATEGIES
+from sluiceway.strategies import STRATEGIES, Central
 from sluiceway.transport.local import federate
 from sluiceway.transport.protocol import Transport
 from sluiceway.transport.tls import Endpoint
@@ -134,6 +137,11 @@ def run_federated(
     )
     strategy, training = chosen_strategy(recipe)
     require_examples(recipe, parts)
+    how = rounds_of(recipe, device, progress, checkpoint)
+    if pooled := isinstance(strategy, Central):
+        training = pooled_training(training, plan_of(recipe), parts)
+        parts, workers = [np.concatenate(parts)], 1
+        how |= {"participation": 1.0, "min_clients": 1}
     if recipe.run.timeout and device != "cpu":
         raise InputError(
             f"run.timeout = {recipe.run.timeout:g} needs the CPU; this runs on {device}"
@@ -143,7 +151,7 @@ def run_federated(
         [train.subset(part) for part in parts],
         test,
         strategy,
-        **rounds_of(recipe, device, progress, checkpoint),
+        **how,
         max_retries=recipe.run.max_retries,
         evaluate_every=recipe.run.evaluate_every,
         personal_examples=recipe.run.personal,
@@ -151,11 +159,19 @@ def run_federated(
         training=training,
         workers=workers,
         threads=recipe.run.threads if device == "cpu" else None,
-        stacked=recipe.run.stacked,
+        stacked=0 if pooled else recipe.run.stacked,
+        head_start=recipe.head_start,
         features=session.feature_cache(recipe.run.feature_memory_mb, recipe.run.feature_disk_mb),
         on_update=progress.on_update,
     )
     return Outcome(result, data.source, data.label_names)
+
+
+def pooled_training(training: Training, plan: Rounds, parts: Sequence[Sequence[Any]]) -> Training:
+    """Settings by which one client takes as many steps a round as those of a plan do together."""
+    steps = [training.steps(len(part)) for part in parts if len(part)]
+    taking_part = plan.count(range(len(steps))) / len(steps)
+    return replace(training, local_steps=max(1, round(sum(steps) * taking_part)))
 
 
 def run_split(

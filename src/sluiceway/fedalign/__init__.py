@@ -14,6 +14,7 @@ at least float32. Those of once a round check shapes (ValueError), detach, and c
 float64, unless they say otherwise.
 """
 
+from sluiceway.fedalign.heads import gram, label_sums, means_head, ridge_head
 from sluiceway.fedalign.low_rank import product_change, product_gram
 from sluiceway.fedalign.matching import LEAST_GAIN, match_experts
 from sluiceway.fedalign.moments import (
@@ -64,11 +65,14 @@ __all__ = [
     "consistency_weights",
     "expert_weights",
     "global_routing",
+    "gram",
+    "label_sums",
     "low_rank_moment",
     "marginal_penalty",
     "match_experts",
     "mean_routing",
     "mean_squares",
+    "means_head",
     "overlap",
     "packed_triangle",
     "product_change",
@@ -77,6 +81,7 @@ __all__ = [
     "region_similarity",
     "region_step",
     "region_weights",
+    "ridge_head",
     "routing_statistics",
     "second_moment",
     "selection_threshold",

@@ -19,7 +19,7 @@ from sluiceway.core.batches import Batch, Examples, Loss, labels_of
 from sluiceway.core.evaluation import Evaluation, evaluate
 from sluiceway.core.handshake import ModelSignature, check_joining
 from sluiceway.core.messages import take_values
-from sluiceway.core.parameters import exchanged, frozen_modules
+from sluiceway.core.parameters import exchanged, frozen_modules, head_of
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
@@ -47,6 +47,7 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
     """
     repair(model)
     layout = find_layout(model) or MoELayout((), find_adapters(model))
+    layout = replace(layout, head=head_of(model))
     if layout.blocks:
         refuse_reentrant(model)
     for name, param in model.named_parameters():
@@ -61,14 +62,15 @@ def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
 
 
 def trained_layout(layout: MoELayout, names: set[str]) -> MoELayout:
-    """The blocks and LoRA pairs of which a parameter is among `names`, blocks numbered anew."""
+    """What of a layout has parameters among `names`, with blocks numbered anew."""
     blocks = [
         block
         for block in layout.blocks
         if names & {*block.gate, *(p.param for expert in block.pieces for p in expert)}
     ]
     pairs = tuple(pair for pair in layout.adapters if pair.b.param in names)
-    return MoELayout(tuple(replace(block, position=i) for i, block in enumerate(blocks)), pairs)
+    numbered = tuple(replace(block, position=i) for i, block in enumerate(blocks))
+    return MoELayout(numbered, pairs, layout.head if names.issuperset(layout.head) else ())
 
 
 class Worker:
@@ -198,9 +200,12 @@ class Worker:
 
     def steps(self, examples: Examples) -> Iterator[Tensor]:
         """Rows of each of the round's steps, shuffled anew in every epoch."""
-        for _ in range(self.training.local_epochs):
+        left = self.training.steps(len(examples))
+        while left:
             order = torch.randperm(len(examples))
-            yield from order.split(self.training.batch_size * self.training.accumulate)
+            for rows in order.split(self.training.batch_size * self.training.accumulate)[:left]:
+                left -= 1
+                yield rows
 
     def parts(self, rows: Tensor) -> Sequence[Tensor]:
         """The batches of a step."""

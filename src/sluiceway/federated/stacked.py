@@ -338,6 +338,8 @@ def hindrance(worker: Worker) -> str | None:
         return f"method {strategy.name} keeps parameters with its clients"
     if training.checkpointing:
         return "checkpointing = true"
+    if training.local_steps:
+        return f"local_steps = {training.local_steps}"
     if training.mixed != "no":
         return f"mixed = {training.mixed!r}"
     if half := [n for n, p in worker.params.items() if p.dtype.itemsize < 4]:

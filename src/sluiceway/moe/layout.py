@@ -76,10 +76,18 @@ class Block:
 
 @dataclass(frozen=True)
 class MoELayout:
-    """All mixture-of-experts blocks of one model, and its LoRA pairs, in order of appearance."""
+    """All mixture-of-experts blocks of one model, and its LoRA pairs, in order of appearance.
+
+    Attributes:
+        blocks: the mixtures.
+        adapters: the LoRA pairs.
+        head: names of the weight [C, d], and the bias [C] if there is one, of the linear layer
+            that gives the logits; empty where there is none.
+    """
 
     blocks: tuple[Block, ...]
     adapters: tuple[Adapter, ...] = ()
+    head: tuple[str, ...] = ()
 
     @cached_property
     def gate_params(self) -> frozenset[str]:

@@ -12,6 +12,8 @@ from sluiceway.strategies.base import (
     Update,
     UpdateRule,
 )
+from sluiceway.strategies.central import Central
+from sluiceway.strategies.class_means import ClassMeans
 from sluiceway.strategies.fc_moe import FCMoE
 from sluiceway.strategies.fedadam import FedAdam
 from sluiceway.strategies.fedalign_moe import FedAlignMoE
@@ -46,6 +48,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     )
 }
 
+#: What a recipe may name besides, to compare with: no strategies of a deployment.
+BASELINES: dict[str, type[Strategy]] = {cls.name: cls for cls in (ClassMeans, Central)}
+
 
 def strategy(name: str, **parameters: Any) -> Strategy:
     """The strategy of that name with the given parameters.
@@ -60,11 +65,14 @@ def strategy(name: str, **parameters: Any) -> Strategy:
 
 
 __all__ = [
+    "BASELINES",
     "ROBUST",
     "SERVER",
     "STRATEGIES",
     "Adam",
     "Broadcast",
+    "Central",
+    "ClassMeans",
     "FCMoE",
     "FedAdam",
     "FedAlignMoE",

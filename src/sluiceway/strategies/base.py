@@ -122,10 +122,15 @@ class Strategy:
     name: ClassVar[str]
     #: Needs a mixture-of-experts model.
     needs_experts: ClassVar[bool] = False
+    #: Its rounds have clients that train.
+    trains_clients: ClassVar[bool] = True
 
     tensors: dict[str, Tensor]
     layout: MoELayout
     clients: int
+    #: Who holds what, [clients, classes] int64, as clients said when they joined. The round loop
+    #: sets it before the first round; None in Flower's own loop, which does not ask.
+    label_counts: Tensor | None = None
     #: Applied in turn to the updates of every round, before they are added up.
     rules: tuple[UpdateRule, ...] = ()
     #: Steps along what every round changed; None takes the round's values as they are.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
+import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from sluiceway.errors import InputError
 from sluiceway.moe import Adapter, MoELayout, ParamSlice
 from sluiceway.strategies.base import PARAMETERS, RunningMean, Strategy, Update
 from sluiceway.strategies.low_rank import RunningProducts
@@ -25,10 +27,22 @@ class FedAvg(Strategy):
         lacks is added to W, which then crosses downward too (FedEx-LoRA, arXiv 2410.09432).
         "average": A and B are averaged, inexactly (FedIT, arXiv 2305.05644). Without LoRA it does
         nothing. All strategies take it.
+    head: what a client counts by for a row of the linear head, and for its bias. "examples": as for
+        all else. "counts": row k by n_ik, the client's examples of class k [ours]; a row of a
+        class that no client of the round holds stays. All strategies take it.
     """
 
     name: ClassVar[str] = "fedavg"
     lora: Literal["frozen-a", "residual", "average"] = "frozen-a"
+    head: Literal["examples", "counts"] = "examples"
+
+    def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
+        super().setup(tensors, layout, clients)
+        if self.head != "examples" and not layout.head:
+            raise InputError(
+                f"method.head = {self.head!r} needs a model whose last layer is linear, trained, "
+                "and gives a logit for each class"
+            )
 
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         shared = {piece.param for piece in self.shared_pieces}
@@ -38,7 +52,7 @@ class FedAvg(Strategy):
 
     def accumulate(self, update: Update) -> None:
         for piece in self.shared_pieces:
-            self.mean.add(piece, update.tensors.get(piece.key), self.weight(update, piece))
+            self.mean.add(piece, update.tensors.get(piece.key), self.share(update, piece))
         for pair in self.products.pairs:
             self.products.add(pair, update, self.weight(update, pair.b))
 
@@ -47,6 +61,18 @@ class FedAvg(Strategy):
             new = self.mean.result()
             self.tensors = {**self.tensors, **self.step(new | self.products.folded(new))}
         del self.mean, self.products
+
+    def share(self, update: Update, piece: ParamSlice) -> float | Tensor:
+        """What a client counts for a piece: `weight`, but for the head as `head` says."""
+        if self.head == "counts" and piece.param in self.layout.head:
+            return self.class_counts(update.client, len(self.tensors[piece.param]))
+        return self.weight(update, piece)
+
+    def class_counts(self, client: int, classes: int) -> Tensor:
+        """How many examples of each class a client holds, [classes] float64."""
+        assert self.label_counts is not None
+        held = self.label_counts[client].double()
+        return F.pad(held, (0, classes - len(held)))
 
     def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
         """How much this client's value of this piece counts, >= 0; need not be normalised."""

@@ -20,6 +20,14 @@ from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, StorageError
 from sluiceway.core.evaluation import Evaluation, label_counts
 from sluiceway.core.guards import Failure
+from sluiceway.core.head_start import (
+    HeadStart,
+    HeadSums,
+    read_sums,
+    require_head,
+    sums_length,
+    write_sums,
+)
 from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.messages import (
     WireError,
@@ -36,6 +44,7 @@ from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError, described, line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
+from sluiceway.federated.head_sums import head_sums
 from sluiceway.federated.stacked import StackedTrainer
 from sluiceway.files import scratch_folder
 from sluiceway.strategies import Broadcast, Strategy, Update
@@ -123,6 +132,17 @@ class LocalEngine(EngineFolder):
             self._stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
         return self
+
+    def head_sums(self, kind: HeadStart, clients: Sequence[int]) -> Iterator[HeadSums | Failure]:
+        for number in clients:
+            try:
+                found = head_sums(self.worker, number, kind)
+            except InputError:
+                raise
+            except Exception as error:
+                yield Failure(number, described(error), error=error)
+                continue
+            yield replace(found, nbytes=sums_length(found))
 
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
@@ -244,6 +264,12 @@ class PoolEngine(EngineFolder):
         self._stack.callback(self.pool.close)
         return self
 
+    def head_sums(self, kind: HeadStart, clients: Sequence[int]) -> Iterator[HeadSums | Failure]:
+        jobs = [(number, kind, self.folder / f"sums-{number}") for number in clients]
+        done = self.pool.map(sums_of_client, jobs, self.timeout)
+        for number, found in zip(clients, done, strict=True):
+            yield sums_in(number, found)
+
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
     ) -> Iterator[Update | Failure]:
@@ -310,6 +336,34 @@ def report_of(number: int, done: Path | TaskFailure) -> Update | Failure:
     return update
 
 
+def sums_in(number: int, done: Path | TaskFailure) -> HeadSums | Failure:
+    """A client's sums from the file they were packed to, which is removed; a failure without.
+
+    Raises:
+        InputError, StorageError: the model has no such head, or this machine no room.
+    """
+    if isinstance(done, TaskFailure) and isinstance(done.error, InputError | StorageError):
+        raise done.error
+    if isinstance(done, TaskFailure):
+        return Failure(number, done.why, error=done.error)
+    size = done.stat().st_size
+    try:
+        sums = read_sums(done)
+        if sums.client != number:
+            return Failure(number, f"it calls itself client {sums.client}", size)
+        return HeadSums(number, {name: sums.tensors[name] for name in sums.tensors}, size)
+    except WireError as error:
+        return Failure(number, line(str(error)), size, error)
+    finally:
+        done.unlink()
+
+
+def sums_of_client(worker: Worker, number: int, kind: HeadStart, path: Path) -> Path:
+    """Pack one client's sums for the head's start into a file."""
+    write_sums(path, head_sums(worker, number, kind))
+    return path
+
+
 def train_client(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
     """Train one client from a packed broadcast to a packed update, whose path is returned.
 
@@ -349,6 +403,7 @@ def federate(
     max_retries: int = 1,
     evaluate_every: int = 1,
     personal_examples: int = 500,
+    head_start: HeadStart = "random",
     timeout: float = 0,
     features: FeatureCache | None = None,
     on_start: Callable[[], None] = lambda: None,
@@ -368,6 +423,8 @@ def federate(
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
         rounds, participation, seed, min_clients, max_retries, evaluate_every: see `Rounds`.
         personal_examples: see `Worker`.
+        head_start: how a linear head starts: "random", as the model has it; "means" or "ridge", in
+            closed form from sums that every client sends once (see docs/methods.md).
         training: how a client trains; see `Training`.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
@@ -386,7 +443,8 @@ def federate(
     Raises:
         ValueError: nothing to train, too few clients with examples, several workers or a timeout
             on a GPU. InputError, which is one: `stacked` with several workers, a timeout, or a
-            model, strategy or training that it is not for.
+            model, strategy or training that it is not for; a closed-form start of a model without
+            a linear head.
         TooFewUpdates: a round had fewer than `min_clients` usable updates, however often it was
             tried; CheckpointError, StorageError: see `Checkpoint`.
         NoExpertsError: the strategy needs experts and the model has none.
@@ -412,6 +470,7 @@ def federate(
     model.to(place)
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
+    require_head(head_start, strategy)
     counts = label_counts(clients)
     with ExitStack() as stack:
         worker = stack.enter_context(
@@ -447,6 +506,7 @@ def federate(
             on_update=on_update,
             checkpoint=checkpoint,
             states=engine.states,
+            head_start=head_start,
         )
         try:
             return run_loop(loop, worker, on_start)

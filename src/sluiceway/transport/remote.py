@@ -17,6 +17,7 @@ from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation, widened
 from sluiceway.core.guards import Failure, RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
+from sluiceway.core.head_start import HeadStart, HeadSums, require_head
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.errors import line
@@ -29,6 +30,7 @@ from sluiceway.transport.local import (
     report_of,
     run_loop,
     standing,
+    sums_in,
     test_parts,
 )
 from sluiceway.transport.protocol import Request, Response, TaskFailure, Transport
@@ -66,6 +68,15 @@ class RemoteEngine(EngineFolder):
         super().__enter__()
         (self.states / "run").write_text(uuid.uuid4().hex)
         return self
+
+    def head_sums(self, kind: HeadStart, clients: Sequence[int]) -> Iterator[HeadSums | Failure]:
+        requests = {number: Request("head-sums", {"kind": kind}) for number in clients}
+        folder = self.folder / "sums"
+        folder.mkdir()
+        incoming = self.transport.send(requests, folder, self.timeout)
+        for number, done in in_order(incoming, clients):
+            path = done if isinstance(done, TaskFailure) else done.message
+            yield sums_in(number, path or TaskFailure("the response has no sums"))
 
     def train(
         self, broadcast: Broadcast, clients: Sequence[int], personal: set[int], *, keep: bool
@@ -213,6 +224,7 @@ def federate_remote(
     *,
     loss: Loss = F.cross_entropy,
     device: str = "auto",
+    head_start: HeadStart = "random",
     timeout: float = 0,
     on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[Record], None] = lambda record: None,
@@ -226,7 +238,8 @@ def federate_remote(
         transport: reaches the sites.
         facts: what a site needs to join.
         test: the global test set.
-        plan, training, loss, device, on_start, on_round, on_update, checkpoint: as of `federate`.
+        plan, training, loss, device, head_start: as of `federate`.
+        on_start, on_round, on_update, checkpoint: likewise.
         timeout: seconds for the training of a round, 0 for `ROUND_TIMEOUT`; a client that takes
             longer has failed.
 
@@ -236,6 +249,7 @@ def federate_remote(
     place = torch.device(chosen_device(device))
     model.to(place)
     prepare(model, strategy, len(transport.sites))
+    require_head(head_start, strategy)
     signature = ModelSignature.of(strategy.tensors)
     counts = joined(transport, facts, signature, classes_of(model, test, place))
     keep = states_needed(checkpoint)
@@ -253,5 +267,6 @@ def federate_remote(
             on_update=on_update,
             checkpoint=checkpoint,
             states=engine.states,
+            head_start=head_start,
         )
         return run_loop(loop, worker, on_start)

@@ -10,8 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sluiceway.core.head_start import write_sums
 from sluiceway.core.messages import read_broadcast, write_update
 from sluiceway.federated.client import Worker
+from sluiceway.federated.head_sums import head_sums
 from sluiceway.files import replacing
 from sluiceway.transport.protocol import Request, Response
 
@@ -104,6 +106,23 @@ class Trainer:
         if state:
             self.states.save(run, broadcast.round, state, keep, based)
         return Response({"kept": bool(state)}, path)
+
+    def head_sums(self, request: Request, folder: Path) -> Response:
+        """The client's sums for the head's closed-form start.
+
+        Args:
+            request: facts: "kind", "means" or "ridge".
+            folder: for the message.
+
+        Raises:
+            SiteError: another kind, or the model has no linear head.
+        """
+        kind = request.facts.get("kind")
+        if kind not in ("means", "ridge") or not self.worker.layout.head:
+            raise SiteError("asked for sums that this client cannot give")
+        path = folder / "sums"
+        write_sums(path, head_sums(self.worker, self.number, kind))
+        return Response(message=path)
 
 
 def run_name(facts: Mapping[str, Any]) -> str:
