@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sluiceway.core.checkpoints import Checkpoint as Checkpoint
     from sluiceway.core.round_loop import Result as Result
     from sluiceway.core.settings import Optimisation as Optimisation
+    from sluiceway.core.settings import SplitTraining as SplitTraining
     from sluiceway.core.settings import Training as Training
     from sluiceway.moe import NoExpertsError as NoExpertsError
     from sluiceway.moe import moe_layout as anatomy  # noqa: F401
@@ -40,6 +41,7 @@ _PLACES = {
     "Result": "sluiceway.core.round_loop",
     "Training": "sluiceway.core.settings",
     "Optimisation": "sluiceway.core.settings",
+    "SplitTraining": "sluiceway.core.settings",
     "Strategy": "sluiceway.strategies",
     "NoExpertsError": "sluiceway.moe",
     "moe_layout": "sluiceway.moe",

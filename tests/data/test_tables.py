@@ -5,7 +5,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sluiceway.data import ChoiceTable, DataError, ImageTable, TextTable, holdout, limit
+from sluiceway.data import (
+    ChoiceTable,
+    DataError,
+    ImageData,
+    ImageTable,
+    TextTable,
+    holdout,
+    limit,
+    of_classes,
+)
+from sluiceway.data.augment import Augmentation
 from sluiceway.data.tables import Table
 
 label_lists = st.lists(st.integers(0, 5), min_size=1, max_size=120)
@@ -140,3 +150,29 @@ def test_columns_that_do_not_fit(kind: type, columns: tuple, message: str) -> No
     given_ = [np.array(column) if i == at else column for i, column in enumerate(columns)]
     with pytest.raises(DataError, match=message):
         kind(*given_)
+
+
+def pictures(train: list[int], test: list[int]) -> ImageData:
+    names = tuple("abcdef")
+    return ImageData(
+        "made", "nowhere", images(train), images(test), names, (0.5,), (0.5,), Augmentation()
+    )
+
+
+@given(label_lists, label_lists, st.permutations(range(6)), st.integers(2, 6))
+def test_classes_keep_their_rows_and_names(
+    train: list[int], test: list[int], order: list[int], count: int
+) -> None:
+    chosen = order[:count]
+    found = of_classes(pictures(train, test), chosen)
+    assert found.label_names == tuple("abcdef"[label] for label in chosen)
+    for labels, part in ((train, found.train), (test, found.test)):
+        rows = [row for row, label in enumerate(labels) if label in chosen]
+        assert rows_of(part) == rows
+        assert [chosen[label] for label in part.labels] == [labels[row] for row in rows]
+
+
+@pytest.mark.parametrize("classes", [(0, 6), (-1, 2), (1, 1)])
+def test_classes_that_are_not_there_are_refused(classes: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"expected different labels of made, 0\.\.5"):
+        of_classes(pictures([0, 1], [1]), classes)

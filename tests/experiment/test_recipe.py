@@ -30,7 +30,14 @@ from sluiceway.split import METHODS
 from sluiceway.strategies import ROBUST, STRATEGIES, FedAlignMoE, Momentum
 
 FEDERATED = {"quickstart", "agnews", "banking77", "clinc150-domains", "mmlu", "hellaswag"}
-SPLIT = {"split-quickstart", "fashion-split", "cifar10-split"}
+SPLIT = {
+    "split-quickstart",
+    "fashion-split",
+    "cifar10-split",
+    "cifar10-pretrain",
+    "cifar10-pretrained",
+}
+CLIENTS = dict.fromkeys(SPLIT, 5) | {"cifar10-pretrain": 1}
 
 
 def test_the_shipped_recipes() -> None:
@@ -41,13 +48,13 @@ def test_the_shipped_recipes() -> None:
 def test_a_shipped_recipe_resolves_and_reads_back(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
-    assert recipe.data.clients == (10 if name in FEDERATED else 5)
+    assert recipe.data.clients == CLIENTS.get(name, 10)
     resolved = recipe.resolved()
     again = recipe_from(tomllib.loads(tomli_w.dumps(resolved)))
     assert again.resolved() == resolved
     if name in FEDERATED:
         assert resolved["method"]["lambda"] == 0.1
-    else:
+    elif name != "cifar10-pretrain":
         assert (resolved["method"]["name"], resolved["method"]["share"]) == ("acp-sl", 0.125)
 
 

@@ -7,11 +7,13 @@ the versions on both sides, not by an error deep in a round.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from torch import Tensor
 
 from sluiceway.errors import BAD_INPUT, SluicewayError
@@ -39,12 +41,24 @@ class ModelSignature:
     versions: Mapping[str, str]
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> ModelSignature:
-        """The card of this process."""
+    def of(
+        tensors: Mapping[str, Tensor], still: Mapping[str, Tensor] | None = None
+    ) -> ModelSignature:
+        """The card of this process.
+
+        Args:
+            tensors: that are exchanged.
+            still: that are not, and must be equal on both sides; a digest of each is in the card.
+        """
         kinds = {
             name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             for name, tensor in tensors.items()
         }
+        for name, tensor in (still or {}).items():
+            values = (
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+            kinds[name] = f"frozen values {hashlib.sha256(values).hexdigest()[:16]}"
         return ModelSignature(kinds, {package: installed(package) for package in PACKAGES})
 
     def to_json(self) -> str:

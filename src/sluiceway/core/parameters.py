@@ -18,6 +18,16 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def frozen_values(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and float buffers that never change, by name (no copies)."""
+    changing = exchanged(model)
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and name not in changing
+    }
+
+
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that have parameters of which none is trained.
 

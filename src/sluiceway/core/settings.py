@@ -40,6 +40,20 @@ class Optimisation:
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)
+class SplitTraining(Optimisation):
+    """How the layers of a cut network are trained.
+
+    front: false freezes the layers that clients hold before the cut, as they are at the start. They
+        run in evaluation mode, no gradient is computed or sent for them, and none is averaged. What
+        a method adds before the cut, as `bottleneck` does, is trained all the same.
+
+    The rest is as of `Optimisation`.
+    """
+
+    front: bool = True
+
+
+@checked(config=PARAMETERS, kw_only=True, frozen=True)
 class Training(Optimisation):
     """How a client trains a whole model; its optimiser is new in every round.
 

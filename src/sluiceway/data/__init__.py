@@ -21,6 +21,7 @@ from sluiceway.data.tables import (
     TextTable,
     holdout,
     limit,
+    of_classes,
 )
 from sluiceway.data.text import TEXT_NAMES, load_own, load_text
 
@@ -60,6 +61,7 @@ __all__ = [
     "load_images",
     "load_own",
     "load_text",
+    "of_classes",
     "partition",
     "wheel_folder",
     "wheel_members",

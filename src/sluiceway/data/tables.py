@@ -168,6 +168,9 @@ class ImageData(LabelledData[ImageTable]):
     augmentation: Augmentation
 
 
+Labelled = TypeVar("Labelled", TextData, ChoiceData, ImageData)
+
+
 def endings_per_row(contexts: Sequence[str], endings: Sequence[Sequence[str]]) -> int:
     """C, the number of endings that every context has; 0 where there are no rows.
 
@@ -186,6 +189,29 @@ def endings_per_row(contexts: Sequence[str], endings: Sequence[Sequence[str]]) -
     if endings and choices < 2:
         raise DataError(f"the rows have {choices} endings each: they need 2 or more")
     return choices
+
+
+def of_classes(data: Labelled, classes: Sequence[int]) -> Labelled:
+    """The examples of some classes; `classes[i]` becomes label i.
+
+    Raises:
+        DataError: a class that the data set has not, or one that is named twice.
+    """
+    if isinstance(data, ChoiceData):
+        raise DataError(f"{data.name}: labels are places of endings, of which none can be chosen")
+    count = len(data.label_names)
+    if len(set(classes)) != len(classes) or not all(0 <= label < count for label in classes):
+        raise DataError(
+            f"classes {list(classes)}: expected different labels of {data.name}, 0..{count - 1}"
+        )
+    new = np.full(count, -1)
+    new[list(classes)] = np.arange(len(classes))
+    parts = []
+    for table in (data.train, data.test):
+        rows = np.flatnonzero(np.isin(table.labels, classes))
+        parts.append(replace(table.take(rows), labels=new[table.labels[rows]]))
+    names = tuple(data.label_names[label] for label in classes)
+    return cast(Labelled, replace(cast(Any, data.with_tables(*parts)), label_names=names))
 
 
 def limit(table: AnyTable, n: int, seed: int) -> AnyTable:

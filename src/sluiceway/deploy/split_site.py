@@ -65,7 +65,8 @@ def begin_split(
     def setup(classes: int) -> SharedSetup:
         if device == "cpu":
             torch.set_num_threads(recipe.run.threads)
-        model = chosen_network(recipe, examples.shape, len(invited.label_names))
+        classes_here = len(invited.label_names)
+        model = chosen_network(recipe, examples.shape, classes_here, received=True)
         settings = split_settings(recipe, device)
         example = Batch.of(examples if len(examples) else test, torch.tensor([0]), settings.device)
         return SharedSetup(model, settings, example, classes, recipe.data.clients)
@@ -94,7 +95,13 @@ def own_images(
         found, train, test = session.images(recipe.data, lambda line: None)
         train = train.subset(parts_of(recipe, found)[invited.client])
     else:
-        wanted = Data(name=own.name, alpha=1, limit=own.limit, augment=recipe.data.augment)
+        wanted = Data(
+            name=own.name,
+            alpha=1,
+            limit=own.limit,
+            augment=recipe.data.augment,
+            classes=recipe.data.classes,
+        )
         found, train, test = session.images(wanted, lambda line: None)
     if tuple(found.label_names) != invited.label_names:
         raise InputError(f"the classes of {found.name} are not those of the run")

@@ -22,8 +22,9 @@ from sluiceway.data import (
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import Endings, TextClassifier, Words, is_encoder_decoder
 from sluiceway.experiment.models import Pretrained, assembled, load_pretrained
+from sluiceway.experiment.pretrained import load_front
 from sluiceway.experiment.recipe import Model, Recipe
-from sluiceway.experiment.session import Session
+from sluiceway.experiment.session import Say, Session
 from sluiceway.split.compress import Compressor
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.strategies import Strategy
@@ -103,10 +104,28 @@ def network(
         return make(width, shape[0], classes)
 
 
-def chosen_network(recipe: Recipe, shape: Sequence[int], classes: int) -> nn.Sequential:
-    """The network of a split recipe, for images of shape (C, H, W)."""
+def chosen_network(
+    recipe: Recipe,
+    shape: Sequence[int],
+    classes: int,
+    say: Say = lambda line: None,
+    *,
+    received: bool = False,
+) -> nn.Sequential:
+    """The network of a split recipe, for images of shape (C, H, W).
+
+    Args:
+        say: told where pretrained layers come from.
+        received: the layers before the cut come from the server if they are trained, so that the
+            place of pretrained ones need not exist here.
+
+    Raises:
+        InputError: pretrained layers that are not there, or do not fit.
+    """
     chosen = recipe.model
     built = network(chosen.name, chosen.width, shape, classes=classes, seed=recipe.run.seed)
+    if chosen.pretrained is not None and not (received and recipe.trains_front()):
+        say(f"pretrained up to {chosen.cut}: {load_front(built, chosen, shape)}")
     if chosen.channels_last:
         built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return built

@@ -36,9 +36,10 @@ def show_methods(kind: str | None) -> None:
 
 def show_keys(table: str | None) -> None:
     """Print the keys of a table or a method, or of all tables. Raises InputError."""
+    from sluiceway.core.settings import SplitTraining
     from sluiceway.experiment.keys import keys_of
     from sluiceway.experiment.methods import methods
-    from sluiceway.experiment.reference import TABLES
+    from sluiceway.experiment.reference import TABLES, own_keys
 
     known: dict[str, tuple[str, type[Any]]] = {name: (name, cls) for name, cls in TABLES.items()}
     for method in methods():
@@ -46,7 +47,10 @@ def show_keys(table: str | None) -> None:
     if table is not None and table not in known:
         raise InputError(f"{quoted(table)} is no table or method; allowed: {', '.join(known)}")
     for prefix, cls in [known[table]] if table else [known[name] for name in TABLES]:
-        rows = [(f"{prefix}.{key.name}", f"{key.text} {bounds(key)}") for key in keys_of(cls)]
+        keys = keys_of(cls)
+        if prefix == "train":
+            keys += own_keys(SplitTraining)
+        rows = [(f"{prefix}.{key.name}", f"{key.text} {bounds(key)}") for key in keys]
         show(rows or [(table or "", "has no parameters")])
 
 

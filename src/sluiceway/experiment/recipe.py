@@ -152,6 +152,10 @@ class Data(BaseModel):
     """Column of `path` with the labels."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of `path` that is held out as the test set where there is no `test_path`."""
+    classes: tuple[Annotated[int, Field(ge=0, le=65_535)], ...] | None = Field(
+        default=None, min_length=2, max_length=65_536
+    )
+    """Only examples of these labels, which are numbered anew in this order; all by default."""
     limit: int = Field(default=0, ge=0, le=10**12)
     """Training examples at most, a stratified sample; 0 for all."""
     test_limit: int = Field(default=0, ge=0, le=10**12)
@@ -218,6 +222,9 @@ class Model(BaseModel):
     """Adapters on routers too, which are otherwise trained whole."""
     width: int = Field(default=32, ge=1, le=512)
     """Images: channels of the first layers."""
+    pretrained: Text | None = None
+    """Split: where the layers before the cut come from: the folder of an earlier split run (of the
+    same network and width, its newest checkpoint), or a safetensors file with their names."""
     channels_last: bool = False
     """Images: weights of convolutions in the memory layout torch.channels_last, which is faster.
     Results are equal up to rounding only."""
@@ -363,12 +370,19 @@ class Recipe(BaseModel):
         return method_of(self.method, split=self.run.kind == "split")
 
     def training(self) -> Optimisation:
-        """What [train] says; a `Training` in a federated run. Raises InputError."""
-        from sluiceway.core.settings import Optimisation, Training
+        """What [train] says, a `Training` or a `SplitTraining`. Raises InputError."""
+        from sluiceway.core.settings import SplitTraining, Training
 
-        kind = Optimisation if self.run.kind == "split" else Training
+        kind = SplitTraining if self.run.kind == "split" else Training
         made: Optimisation = checked("train", kind, self.train, [])
         return made
+
+    def trains_front(self) -> bool:
+        """Whether the layers before the cut are trained, in a split run. Raises InputError."""
+        from sluiceway.core.settings import SplitTraining
+
+        made = self.training()
+        return not isinstance(made, SplitTraining) or made.front
 
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, defaults included, ready to be written as TOML."""

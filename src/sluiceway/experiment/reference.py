@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sluiceway.core.settings import Optimisation, Training
+from sluiceway.core.settings import Optimisation, SplitTraining, Training
 from sluiceway.experiment.keys import Key, keys_of
 from sluiceway.experiment.methods import KINDS, Method, methods
 from sluiceway.experiment.recipe import Compare, Data, Model, Run
 from sluiceway.experiment.tables import OLD_KEYS
 
-#: The tables with fixed keys. [train] has those of `Training`; a split run those of `Optimisation`.
+#: The tables with fixed keys. [train] has those of `Training`; of a split run `SplitTraining`.
 TABLES: dict[str, type[Any]] = {
     "run": Run,
     "data": Data,
@@ -41,7 +41,13 @@ def tables_text() -> Iterator[str]:
         yield markdown_table(keys_of(cls), table)
         if cls is Training:
             fewer = [key.name for key in keys_of(cls) if key.owner is not Optimisation]
-            yield f"A split run has none of: {', '.join(f'`{name}`' for name in fewer)}.\n"
+            yield f"A split run has none of: {', '.join(f'`{name}`' for name in fewer)}. It has:\n"
+            yield markdown_table(own_keys(SplitTraining), table)
+
+
+def own_keys(cls: type[Any]) -> list[Key]:
+    """The keys of a table that its bases do not have."""
+    return [key for key in keys_of(cls) if key.owner is cls]
 
 
 def methods_text() -> Iterator[str]:

@@ -90,7 +90,7 @@ def serve_split(
             "connection for a message a mini-batch; nvflare has"
         )
     pictures, train, test = session.images(recipe.data, progress.say)
-    model = chosen_network(recipe, train.shape, len(pictures.label_names))
+    model = chosen_network(recipe, train.shape, len(pictures.label_names), progress.say)
     cut = recipe.model.cut
     progress.say(f"model: {recipe.model.name} cut at {cut}, on {device}; sites: {sites}")
     try:

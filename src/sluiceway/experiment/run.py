@@ -184,9 +184,10 @@ def run_split(
     """Train an image classifier that is cut between clients and a server."""
     data, train, test = session.images(recipe.data, progress.say)
     parts = parts_of(recipe, data)
-    model = chosen_network(recipe, train.shape, len(data.label_names))
+    model = chosen_network(recipe, train.shape, len(data.label_names), progress.say)
     assert recipe.model.cut is not None
-    progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}")
+    still = "" if recipe.trains_front() else ", layers before the cut frozen: no gradients cross"
+    progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}{still}")
     try:
         result = split_train(
             model,

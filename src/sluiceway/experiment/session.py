@@ -21,8 +21,9 @@ from sluiceway.data import (
     load_images,
     load_own,
     load_text,
+    of_classes,
 )
-from sluiceway.data.tables import AnyTable
+from sluiceway.data.tables import AnyTable, Labelled
 from sluiceway.experiment.encoding import encoded
 from sluiceway.experiment.models import Pretrained
 from sluiceway.experiment.recipe import Data, Model
@@ -95,7 +96,7 @@ class Session:
 def load_texts(wanted: Data) -> TextData | ChoiceData:
     """Texts or questions by name, or from the user's file, limited. Raises DataError."""
     if wanted.name in CHOICE_NAMES:
-        questions = load_choices(wanted.name)
+        questions = chosen_classes(load_choices(wanted.name), wanted)
         return questions.with_tables(*capped(questions.train, questions.test, wanted))
     if wanted.path is None:
         texts = load_text(str(wanted.name))
@@ -108,13 +109,19 @@ def load_texts(wanted: Data) -> TextData | ChoiceData:
             test_fraction=wanted.test_fraction,
             seed=wanted.seed,
         )
+    texts = chosen_classes(texts, wanted)
     return texts.with_tables(*capped(texts.train, texts.test, wanted))
 
 
 def load_pictures(wanted: Data) -> ImageData:
     """Images by name, limited. Raises DataError."""
-    found = load_images(str(wanted.name))
+    found = chosen_classes(load_images(str(wanted.name)), wanted)
     return found.with_tables(*capped(found.train, found.test, wanted))
+
+
+def chosen_classes(found: Labelled, wanted: Data) -> Labelled:
+    """The examples of the classes that [data] names. Raises DataError."""
+    return found if wanted.classes is None else of_classes(found, wanted.classes)
 
 
 def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, AnyTable]:

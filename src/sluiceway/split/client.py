@@ -19,6 +19,7 @@ from sluiceway.split.config import (
     TrainedLayers,
     batch_counts,
     joined,
+    own_copy,
     summed_losses,
 )
 from sluiceway.split.messages import read_round_start
@@ -61,7 +62,7 @@ class SplitClient:
         seed: int,
     ) -> None:
         self.client_id, self.size, self.examples = client_id, len(examples), examples
-        self.front, self.tail = copy.deepcopy(model.front), copy.deepcopy(model.tail)
+        self.front, self.tail = own_copy(model.front), copy.deepcopy(model.tail)
         self.config, self.strategy, self.scorer, self.seed = config, strategy, scorer, seed
         self.smallest = model.smallest[0]
         self.mask: Tensor | None = None
@@ -204,11 +205,15 @@ class SplitClient:
             self.scorer.watch(smashed.detach(), batch.labels)
         labels = None if self.tail else batch.labels
         message, context = self.config.link.up(smashed, batch_id, labels, self.mask)
-        self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
+        if self.config.gradients or self.tail:
+            self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
         return message
 
     def tail_gradient(self, batch_id: BatchId, message: Message) -> Encoded:
-        """In a U-shape: run the tail on what the server made; returns the gradient of the loss."""
+        """In a U-shape: run the tail on what the server made; returns the gradient of the loss.
+
+        Where no gradient will come for the front, the tail steps at once.
+        """
         assert self.tail is not None
         link, device = self.config.tail_link, self.config.device
         labels = self.waiting[batch_id].labels.to(device, non_blocking=True)
@@ -218,6 +223,9 @@ class SplitClient:
         loss = self.config.loss(self.tail(hidden.clone()), labels)
         loss.backward()
         self.losses.append((len(labels), loss.detach()))
+        if not self.config.gradients:
+            del self.waiting[batch_id]
+            self._step()
         assert hidden.grad is not None
         return link.down(hidden.grad, opened.context)
 
@@ -229,6 +237,10 @@ class SplitClient:
             self.scorer.watch_gradient(sent.smashed.detach(), gradient)
         if sent.smashed.requires_grad:
             sent.smashed.backward(gradient)
+        self._step()
+
+    def _step(self) -> None:
+        """Step on the gradients as the strategy corrects them."""
         if self.trained.optimiser is None:
             return
         if (penalty := self.strategy.penalty(self.role)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -56,6 +57,8 @@ class SplitConfig:
         shape: of smashed data, without the batch.
         classes: labels are below it.
         device: where the layers run.
+        gradients: clients train layers before the cut, or rate channels by the gradient: it is
+            sent.
     """
 
     training: Optimisation
@@ -65,6 +68,7 @@ class SplitConfig:
     shape: tuple[int, ...]
     classes: int
     device: torch.device
+    gradients: bool = True
 
     def epoch_batches(self, examples: int, smallest: int = 1, epochs: int = 1) -> BatchSizes:
         """Sizes of the batches of so many epochs; a last one below `smallest` is left out."""
@@ -172,7 +176,14 @@ def summed_losses(losses: Sequence[tuple[int, Tensor]]) -> list[float]:
 
 def batch_counts(layers: nn.Module) -> dict[str, Tensor]:
     """BatchNorm's counts of batches by name, which are not averaged; not copied."""
-    return {name: b for name, b in layers.named_buffers() if b.dtype == torch.int64}
+    still = {id(b) for top in frozen_modules(layers) for b in top.buffers()}
+    counts = {name: b for name, b in layers.named_buffers() if b.dtype == torch.int64}
+    return {name: b for name, b in counts.items() if id(b) not in still}
+
+
+def own_copy(layers: nn.Sequential) -> nn.Sequential:
+    """A copy for one client; modules that are wholly frozen are shared, since nothing changes."""
+    return copy.deepcopy(layers, {id(module): module for module in frozen_modules(layers)})
 
 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -96,6 +96,8 @@ def train_together(
             rejected |= failed
         else:
             replies = server.step(list(opened.values()))
+        if not server.config.gradients:
+            continue
         # 4. Return the gradients, on which the clients step.
         for one, reply in zip(opened, replies, strict=True):
             traffic.down += len(reply)

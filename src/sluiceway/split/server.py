@@ -59,7 +59,7 @@ class SplitServer:
             For each batch the gradient of its client's own mean loss: that of the mean
             over all examples, times all examples over the client's. So a front learns at the same
             pace whoever else takes part, and fronts averaged by their examples move as one front
-            would on the batches together.
+            would on the batches together. No gradients where clients need none.
         """
         labels = torch.cat([one.labels for one in opened if one.labels is not None])
 
@@ -111,11 +111,13 @@ class SplitServer:
     ) -> list[Encoded]:
         """Forward, backward from the output's gradient, step, and the gradients."""
         self.trained.train()
-        leaves = [one.values.requires_grad_() for one in opened]
+        leaves = [one.values.requires_grad_(self.config.gradients) for one in opened]
         # Of one message too this makes a copy: the first layer may work in place, and a leaf not.
         out = self.back(torch.cat(leaves))
         out.backward(output_gradient(out))
         self.trained.step()
+        if not self.config.gradients:
+            return []
         total = sum(len(leaf) for leaf in leaves)
         replies = []
         for leaf, one in zip(leaves, opened, strict=True):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
+from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.messages import message_of
-from sluiceway.core.parameters import exchanged
+from sluiceway.core.parameters import exchanged, frozen_values
 from sluiceway.core.seeds import derive_seed
-from sluiceway.core.settings import Optimisation
+from sluiceway.core.settings import Optimisation, SplitTraining
 from sluiceway.moe import MoELayout
 from sluiceway.split.client import SplitClient
 from sluiceway.split.compress import Compressor
@@ -94,10 +95,13 @@ class SharedSetup:
         clients: int,
     ) -> None:
         training, strategy = settings.training, settings.client_aggregation
+        train_front = not isinstance(training, SplitTraining) or training.front
         # A copy for this run: error feedback remembers what a method did before.
         method = replace(settings.method)
         network = network.to(settings.device)
-        model = cut_model(network, settings.cut_at, settings.tail_at, example, method)
+        model = cut_model(network, settings.cut_at, settings.tail_at, example, method, train_front)
+        if not any(p.requires_grad for part in model.parts() for p in part.parameters()):
+            raise ValueError("the network has nothing to train: every parameter is frozen")
         if training.batch_size < max(model.smallest):
             raise ValueError(
                 f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
@@ -112,17 +116,29 @@ class SharedSetup:
             limit=method.limit,
         )
         self.model, self.schedule, self.seed = model, settings.schedule, settings.seed
+        self.choice = method if isinstance(method, ChannelChoice) else None
         self.config = SplitConfig(
-            training, method, rounding, settings.loss, model.shape, classes, settings.device
+            training,
+            method,
+            rounding,
+            settings.loss,
+            model.shape,
+            classes,
+            settings.device,
+            any(p.requires_grad for p in model.front.parameters())
+            or (self.choice is not None and self.choice.of_gradient),
         )
         self.strategy, self.clients = strategy, clients
         strategy.setup(self.exchanged(), MoELayout(()), clients)
-        self.choice = method if isinstance(method, ChannelChoice) else None
 
     def exchanged(self) -> dict[str, Tensor]:
         """The values of what clients train, on the CPU."""
         tensors = exchanged(self.model.client_layers())
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    def signature(self) -> ModelSignature:
+        """What both sides must agree on: what is exchanged, and the values of frozen layers."""
+        return ModelSignature.of(self.exchanged(), still=frozen_values(self.model.front))
 
     def scorer(self, client_id: int) -> ChannelScorer | None:
         """A client's scorer; None for a method that chooses no channels."""
@@ -170,7 +186,8 @@ class SharedSetup:
             for size, count in batches.items():
                 shape = (size, *config.shape)
                 one = config.link.bytes_up(shape, kept, label_bytes)
-                one += config.link.bytes_down(shape, kept)
+                if config.gradients:
+                    one += config.link.bytes_down(shape, kept)
                 if tail_shape:
                     shape = (size, *tail_shape)
                     one += config.tail_link.bytes_up(shape) + config.tail_link.bytes_down(shape)
@@ -181,14 +198,24 @@ class SharedSetup:
 
 
 def cut_model(
-    network: nn.Module, cut_at: str, tail_at: str | None, example: Batch, method: Compressor
+    network: nn.Module,
+    cut_at: str,
+    tail_at: str | None,
+    example: Batch,
+    method: Compressor,
+    train_front: bool = True,
 ) -> SplitModel:
     """Cut the network once or twice, and try its parts on an example.
+
+    Args:
+        train_front: False freezes the layers before the cut, but not those that the method adds.
 
     Raises:
         ValueError: a cut that is not there, or what crosses is not float32.
     """
     front, back = cut(network, cut_at)
+    if not train_front:
+        front.requires_grad_(False)
     tail = None
     if tail_at is not None:
         back, tail = cut(back, tail_at)

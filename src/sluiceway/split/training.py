@@ -17,7 +17,7 @@ from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.core.seeds import derive_seed
-from sluiceway.core.settings import Optimisation
+from sluiceway.core.settings import Optimisation, SplitTraining
 from sluiceway.core.signals import check_stop
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
@@ -76,7 +76,8 @@ def split_train(
             Sequential training hands one front on and averages nothing.
         rounds, participation, seed: as of `sluiceway.federate`.
         training: of all layers; AdamW at 0.001 with batches of 64 if None. The optimisers live as
-            long as the run, each where its layers are.
+            long as the run, each where its layers are. `SplitTraining(front=False)` freezes the
+            layers before the cut, and leaves them frozen.
         loss: of (logits, labels), a mean over the batch.
         device: where everything runs.
         threads: torch threads while it runs, >= 1; None leaves them as they are. Their number
@@ -109,7 +110,7 @@ def split_train(
         schedule=form or schedule,
         tail_at=tail_at,
         client_aggregation=fronts or client_aggregation or FedAvg(),
-        training=training or Optimisation(batch_size=64),
+        training=training or SplitTraining(batch_size=64),
         loss=loss,
         device=torch.device(device),
         seed=seed,

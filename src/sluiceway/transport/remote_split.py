@@ -216,7 +216,7 @@ def split_remote(
                 site,
                 server,
                 {"classes": counts.shape[1]},
-                ModelSignature.of(setup.exchanged()),
+                setup.signature(),
                 states_needed(checkpoint),
                 timeout or ANSWER_TIMEOUT,
                 setup.choice is not None and setup.choice.masks == "client",

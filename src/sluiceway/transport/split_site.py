@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from sluiceway.core.batches import Examples
-from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.seeds import derive_seed
 from sluiceway.split.client import SplitClient
 from sluiceway.split.config import joined
@@ -87,7 +86,7 @@ class SplitTrainer:
         self.fault = None
         self.classes = whole(facts, "classes")
         self.reset()
-        return {"signature": ModelSignature.of(self.both.exchanged()).to_json()}, b""
+        return {"signature": self.both.signature().to_json()}, b""
 
     def reset(self) -> None:
         """The client as it was before the first round."""

@@ -1,0 +1,116 @@
+"""Pretrained layers before the cut: from a run folder, or from a safetensors file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sluiceway.core.checkpoints import Checkpoint, CheckpointError
+from sluiceway.data.images import IMAGE_SETS
+from sluiceway.errors import InputError, first_line, quoted
+from sluiceway.experiment.recipe import Model
+from sluiceway.split.cut import cut
+
+
+def load_front(built: nn.Module, chosen: Model, shape: Sequence[int]) -> str:
+    """Write the values that `model.pretrained` names into the layers before the cut.
+
+    BatchNorm's counts of batches stay at zero: with its usual momentum nothing depends on them.
+
+    Args:
+        built: the network, a chain; its other layers stay as they are.
+        chosen: [model].
+        shape: (C, H, W) of the images that it will see.
+
+    Returns:
+        One line about where the values come from.
+
+    Raises:
+        InputError: there is no such folder or file, or what is there does not fit the network.
+    """
+    assert chosen.pretrained is not None
+    assert chosen.cut is not None
+    where = f"model.pretrained = {quoted(chosen.pretrained)}"
+    path = Path(chosen.pretrained)
+    try:
+        front, _ = cut(built, chosen.cut)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        if (path / "recipe.toml").is_file():
+            found, said = tensors_of_run(path, chosen, shape)
+        else:
+            found, said = tensors_of_file(path)
+        fill(front, found)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{where}: {first_line(error)}") from None
+    return said
+
+
+def tensors_of_run(
+    folder: Path, chosen: Model, shape: Sequence[int]
+) -> tuple[Mapping[str, Tensor], str]:
+    """The network of an earlier split run by name, after its newest checkpoint.
+
+    Raises:
+        ValueError, CheckpointError: it is no split run of this network, it saw images of other
+            channels, or it has no checkpoint.
+    """
+    tables: dict[str, Any] = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    model, data = tables.get("model", {}), tables.get("data", {})
+    if tables.get("run", {}).get("kind") != "split":
+        raise ValueError("that run is not of split learning")
+    for key in ("name", "width"):
+        if model.get(key) != (wanted := getattr(chosen, key)):
+            raise ValueError(f"that run has model.{key} = {model.get(key)}, this one {wanted}")
+    name = data.get("name")
+    seen = IMAGE_SETS[name].shape if name in IMAGE_SETS else tuple(shape)
+    if seen[0] != shape[0]:
+        raise ValueError(
+            f"that run trained on images of {seen[0]} channels ({name}), these have {shape[0]}"
+        )
+    saved = Checkpoint(folder / "checkpoints", resume=True).newest()
+    if saved is None:
+        raise CheckpointError("that run has no checkpoint")
+    said = f"{folder}, round {saved.round}"
+    if seen != tuple(shape):
+        sizes = (f"{height}x{width}" for _, height, width in (seen, shape))
+        said += f"; it saw images of {next(sizes)}, these are {next(sizes)}"
+    return saved.tensors("layers"), said
+
+
+def tensors_of_file(path: Path) -> tuple[Mapping[str, Tensor], str]:
+    """The tensors of a safetensors file, or of `model.safetensors` in a folder.
+
+    Raises:
+        ValueError, OSError, SafetensorError: there is none, or it cannot be read.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            "expected the folder of a split run (with recipe.toml and checkpoints), a safetensors "
+            "file, or a folder with model.safetensors"
+        )
+    return load_file(file), str(file)
+
+
+@torch.no_grad()
+def fill(front: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Copy float tensors into the layers by name. Raises ValueError for one that does not fit."""
+    for name, own in front.state_dict().items():
+        if not own.is_floating_point():
+            continue
+        if name not in found:
+            raise ValueError(f"it has no tensor {name}, which the layers before the cut need")
+        if found[name].shape != own.shape:
+            raise ValueError(
+                f"{name} is {list(found[name].shape)} there, this network needs {list(own.shape)}"
+            )
+        own.copy_(found[name])
