@@ -69,7 +69,8 @@ def measured(recipe: Recipe, session: Session, rounds: int) -> dict[str, float]:
     data = session.data(recipe.data, lambda line: None)
     loaded = load_pretrained(recipe.model.name, language=False)
     train, test = session.encoded(recipe.data, data, loaded, recipe.model)
-    model = assembled(loaded, recipe.model, head_for(data, loaded, recipe.model), recipe.run.seed)
+    head = head_for(data.label_names, False, loaded, recipe.model)
+    model = assembled(loaded, recipe.model, head, recipe.run.seed)
     place, clients = torch.device("cpu"), [train.subset(part) for part in parts_of(recipe, data)]
     strategy, training = FedAvg(), recipe.training()
     assert isinstance(training, Training)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sluiceway.core.settings import Optimisation as Optimisation
     from sluiceway.core.settings import SplitTraining as SplitTraining
     from sluiceway.core.settings import Training as Training
+    from sluiceway.experiment.trained import load as load
     from sluiceway.moe import NoExpertsError as NoExpertsError
     from sluiceway.moe import moe_layout as anatomy  # noqa: F401
     from sluiceway.moe import moe_layout as moe_layout
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "federate": "sluiceway.transport.local",
     "split_train": "sluiceway.split.training",
+    "load": "sluiceway.experiment.trained",
     "Checkpoint": "sluiceway.core.checkpoints",
     "Result": "sluiceway.core.round_loop",
     "Training": "sluiceway.core.settings",

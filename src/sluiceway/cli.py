@@ -40,6 +40,12 @@ class Group(TyperGroup):
         ctx.exit(code)
 
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN")]
+Kept = Annotated[
+    str | None,
+    typer.Option(metavar="last|best", help="Which model.", show_default="as run.keep says"),
+]
+
 # Help is plain; with rich installed typer would nevertheless escape brackets in it.
 typer.core.HAS_RICH = False
 app = typer.Typer(**PLAIN, cls=Group)
@@ -163,6 +169,40 @@ def compare(
     write_report([out])
     print(comparison.markdown(table))
     print(f"comparison folder: {out} (compare.json, compare.md, report.html)")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A .csv, .jsonl or .parquet.", show_default="stdout"),
+    ] = None,
+    which: Kept = None,
+    client: Annotated[
+        int | None,
+        typer.Option(help="Whose mask to use, where clients have masks of their own."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")] = "auto",
+) -> None:
+    """Predict labels with the trained model of the run folder RUN.
+
+    FILE is a csv, jsonl or parquet of texts, in the column that the run's data.text_column names;
+    for a model of images an image, or a folder of images.
+    """
+    from sluiceway.experiment import predict as predicting
+    from sluiceway.experiment.trained import load
+
+    predicting.require_form(out)
+    model = load(run, which, device=device)
+    if client is not None:
+        model.use_mask_of(client)
+    inputs = predicting.read_inputs(file, model)
+    found = model.predict(inputs.values)
+    print(predicting.write(predicting.table(inputs, found), out), end="")
+    if said := predicting.agreement(inputs, found):
+        print(said, file=sys.stderr)
 
 
 @app.command()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sluiceway.core.signals import Stopped
 from sluiceway.errors import BAD_INPUT, SluicewayError, line
+from sluiceway.files import replacing
 
 #: Of a checkpoint's files; a reader refuses any other.
 LAYOUT = 1
@@ -54,6 +55,22 @@ class PlainRecord(Protocol):
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         ...
+
+    def score(self, metric: str) -> float | None:
+        """The more the better; None where it was not evaluated."""
+        ...
+
+
+def rounds_without_gain(records: Sequence[PlainRecord], metric: str) -> int:
+    """How many evaluations there were since the best one; 0 where the newest is better than all."""
+    scores = [score for record in records if (score := record.score(metric)) is not None]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+
+def is_best(records: Sequence[PlainRecord], metric: str) -> bool:
+    """Whether the newest round was evaluated, and better than all before it."""
+    evaluated = bool(records) and records[-1].score(metric) is not None
+    return evaluated and rounds_without_gain(records, metric) == 0
 
 
 class RecordLog:
@@ -117,6 +134,7 @@ class Snapshot:
         facts: what goes into run.json.
         folders: copied as they are, by name; their files are replaced and never changed in place.
         records: of the rounds in order, at least up to this one.
+        model: the tensors of the model that was measured, for those who use it.
     """
 
     round: int
@@ -124,6 +142,7 @@ class Snapshot:
     facts: Mapping[str, Any]
     folders: Mapping[str, Path] = field(default_factory=dict)
     records: Sequence[PlainRecord] = ()
+    model: Mapping[str, Tensor] = field(default_factory=dict)
 
     def cloned(self) -> Snapshot:
         """The same, with tensors that nobody else can change."""
@@ -175,6 +194,10 @@ class Checkpoint:
             whole one when a run is stopped between steps.
         keep: >= 1; with 2 or more a damaged newest one is survived.
         say: told of damaged checkpoints.
+        models: folder for the models to be used, `last.safetensors` at the end of the run and, if
+            `best`, `best.safetensors` of the first of the best rounds; None for none.
+        best: keep the best round's model.
+        metric: what "best" means, see `Record.score`.
     """
 
     folder: Path
@@ -182,6 +205,9 @@ class Checkpoint:
     every: int = 1
     keep: int = 2
     say: Callable[[str], None] = lambda line: None
+    models: Path | None = None
+    best: bool = False
+    metric: str = "accuracy"
     _unsaved: Snapshot | None = field(default=None, init=False, repr=False)
     _files: dict[tuple[int, int, int, int], str] = field(
         default_factory=dict, init=False, repr=False
@@ -217,17 +243,37 @@ class Checkpoint:
             raise CheckpointError(f"{faults[0]}, and no other is whole; --force begins anew")
         return None
 
-    def after(self, snapshot: Snapshot, rounds: int) -> None:
-        """Save the run after a round of `rounds` in all, or note it until it is due.
+    def after(self, snapshot: Snapshot, *, ends: bool) -> None:
+        """Save the run after a round, or note it until it is due.
+
+        Args:
+            snapshot: the run as it is.
+            ends: this was the last round.
 
         Raises:
             StorageError: it cannot be written; earlier checkpoints are as they were.
         """
-        if snapshot.round % self.every == 0 or snapshot.round == rounds:
+        if self.best and is_best(snapshot.records, self.metric):
+            self.save_model("best", snapshot)
+        if ends:
+            self.save_model("last", snapshot)
+        if ends or snapshot.round % self.every == 0:
             self._unsaved = None
             self.write(snapshot)
         else:
             self._unsaved = snapshot.cloned()
+
+    def save_model(self, name: str, snapshot: Snapshot) -> None:
+        """Write the model of a round. Raises StorageError."""
+        if self.models is None:
+            return
+        path = self.models / f"{name}.safetensors"
+        try:
+            with replacing(path) as draft:
+                save_file(unshared(snapshot.model), draft, {"round": str(snapshot.round)})
+        except Exception as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise StorageError(f"cannot save the model to {path}: {why}") from error
 
     @contextlib.contextmanager
     def guarding(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
-from torch import Tensor
+from torch import Tensor, nn
 
 from sluiceway.core.aggregation import Aggregation
 from sluiceway.core.checkpoints import (
@@ -23,6 +23,7 @@ from sluiceway.core.checkpoints import (
     Saved,
     Snapshot,
     require_same,
+    rounds_without_gain,
 )
 from sluiceway.core.evaluation import Evaluation
 from sluiceway.core.guards import Failure, TooFewUpdates, UpdateFilter
@@ -47,7 +48,8 @@ class Rounds:
     usable updates that a round needs, in [1, 10^5]. max_retries: how often a round that has fewer
     is tried again, in [0, 1000], with clients drawn anew; then the run ends. evaluate_every:
     rounds from one evaluation of the global model to the next, in [1, 99999]; the last round
-    always has one.
+    always has one. patience: evaluations without a better value of `metric` after which the run
+    ends early, 0 for never.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
@@ -56,6 +58,13 @@ class Rounds:
     min_clients: int = Field(default=1, ge=1, le=100_000)
     max_retries: int = Field(default=1, ge=0, le=1000)
     evaluate_every: int = Field(default=1, ge=1, le=99_999)
+    patience: int = Field(default=0, ge=0, le=99_999)
+    metric: str = "accuracy"
+
+    def over(self, records: Sequence[Record]) -> bool:
+        """Whether the run ends with the newest of these rounds."""
+        idle = rounds_without_gain(records, self.metric)
+        return len(records) >= self.rounds or 0 < self.patience <= idle
 
     def chosen(self, number: int, eligible: Sequence[int], retry: int = 0) -> list[int]:
         """The clients of round `number`, in ascending order, of those that hold examples.
@@ -135,6 +144,7 @@ class Record:
     without examples). `rejected` names the clients whose update was left out, and why; `failed`
     those that gave none. `retries` says how often the round was tried again for want of usable
     updates: bytes, rejected and failed are of all its attempts, clients those of the last.
+    `metrics` are the global model's by name, on the global test set.
     """
 
     round: int
@@ -150,6 +160,7 @@ class Record:
     report: dict[str, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     retries: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -157,6 +168,13 @@ class Record:
             key: {str(client): why for client, why in getattr(self, key).items()}
             for key in ("rejected", "failed")
         }
+
+    def score(self, metric: str) -> float | None:
+        """The global model's value of a metric, of which more is better.
+
+        None where it was not evaluated.
+        """
+        return self.accuracy if metric == "accuracy" else self.metrics.get(metric)
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
@@ -177,6 +195,7 @@ class Result:
             test examples weighted as it holds labels.
         empty: clients that hold no example.
         label_counts: [clients, classes], who holds what.
+        model: the function whose accuracy the last record reports, with its trained values.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -184,6 +203,7 @@ class Result:
     personal_accuracy: dict[int, float] = field(default_factory=dict)
     empty: list[int] = field(default_factory=list)
     label_counts: list[list[int]] = field(default_factory=list)
+    model: nn.Module | None = None
 
     @property
     def accuracy_by_round(self) -> list[float | None]:
@@ -333,8 +353,9 @@ class Loop:
         self.result.label_counts = self.label_counts.tolist()
         self.strategy.label_counts = self.label_counts
         with self.checkpoint.guarding() if self.checkpoint else contextlib.nullcontext():
-            for number in range(len(self.result.records) + 1, self.rounds.rounds + 1):
+            while not self.rounds.over(self.result.records):
                 check_stop()
+                number = len(self.result.records) + 1
                 began = time.perf_counter()
                 start = self.start_head(eligible) if number == 1 else None
                 record = self.run_round(number, eligible)
@@ -348,7 +369,9 @@ class Loop:
                 self.result.records.append(record)
                 self.result.tensors = self.strategy.tensors
                 if self.checkpoint:
-                    self.checkpoint.after(self.snapshot(), self.rounds.rounds)
+                    self.checkpoint.after(
+                        self.snapshot(), ends=self.rounds.over(self.result.records)
+                    )
                 self.on_round(record)
                 self.result.forget_clients(self.checkpoint.every if self.checkpoint else 1)
         return self.result
@@ -457,4 +480,5 @@ class Loop:
             self.result.facts(),
             {} if self.states is None else {"clients": self.states},
             self.result.records,
+            self.strategy.tensors,
         )

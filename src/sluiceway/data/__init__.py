@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sluiceway.data.choices import CHOICE_NAMES, load_choices
+from sluiceway.data.columns import is_missing, read_columns
 from sluiceway.data.download import cache_folder, wheel_folder, wheel_members
 from sluiceway.data.errors import DataError
+from sluiceway.data.image_files import read_image_files
 from sluiceway.data.images import IMAGE_NAMES, load_images
 from sluiceway.data.partition import partition
 from sluiceway.data.tables import (
@@ -56,6 +58,7 @@ __all__ = [
     "encode_pairs",
     "holdout",
     "image_datasets",
+    "is_missing",
     "limit",
     "load_choices",
     "load_images",
@@ -63,6 +66,8 @@ __all__ = [
     "load_text",
     "of_classes",
     "partition",
+    "read_columns",
+    "read_image_files",
     "wheel_folder",
     "wheel_members",
     "word_tokens",

@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,25 @@ def read_parquet_images(path: Path, shape: Shape) -> ImageTable:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
     return ImageTable(images, labels.to_numpy().astype(np.int64))
+
+
+def read_image_files(paths: Sequence[Path], shape: Shape) -> ByteArray:
+    """Read PNG or JPEG files: uint8 [N, C, H, W], 0 is black.
+
+    Raises:
+        DataError: unreadable, or another size.
+    """
+    from PIL import UnidentifiedImageError
+
+    images = np.empty((len(paths), *shape), dtype=np.uint8)
+    for row, path in enumerate(paths):
+        try:
+            images[row] = _decode(path.read_bytes(), shape)
+        except UnidentifiedImageError as error:
+            raise DataError(f"{path} is no PNG or JPEG") from error
+        except Exception as error:
+            raise DataError(f"{path}: {first_line(error)}") from error
+    return images
 
 
 def read_csv_images(path: Path, shape: Shape) -> ImageTable:

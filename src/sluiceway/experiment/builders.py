@@ -54,32 +54,45 @@ def language_model(
         InputError, DataError: there is no such model, or it does not fit the data.
     """
     chosen = recipe.model
-    loaded = load_pretrained(
+    loaded = pretrained_of(chosen)
+    train, test = session.encoded(recipe.data, data, loaded, chosen)
+    head = head_for(data.label_names, isinstance(data, ChoiceData), loaded, chosen)
+    model = assembled(loaded, chosen, head, recipe.run.seed)
+    return model, train, test, loaded.source
+
+
+def pretrained_of(chosen: Model) -> Pretrained:
+    """The transformer that a federated recipe begins with. Raises InputError."""
+    return load_pretrained(
         chosen.name,
         language=chosen.answer == "likelihood",
         dtype=chosen.dtype,
         gguf=chosen.gguf,
     )
-    train, test = session.encoded(recipe.data, data, loaded, chosen)
-    model = assembled(loaded, chosen, head_for(data, loaded, chosen), recipe.run.seed)
-    return model, train, test, loaded.source
 
 
 def head_for(
-    data: TextData | ChoiceData, loaded: Pretrained, model: Model
+    label_names: Sequence[str], choices: bool, loaded: Pretrained, model: Model
 ) -> Callable[[nn.Module], nn.Module]:
-    """What puts the scoring module around the loaded model. Raises DataError, InputError."""
-    choices = isinstance(data, ChoiceData)
+    """What puts the scoring module around the loaded model.
+
+    Args:
+        label_names: the classes, or endings.
+        choices: questions with endings, not texts with labels.
+
+    Raises:
+        DataError, InputError: the model cannot answer so.
+    """
     if model.answer == "head":
-        outputs = 1 if choices else len(data.label_names)
+        outputs = 1 if choices else len(label_names)
         return lambda body: TextClassifier(body, loaded.hidden, outputs)
     if choices:
         return Endings
-    words = model.words or [name.replace("_", " ") for name in data.label_names]
-    if len(words) != len(data.label_names):
+    words = model.words or [name.replace("_", " ") for name in label_names]
+    if len(words) != len(label_names):
         raise InputError(
-            f"model.words has {len(words)} words for {len(data.label_names)} classes: "
-            f"{', '.join(data.label_names)}"
+            f"model.words has {len(words)} words for {len(label_names)} classes: "
+            f"{', '.join(label_names)}"
         )
     before = model.prompt.rpartition("}")[2].strip() or "text"
     if is_encoder_decoder(loaded.backbone):
@@ -155,6 +168,8 @@ def plan_of(recipe: Recipe) -> Rounds:
         min_clients=recipe.run.min_clients,
         max_retries=recipe.run.max_retries,
         evaluate_every=recipe.run.evaluate_every,
+        patience=recipe.run.patience,
+        metric=recipe.run.metric,
     )
 
 

@@ -113,6 +113,13 @@ class Run(BaseModel):
     """Rounds between checkpoints; the last round has one too."""
     checkpoint_keep: int = Field(default=2, ge=1, le=99_999)
     """How many checkpoints are kept, the newest."""
+    metric: Literal["accuracy"] = "accuracy"
+    """The measure on the test set by which rounds are compared: of the best model, of patience."""
+    keep: Literal["last", "best"] = "last"
+    """Which model a run is there for: that of the last round, or of the first of the best rounds by
+    run.metric. The last one is kept always."""
+    patience: int = Field(default=0, ge=0, le=99_999)
+    """Evaluations without a better run.metric after which the run ends early; 0 for never."""
 
     @model_validator(mode="after")
     def carried(self) -> Run:

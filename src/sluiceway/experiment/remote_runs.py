@@ -19,7 +19,7 @@ from sluiceway.experiment.builders import (
 )
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.experiment.summary import Outcome
+from sluiceway.experiment.summary import Outcome, image_input
 from sluiceway.split.setup import SplitSettings
 from sluiceway.split.training import torch_threads
 from sluiceway.strategies import STRATEGIES
@@ -113,7 +113,8 @@ def serve_split(
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Outcome(result, pictures.source, pictures.label_names)
+    given = image_input(pictures, train.shape)
+    return Outcome(result, pictures.source, pictures.label_names, given)
 
 
 def split_settings(recipe: Recipe, device: str) -> SplitSettings:

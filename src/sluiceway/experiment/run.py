@@ -29,7 +29,7 @@ from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.remote_runs import serve_federated, serve_split
 from sluiceway.experiment.run_directory import RunDirectory
 from sluiceway.experiment.session import Progress, Session
-from sluiceway.experiment.summary import Outcome, summarise
+from sluiceway.experiment.summary import Outcome, image_input, summarise
 from sluiceway.split.training import split_train
 from sluiceway.strategies import STRATEGIES, Central
 from sluiceway.transport.local import federate
@@ -116,6 +116,9 @@ def checkpoint_of(
         every=recipe.run.checkpoint_every,
         keep=recipe.run.checkpoint_keep,
         say=progress.say,
+        models=out / "model",
+        best=recipe.run.keep == "best",
+        metric=recipe.run.metric,
     )
 
 
@@ -206,7 +209,7 @@ def run_split(
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Outcome(result, data.source, data.label_names)
+    return Outcome(result, data.source, data.label_names, image_input(data, train.shape))
 
 
 def rounds_of(
@@ -218,6 +221,8 @@ def rounds_of(
         "participation": recipe.run.participation,
         "seed": recipe.run.seed,
         "min_clients": recipe.run.min_clients,
+        "patience": recipe.run.patience,
+        "metric": recipe.run.metric,
         "device": device,
         "on_start": progress.on_start,
         "on_round": progress.on_round,

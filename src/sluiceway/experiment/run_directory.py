@@ -31,6 +31,7 @@ FREE = (
     "feature_disk_mb",
     "checkpoint_every",
     "checkpoint_keep",
+    "patience",
 )
 
 
@@ -159,7 +160,8 @@ def clear_folder(out: Path) -> None:
     """Remove what a run left in its folder, and nothing else."""
     for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def end_last_line(path: Path) -> None:

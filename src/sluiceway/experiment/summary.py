@@ -12,17 +12,24 @@ import torch
 
 import sluiceway
 from sluiceway.core.round_loop import Result
+from sluiceway.data import ImageData
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.tables import with_old_keys
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result, and the data that it was trained on."""
+    """A result, and the data that it was trained on; `input` says what images the model takes."""
 
     result: Result
     source: str
     label_names: Sequence[str]
+    input: Mapping[str, Any] | None = None
+
+
+def image_input(data: ImageData, shape: Sequence[int]) -> dict[str, Any]:
+    """What a model of these images takes: shape (C, H, W), and by channel mean and std of 0..1."""
+    return {"shape": list(shape), "mean": list(data.mean), "std": list(data.std)}
 
 
 def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
@@ -45,6 +52,7 @@ def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> 
             "data_source": outcome.source,
             "label_names": list(outcome.label_names),
             "label_counts": result.label_counts,
+            "input": outcome.input,
             "engine": recipe.run.engine,
             "device": device,
             "versions": {

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sluiceway.core.batches import Batch, Examples, labels_of
 from sluiceway.core.evaluation import BATCH, Evaluation
 from sluiceway.split.config import SplitConfig, SplitModel
+from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.mask_selector import ALL
-from sluiceway.split.packing import BatchId
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,16 @@ class Evaluator:
         keys = {client: key_of(mask) for client, mask in masks.items()}
         distinct = {keys[client]: mask for client, mask in masks.items()}
         exact = {key for key, mask in distinct.items() if self._is_exact(mask)}
+        inexact = distinct.keys() - exact
         found, full = dict.fromkeys(distinct, Evaluation.nothing()), Evaluation.nothing()
-        for number, part in enumerate(torch.arange(len(self.test)).split(BATCH)):
+        deployed = {key: DeployedNetwork.of(model, self.config, distinct[key]) for key in inexact}
+        for part in torch.arange(len(self.test)).split(BATCH):
             if not len(part):
                 continue
             batch = Batch.of(self.test, part, self.config.device)
             values = batch.run(model.front)
-            for key in distinct.keys() - exact:
-                logits = self._deployed(values, number, distinct[key], model.back, model.tail)
-                found[key] += self._evaluation(logits, batch.labels)
+            for key, network in deployed.items():
+                found[key] += self._evaluation(network.onward(values), batch.labels)
             # Last, since layers that work in place may change the values.
             logits = model.back(values)
             full += self._evaluation(
@@ -89,24 +90,6 @@ class Evaluator:
         links = self.config.link, self.config.tail_link
         exact = all(link.codec == "none" and not link.elements for link in links)
         return exact and (mask is None or bool(mask.all()))
-
-    def _deployed(
-        self,
-        values: Tensor,
-        number: int,
-        mask: Tensor | None,
-        back: nn.Module,
-        tail: nn.Module | None,
-    ) -> Tensor:
-        """Logits by way of the messages that training sends, but selected deterministically."""
-        link, tail_link = self.config.link, self.config.tail_link
-        batch_id = BatchId(0, 0, number)
-        message, _ = link.up(values, batch_id, mask=mask, training=False)
-        out: Tensor = back(link.open(message, device=self.config.device).values)
-        if tail is not None:
-            message, _ = tail_link.up(out, batch_id, training=False)
-            out = tail(tail_link.open(message, device=self.config.device).values)
-        return out
 
     def _evaluation(self, logits: Tensor, labels: Tensor) -> Evaluation:
         return Evaluation.of(logits, labels, self.config.loss, self.classes)

@@ -19,6 +19,7 @@ from sluiceway.errors import quoted
 from sluiceway.moe import MoELayout
 from sluiceway.split.client_proxy import Away, ClientProxy
 from sluiceway.split.config import batch_counts, summed_losses
+from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.evaluation import Evaluator
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.messages import read_initial_scores, read_round_end
@@ -230,8 +231,7 @@ class SplitLoop:
     def evaluate(self, round: int, chosen: Sequence[int], began: float) -> SplitRecord:
         """Evaluate the global network, and sum the round up."""
         masks, crossing = self.masks, self.model.shape[0]
-        keys = self.eligible if masks.choosers and not masks.merged else [ALL]
-        found = self.evaluator.evaluate(self.model, {key: masks.mask(key) for key in keys})
+        found = self.evaluator.evaluate(self.model, self.deployed_masks())
         accuracy, loss = found.mean(self.sizes)
         kept = [crossing if (m := masks.mask(i)) is None else int(m.sum()) for i in chosen]
         scores = masks.merged_scores()
@@ -257,6 +257,17 @@ class SplitLoop:
             mask=None if mask is None else mask.tolist(),
             scores=None if scores is None else scores.tolist(),
         )
+
+    def deployed_masks(self) -> dict[int, Tensor | None]:
+        """The newest masks, by client that holds examples, or of `ALL` if all have the same."""
+        masks = self.masks
+        keys = self.eligible if masks.choosers and not masks.merged else [ALL]
+        return {key: masks.mask(key) for key in keys}
+
+    def deployed(self) -> DeployedNetwork:
+        """The network that is evaluated."""
+        config = self.setup.config
+        return DeployedNetwork(self.model, config.link, config.tail_link, self.deployed_masks())
 
     def train_loss(self) -> float:
         """Mean loss over the round's training examples; NaN if there was no step."""

@@ -107,14 +107,7 @@ class SharedSetup:
                 f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
                 f"{max(model.smallest)} examples"
             )
-        # At the second cut of a U-shape values are rounded alike, and all of them cross.
-        rounding = Compressor(
-            quantize=method.quantize,
-            quantize_gradient=method.quantize_gradient,
-            affine=method.affine,
-            error_feedback=method.error_feedback,
-            limit=method.limit,
-        )
+        rounding = tail_compressor(method)
         self.model, self.schedule, self.seed = model, settings.schedule, settings.seed
         self.choice = method if isinstance(method, ChannelChoice) else None
         self.config = SplitConfig(
@@ -195,6 +188,17 @@ class SharedSetup:
             return total
 
         return nbytes
+
+
+def tail_compressor(method: Compressor) -> Compressor:
+    """At the second cut of a U-shape values are rounded as by `method`, and all of them cross."""
+    return Compressor(
+        quantize=method.quantize,
+        quantize_gradient=method.quantize_gradient,
+        affine=method.affine,
+        error_feedback=method.error_feedback,
+        limit=method.limit,
+    )
 
 
 def cut_model(

@@ -50,13 +50,17 @@ def split_train(
     on_round: Callable[[SplitRecord], None] = lambda record: None,
     checkpoint: Checkpoint | None = None,
     min_clients: int = 1,
+    patience: int = 0,
+    metric: str = "accuracy",
     form: str | None = None,
     fronts: Strategy | None = None,
 ) -> Result:
     """Train a network that is cut between clients and a server, on this machine.
 
-    After every round the model holds the global network: the averaged front, and the server's
-    layers. Layers that the method adds, as `Bottleneck` does, are in the result's tensors only.
+    The network whose accuracy is reported is `result.model`: front, the newest mask and rounding,
+    layers that the method adds (as `Bottleneck` does), and the server's half, as one module. The
+    model itself holds its layers, the averaged front and the server's, with nothing dropped or
+    rounded between them: its accuracy is `accuracy_full`.
     A batch of one example is left out where layers cannot train on it (BatchNorm of [B, C]): a
     client's by itself, the server's only if no other client has a batch in that step.
 
@@ -86,10 +90,12 @@ def split_train(
         checkpoint: where the run is saved, and continued from.
         min_clients: clients of a round whose layers must be usable, >= 1. With fewer the run ends:
             the server has learned from the others' batches, so that the round cannot be repeated.
+        patience, metric: as of `sluiceway.federate`.
         form, fronts: old names of `schedule` and `client_aggregation`.
 
     Returns:
-        Records (of type `SplitRecord`), and the trained tensors of the whole network by name.
+        Records (of type `SplitRecord`), the trained tensors of the whole network by name, and the
+        network that was measured.
 
     Raises:
         ValueError: a cut that is not there, a schedule or a method that is not known, a strategy
@@ -103,6 +109,8 @@ def split_train(
         seed=seed,
         min_clients=min_clients,
         max_retries=0,
+        patience=patience,
+        metric=metric,
     )
     settings = SplitSettings(
         cut_at=cut_at,
@@ -159,8 +167,9 @@ def run_rounds(
         result.tensors = trained(loop)
     on_start()
     with checkpoint.guarding() if checkpoint else contextlib.nullcontext():
-        for round in range(len(result.records) + 1, plan.rounds + 1):
+        while not plan.over(result.records):
             check_stop()
+            round = len(result.records) + 1
             torch.manual_seed(derive_seed(plan.seed, round))
             record = loop.run_round(round, plan.chosen(round, loop.eligible))
             tensors = trained(loop)
@@ -168,9 +177,16 @@ def run_rounds(
             result.records.append(record)
             result.tensors = tensors
             if checkpoint:
-                now = Snapshot(round, state_of(loop), result.facts(), records=result.records)
-                checkpoint.after(now, plan.rounds)
+                now = Snapshot(
+                    round,
+                    state_of(loop),
+                    result.facts(),
+                    records=result.records,
+                    model=loop.deployed().state_dict(),
+                )
+                checkpoint.after(now, ends=plan.over(result.records))
             on_round(record)
+    result.model = loop.deployed()
     return result
 
 

@@ -402,6 +402,8 @@ def federate(
     min_clients: int = 1,
     max_retries: int = 1,
     evaluate_every: int = 1,
+    patience: int = 0,
+    metric: str = "accuracy",
     personal_examples: int = 500,
     head_start: HeadStart = "random",
     timeout: float = 0,
@@ -421,7 +423,8 @@ def federate(
         clients: each client's data set of (inputs, label); may be empty for some.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
-        rounds, participation, seed, min_clients, max_retries, evaluate_every: see `Rounds`.
+        rounds, participation, seed, min_clients, max_retries, evaluate_every, patience, metric:
+            see `Rounds`.
         personal_examples: see `Worker`.
         head_start: how a linear head starts: "random", as the model has it; "means" or "ridge", in
             closed form from sums that every client sends once (see docs/methods.md).
@@ -459,6 +462,8 @@ def federate(
         min_clients=min_clients,
         max_retries=max_retries,
         evaluate_every=evaluate_every,
+        patience=patience,
+        metric=metric,
     )
     place = torch.device(chosen_device(device))
     if (workers > 1 or timeout) and place.type != "cpu":
@@ -519,6 +524,7 @@ def run_loop(loop: Loop, worker: Worker, on_start: Callable[[], None]) -> Result
     """Run what is left of a run; at its end the worker's model has the global values."""
     loop.restore()
     on_start()
+    loop.result.model = worker.model
     try:
         return loop.run()
     finally:

@@ -37,7 +37,13 @@ from sluiceway.transport.tls import Endpoint
 refuse_tensors()
 
 #: Files of a run folder that the admin downloads; checkpoints stay with the server's runs.
-LIGHT = ("recipe.toml", "metrics.jsonl", "summary.json")
+LIGHT = (
+    "recipe.toml",
+    "metrics.jsonl",
+    "summary.json",
+    "model/last.safetensors",
+    "model/best.safetensors",
+)
 
 
 class ServerController:
@@ -75,6 +81,7 @@ class ServerController:
         transport = NvflareTransport([proxies.get(site) for site in self.sites], self.sites)
         out = Path(os.environ[RUNS]) / self.name
         code, line = outcome_of(lambda: self._run(transport, out))
+        (result / "model").mkdir(exist_ok=True)
         for name in LIGHT:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy(out / name, result / name)

@@ -46,7 +46,7 @@ def submit(session: AdminSession, spec: JobSpec, out: Path | None, say: Say) -> 
     """Submit a run, pass on its progress, and download the light part of its folder.
 
     Args:
-        out: where recipe.toml, metrics.jsonl and summary.json are put; None downloads nothing.
+        out: where recipe, metrics, summary and the trained model are put; None downloads nothing.
 
     Raises:
         InputError: the server refuses the recipe, or there are not as many sites as clients.
@@ -63,6 +63,7 @@ def submit(session: AdminSession, spec: JobSpec, out: Path | None, say: Say) -> 
             say(str(text))
         if result is not None and out is not None:
             out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(out / "model", ignore_errors=True)  # of an earlier run
             shutil.copytree(result, out, dirs_exist_ok=True)
             (out / OUTCOME).unlink(missing_ok=True)
     if not outcome:

@@ -1,0 +1,79 @@
+"""The network that split training measures, as one module: front, what crosses, back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sluiceway.split.compress import Compressor
+from sluiceway.split.config import SplitConfig, SplitModel
+from sluiceway.split.mask_selector import ALL
+from sluiceway.split.packing import BatchId
+
+
+class Link(nn.Module):
+    """What crosses a cut at evaluation, as a layer: selected, rounded, packed and opened again.
+
+    Rounding to integers takes its scales from the batch, so that an example's values depend,
+    within a step of rounding, on those beside it. No gradient passes.
+
+    Args:
+        compressor: of the cut.
+        mask: keep mask, [C] bool; None if the method chooses no channels.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, compressor: Compressor, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.compressor = compressor
+        self.register_buffer("mask", mask)
+
+    @torch.no_grad()
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape, float32, zero where nothing crossed."""
+        message, _ = self.compressor.up(values, BatchId(0, 0, 0), mask=self.mask, training=False)
+        return self.compressor.open(message, device=values.device).values
+
+
+class DeployedNetwork(nn.Module):
+    """The whole network as it is deployed and was evaluated; shares the layers it is made of.
+
+    Args:
+        model: the cut network.
+        link, tail_link: compression at its cuts.
+        masks: keep masks, [C] bool or None, by client, or of `ALL` if all have the same.
+
+    Attributes:
+        client: whose mask is used; of several masks the first client's until another is set.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        link: Compressor,
+        tail_link: Compressor,
+        masks: Mapping[int, Tensor | None],
+    ) -> None:
+        super().__init__()
+        self.front, self.back = model.front, model.back
+        self.links = nn.ModuleDict({str(key): Link(link, mask) for key, mask in masks.items()})
+        self.tail = None if model.tail is None else nn.Sequential(Link(tail_link), model.tail)
+        self.client: int = next(iter(masks))
+        self.eval()
+
+    @staticmethod
+    def of(model: SplitModel, config: SplitConfig, mask: Tensor | None) -> DeployedNetwork:
+        """The network with one mask."""
+        return DeployedNetwork(model, config.link, config.tail_link, {ALL: mask})
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return self.onward(self.front(inputs))
+
+    def onward(self, values: Tensor) -> Tensor:
+        """Logits from what the front gives, [B, C, ...]."""
+        out: Tensor = self.back(self.links[str(self.client)](values))
+        return out if self.tail is None else self.tail(out)
