@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from sluiceway.data import (
     partition,
     word_tokens,
 )
+from sluiceway.data.images import IMAGE_SETS
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import Endings, TextClassifier, Words, is_encoder_decoder
 from sluiceway.experiment.models import Pretrained, assembled, load_pretrained
 from sluiceway.experiment.pretrained import load_front
 from sluiceway.experiment.recipe import Model, Recipe
 from sluiceway.experiment.session import Say, Session
+from sluiceway.experiment.vision import vision_network
 from sluiceway.split.compress import Compressor
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.strategies import Strategy
@@ -136,8 +139,16 @@ def chosen_network(
         InputError: pretrained layers that are not there, or do not fit.
     """
     chosen = recipe.model
-    built = network(chosen.name, chosen.width, shape, classes=classes, seed=recipe.run.seed)
-    if chosen.pretrained is not None and not (received and recipe.trains_front()):
+    place, seed = chosen.pretrained, recipe.run.seed
+    if chosen.name == "huggingface":
+        data = IMAGE_SETS[str(recipe.data.name)]
+        side = chosen.image_size
+        built, said = vision_network(str(place), data, classes, side=side, seed=seed)
+        say(f"pretrained: {said}")
+    else:
+        built = network(chosen.name, chosen.width, shape, classes=classes, seed=seed)
+    own = chosen.name != "huggingface" or (Path(str(place)) / "recipe.toml").is_file()
+    if place is not None and own and not (received and recipe.trains_front()):
         say(f"pretrained up to {chosen.cut}: {load_front(built, chosen, shape)}")
     if chosen.channels_last:
         built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.builders import network
 from sluiceway.experiment.models import outlined
+from sluiceway.experiment.vision import KINDS, chain_of
 from sluiceway.moe import (
     Block,
     MoELayout,
@@ -21,7 +23,7 @@ from sluiceway.moe import (
     moe_layout,
     upcycle,
 )
-from sluiceway.split.cut import cut_points
+from sluiceway.split.cut import CutPoint, cut_points
 
 
 def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, gguf: str) -> None:
@@ -38,6 +40,14 @@ def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, ggu
         NoExpertsError: it has no mixture-of-experts block and `experts` is 0.
     """
     model, source = outlined(name, gguf or None)
+    config: Any = model.config
+    if config.model_type in KINDS:
+        wide_console().print(f"{name} from {source}, with a head for 10 classes", highlight=False)
+        side = getattr(config, "image_size", 224)
+        with torch.device("meta"):
+            chain = chain_of(model, 10)
+            show_points(cut_points(chain, torch.zeros(1, config.num_channels, side, side)))
+        return
     if experts:
         try:
             upcycle(model, layers, experts, top_k)
@@ -81,6 +91,11 @@ def show_cuts(name: str, width: int, image: str) -> None:
     except (ValueError, RuntimeError) as error:
         why = first_line(error)
         raise InputError(f"--image {image} --width {width}: {why}; write 3x32x32") from None
+    show_points(points)
+
+
+def show_points(points: Iterable[CutPoint]) -> None:
+    """Print places to cut at, and what crosses there for each example."""
     rows = [
         (
             point.name,

@@ -127,8 +127,8 @@ def outlined(name: str, gguf: str | None = None) -> tuple[nn.Module, str]:
 
 
 @contextlib.contextmanager
-def readable(name: str, place: Place) -> Iterator[None]:
-    """What goes wrong inside, as one line about `model.name`."""
+def readable(name: str, place: Place, key: str = "model.name") -> Iterator[None]:
+    """What goes wrong inside, as one line about that key."""
     from transformers import logging
 
     logging.set_verbosity_error()
@@ -142,7 +142,7 @@ def readable(name: str, place: Place) -> Iterator[None]:
         why = first_line(error)
         if isinstance(error, ImportError) and place.gguf:
             why = "GGUF files need a package: pip install 'sluiceway[gguf]'"
-        raise InputError(f"model.name = {name!r}: no model could be loaded ({why})") from None
+        raise InputError(f"{key} = {name!r}: no model could be loaded ({why})") from None
 
 
 def auto_class(name: str, config: Any, language: bool) -> Any:

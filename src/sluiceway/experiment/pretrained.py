@@ -67,8 +67,8 @@ def tensors_of_run(
     model, data = tables.get("model", {}), tables.get("data", {})
     if tables.get("run", {}).get("kind") != "split":
         raise ValueError("that run is not of split learning")
-    for key in ("name", "width"):
-        if model.get(key) != (wanted := getattr(chosen, key)):
+    for key in ("name", "image_size" if chosen.name == "huggingface" else "width"):
+        if model.get(key, 0) != (wanted := getattr(chosen, key)):
             raise ValueError(f"that run has model.{key} = {model.get(key)}, this one {wanted}")
     name = data.get("name")
     seen = IMAGE_SETS[name].shape if name in IMAGE_SETS else tuple(shape)
@@ -92,6 +92,8 @@ def tensors_of_file(path: Path) -> tuple[Mapping[str, Tensor], str]:
     Raises:
         ValueError, OSError, SafetensorError: there is none, or it cannot be read.
     """
+    if (path / "config.json").is_file():
+        raise ValueError("that is a model of Hugging Face, for model.name = 'huggingface'")
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(

@@ -204,8 +204,8 @@ class Model(BaseModel):
 
     model_config = TABLE
     name: Text = "minilm"
-    """Texts: minilm, smollm2, a folder, or a name on the Hugging Face hub. Images: conv4, resnet18
-    or vgg11."""
+    """Texts: minilm, smollm2, a folder, or a name on the Hugging Face hub. Images: conv4, resnet18,
+    vgg11, or huggingface, the model that `pretrained` names."""
     gguf: Text | None = None
     """The file, where the model is in a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -231,7 +231,11 @@ class Model(BaseModel):
     """Images: channels of the first layers."""
     pretrained: Text | None = None
     """Split: where the layers before the cut come from: the folder of an earlier split run (of the
-    same network and width, its newest checkpoint), or a safetensors file with their names."""
+    same network and width, its newest checkpoint), or a safetensors file with their names. With
+    name = "huggingface" a ResNet, MobileNet or ViT, a folder or a name on the hub, all layers of
+    which but the head are pretrained; or the folder of an earlier run of it."""
+    image_size: int = Field(default=0, ge=0, le=4096)
+    """Images are resized to so many pixels a side, with name = "huggingface"; 0 leaves them."""
     channels_last: bool = False
     """Images: weights of convolutions in the memory layout torch.channels_last, which is faster.
     Results are equal up to rounding only."""
@@ -332,10 +336,16 @@ class Recipe(BaseModel):
             )
         if split and self.data.path is not None:
             raise ValueError("data.path takes texts; a split run takes data.name")
-        if split and self.model.name not in NETWORKS:
+        pretrained = self.model.name == "huggingface" and self.model.pretrained is not None
+        if split and self.model.name not in NETWORKS and not pretrained:
             raise ValueError(
-                f"model.name = {quoted(self.model.name)}: a split run takes {', '.join(NETWORKS)}"
+                f"model.name = {quoted(self.model.name)}: a split run takes "
+                f"{', '.join(NETWORKS)}, or huggingface with model.pretrained"
             )
+        if self.model.image_size and self.model.name != "huggingface":
+            raise ValueError("model.image_size needs model.name = 'huggingface'")
+        if self.model.pretrained is not None and not split:
+            raise ValueError("model.pretrained is for split runs; others take model.name")
         if split and self.model.cut is None:
             raise ValueError("a split run needs model.cut, the last layer that clients hold")
         if (self.run.schedule == "u") != (self.model.tail is not None):
