@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -246,17 +245,12 @@ def with_layer(layer: nn.Module) -> Callable[[], nn.Module]:
         ({"make": Summed}, "depends on the others of its batch"),
         ({"make": Counting}, "training changes the buffer calls"),
         ({"make": Branching}, "this model or loss cannot be stacked"),
-        ({"strategy": "scaffold"}, "method scaffold has a client half"),
         ({"training": Training(mixed="bfloat16")}, "mixed = 'bfloat16'"),
         ({"make": lambda: mlp().bfloat16()}, "1.weight is of half precision"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "not the mean of the examples'"),
         ({"loss": nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3]))}, "not the mean of the exam"),
         ({"workers": 2}, "cannot be used with several workers"),
         ({"timeout": 9.0}, "cannot be used with a timeout"),
-        (
-            {"make": TinyClassifier, "clients": [TinyText(9, 1)], "test": TinyText(9, 2)},
-            "mixture-of-experts",
-        ),
     ],
 )
 def test_refused_with_a_reason(setting: dict[str, Any], why: str) -> None:

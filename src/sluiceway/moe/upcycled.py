@@ -130,7 +130,7 @@ class UpcycledExperts(nn.Module):
 
         In bfloat16 each expert's rows are filled up with zeros to a multiple of `ROWS`.
         """
-        ranks, counts = ranked(chosen, self.num_experts)
+        ranks, counts = ranked(chosen, len(self.up_proj))
         if rows.dtype == torch.bfloat16:
             counts = (counts + ROWS - 1) // ROWS * ROWS
         places = (counts.cumsum(0) - counts)[chosen] + ranks
@@ -145,7 +145,7 @@ class UpcycledExperts(nn.Module):
         rows a block, at most 2 E blocks hold them however they are spread over the experts: nothing
         waits for the device to count them. Each expert's matrices are repeated for its blocks.
         """
-        experts = self.num_experts
+        experts = len(self.up_proj)
         size = -(-len(rows) // (experts * 16)) * 16
         number = len(rows) // size + experts
         ranks, counts = ranked(chosen, experts)
@@ -192,7 +192,7 @@ class UpcycledExperts(nn.Module):
         return torch.cat(outputs)
 
     def _slices(self, fused: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * self.num_experts if fused is None else tuple(fused.unbind(0))
+        return (None,) * len(self.up_proj) if fused is None else tuple(fused.unbind(0))
 
 
 class UpcycledMoE(nn.Module):

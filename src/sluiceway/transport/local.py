@@ -231,8 +231,14 @@ class StackedEngine(LocalEngine):
         for first in range(0, len(clients), self.stacked):
             check_stop()
             group = clients[first : first + self.stacked]
-            for answer in self.trainer.train(broadcast, group, personal):
-                yield received_update(answer) if isinstance(answer, Update) else answer
+            states = {number: self.kept(number) for number in group}
+            for answer in self.trainer.train(broadcast, group, personal, states):
+                if isinstance(answer, Failure):
+                    yield answer
+                    continue
+                if states[answer.client]:
+                    self._fresh[answer.client] = states[answer.client]
+                yield received_update(answer)
 
 
 class PoolEngine(EngineFolder):
