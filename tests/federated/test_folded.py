@@ -68,7 +68,10 @@ def trained(stacked: int, make: Callable[[], nn.Module], method: Any, **kwargs: 
     else:
         clients, test = [examples(n, i) for i, n in enumerate(SIZES)], examples(30, 99)  # type: ignore[misc, assignment]
     settings = {"rounds": 3, "device": "cpu", "seed": 5, "training": SGD} | kwargs
-    return federate(make(), clients, test, strategy(method), stacked=stacked, **settings)
+    chosen = (
+        FedAlignMoE(experts="region", gate="region") if method == "region" else strategy(method)
+    )
+    return federate(make(), clients, test, chosen, stacked=stacked, **settings)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,8 @@ def trained(stacked: int, make: Callable[[], nn.Module], method: Any, **kwargs: 
         *((upcycled, name, {}) for name in ("fedalign-moe", "scaffold", "non-expert")),
         (lambda: upcycled("layer"), "fedalign-moe", {"local_epochs": 2, "momentum": 0.9}),
         (upcycled, "fedalign-moe", {"accumulate": 3, "batch_size": 2, "max_grad_norm": 0}),
+        (upcycled, "fc-moe", {}),
+        (upcycled, "region", {}),
         (upcycled, "scaffold", {"optimizer": "adamw", "lr": 0.01}),
         (padding_skipped, "usage", {}),
         (lambda: Images(), "fedalign-moe", {}),

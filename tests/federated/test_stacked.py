@@ -96,8 +96,9 @@ def check_same(one: Result, other: Result) -> None:
         {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "local_epochs": 2},
         {"optimizer": "adamw", "weight_decay": 0.1, "lr": 0.01, "local_epochs": 2},
         {"optimizer": "sgd", "max_grad_norm": 0, "accumulate": 3, "batch_size": 2},
+        {"optimizer": "sgd", "local_steps": 3},
     ],
-    ids=["sgd", "momentum", "adamw", "accumulate"],
+    ids=["sgd", "momentum", "adamw", "accumulate", "steps"],
 )
 @pytest.mark.parametrize("make", [mlp, cnn])
 def test_equal_to_one_after_the_other(
@@ -120,12 +121,26 @@ def test_equal_to_one_after_the_other(
         {"clients": [examples(7, 1)]},
         {"clients": [examples(1, n) for n in range(3)]},
         {"clients": [Items(examples(n, n)) for n in (6, 9, 2)]},
+        {
+            "clients": [Items(examples(n, n)) for n in (6, 9, 2)],
+            "training": Training(lr=0.1, batch_size=5, optimizer="sgd", local_steps=3),
+        },
         {"strategy": FedProx(mu=1.0)},
         {"strategy": "fedadam"},
         {"loss": lambda z, y: F.nll_loss(F.log_softmax(2 * z, 1), y)},
         {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
     ],
-    ids=["participation", "alone", "one-each", "items", "fedprox", "fedadam", "nll", "smooth"],
+    ids=[
+        "participation",
+        "alone",
+        "one-each",
+        "items",
+        "item-steps",
+        "fedprox",
+        "fedadam",
+        "nll",
+        "smooth",
+    ],
 )
 def test_equal_in_other_settings(setting: dict[str, Any]) -> None:
     exact, stacked = (trained(size, **setting)[0] for size in (0, 4))

@@ -78,7 +78,7 @@ class Run(BaseModel):
     """Torch threads on a CPU, of each worker process; their number changes how sums are rounded."""
     stacked: int = Field(default=0, ge=0, le=100_000)
     """Federated: clients that are trained at once, in one process; 0 or 1 for one after the other.
-    For modules without experts, dropout and BatchNorm; results agree up to rounding."""
+    For models without dropout and BatchNorm in training; results agree up to rounding."""
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
     """Federated: memory for the outputs of frozen layers (MB); what exceeds it is kept in a
     file."""

@@ -188,7 +188,7 @@ class FoldedObserver(Observer):
         with self.observing(batch.mask, batch.decoder_mask):
             yield
 
-    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput) -> None:
+    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput, whole: Any) -> None:
         mask = self._masks[self._is_decoder[block.position]]
         if self.real is not None:
             real = self.real.flatten().repeat_interleave(len(hidden) // self.real.numel())
@@ -198,8 +198,11 @@ class FoldedObserver(Observer):
             return torch.unbind(tensor.unflatten(0, (self.clients, -1)))
 
         logits, selected = parts(output.logits), parts(output.selected % block.num_experts)
+        weights = parts(whole[1])
         masks = [None] * self.clients if mask is None else parts(mask)
         for place, own in enumerate(parts(hidden)):
             observer = self.observers[place]
             observer._masks = (masks[place], masks[place])
-            observer._observe(block, own, RouterOutput(logits[place], selected[place], None))
+            read = RouterOutput(logits[place], selected[place], None)
+            again = (read.logits, weights[place], read.selected)
+            observer._observe(block, own, read, again)

@@ -188,21 +188,23 @@ class StackedTrainer:
         once = hasattr(examples, "gather") or isinstance(examples, TensorDataset)
         batches, orders = [], []
         with self.worker.randomness(seed):
-            for epoch in range(training.local_epochs):
-                order = torch.randperm(count)
+            left, read = training.steps(count), 0
+            while left:
+                order = torch.randperm(count)[: left * size]
+                left -= -(-len(order) // size)
                 if once:  # an example is the same whenever it is read
                     orders.append(order)
                 else:
                     batches.append(Batch.of(examples, order, self.worker.device))
-                    orders.append(torch.arange(count) + epoch * count)
+                    orders.append(torch.arange(len(order)) + read)
+                    read += len(order)
             if once:
                 batches.append(Batch.of(examples, torch.arange(count), self.worker.device))
         columns = [columns_of(batch) for batch in batches]
-        rows = torch.cat([F.pad(order, (0, -count % size)).view(-1, size) for order in orders])
-        counts = torch.full((len(orders), -(-count // size)), size)
-        counts[:, -1] = count - (counts.shape[1] - 1) * size
+        rows = torch.cat([F.pad(o, (0, -len(o) % size)).view(-1, size) for o in orders])
+        counts = torch.tensor([len(part) for o in orders for part in o.split(size)])
         joined = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
-        return Shard(number, joined, rows, counts.flatten(), ends_of(joined), count)
+        return Shard(number, joined, rows, counts, ends_of(joined), count)
 
     def fit(
         self,
@@ -245,7 +247,10 @@ class StackedTrainer:
             losses, penalties = self.descend(
                 Stack(shards, params, clients, observer), received, broadcast
             )
-            extras = [dict(worker.strategy.finish_training(client)) for client in clients]
+            extras = []
+            for client in clients:
+                worker.load(client.params)  # a strategy may ask the model itself
+                extras.append(dict(worker.strategy.finish_training(client)))
         for place, shard in enumerate(shards):
             tensors = worker.exchanged | {n: t[place] for n, t in values.items()}
             routing = seen[place].routing() if seen else []
@@ -562,8 +567,6 @@ def hindrance(worker: Worker) -> str | None:
             return f"the experts of {block.name} have adapters"
     if training.checkpointing:
         return "checkpointing = true"
-    if training.local_steps:
-        return f"local_steps = {training.local_steps}"
     if training.mixed != "no":
         return f"mixed = {training.mixed!r}"
     if half := [n for n, p in worker.params.items() if p.dtype.itemsize < 4]:

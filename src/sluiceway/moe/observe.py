@@ -283,15 +283,12 @@ class Observer:
                 )
             hidden = args[0] if args else next(iter(kwargs.values()))
             read = block.family.read(output, block.top_k)
-            mask = self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read)
-            if self._sample:
-                weights = combine_weights(output, read)
-                flat = hidden.reshape(-1, hidden.shape[-1])
-                self._samplers[block.position].add(flat, weights, mask)
+            self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read, output)
 
         return hook
 
-    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput) -> Tensor | None:
+    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput, whole: Any) -> None:
+        """Add a forward of a block: what entered its router, and what came out, read and whole."""
         mask = self._masks[self._is_decoder[block.position]]
         if mask is not None:
             if mask.numel() != hidden.shape[0]:
@@ -307,7 +304,8 @@ class Observer:
                 sums = self._sums[block.position] = _Sums(block, self._regions, hidden.device)
         sums.add(hidden, output, mask)
         self.last[block.position] = BlockStep(hidden, output.logits, output.selected, mask)
-        return mask
+        if self._sample:
+            self._samplers[block.position].add(hidden, combine_weights(whole, output), mask)
 
 
 #: Why a model with experts must not be trained under reentrant checkpointing, and what to do.
