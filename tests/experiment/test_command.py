@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,16 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.experiment.conftest import Run
 
 from sluiceway import __version__
 from sluiceway.cli import main
+from sluiceway.core.round_loop import Rounds
+from sluiceway.core.settings import Training
 from sluiceway.experiment.methods import methods
+from sluiceway.experiment.run import pooled_training
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import SplitLoop, SplitRecord
-from sluiceway.strategies import STRATEGIES
+from sluiceway.strategies import BASELINES, STRATEGIES
 
 KEYS = {
     *("recipe", "method", "seed", "rounds", "accuracy", "best_accuracy", "accuracy_by_round"),
@@ -41,7 +46,10 @@ def own(request: pytest.FixtureRequest) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "name"),
-    [*(("recipe", n) for n in sorted(STRATEGIES)), *(("split_recipe", n) for n in sorted(METHODS))],
+    [
+        *(("recipe", n) for n in sorted({**STRATEGIES, **BASELINES})),
+        *(("split_recipe", n) for n in sorted(METHODS)),
+    ],
     indirect=["own"],
 )
 def test_every_method_leaves_a_run_folder(own: Path, name: str, tmp_path: Path, run: Run) -> None:
@@ -168,6 +176,24 @@ def test_compare_split_methods(
     assert (out / "report.html").exists()
 
 
+def test_central_takes_the_clients_steps_on_their_examples(recipe: Path, run: Run) -> None:
+    settings = ["train.batch_size=8", "model.head_start=means", "run.rounds=1"]
+    federated = run(recipe, "federated", "method.name=fedavg", *settings)
+    central = run(recipe, "central", "method.name=central", *settings, "run.stacked=4")
+    start = run(recipe, "start", "method.name=class-means", *settings)
+    held = np.asarray(federated["label_counts"])
+    assert central["label_counts"] == [held.sum(0).tolist()]
+    assert central["bytes_up"] < federated["bytes_up"]
+    assert start["accuracy"] is not None
+    assert start["mean_personal_accuracy"] is None
+    clients = [range(n) for n in held.sum(1)]
+    for share in (1.0, 0.5):
+        plan = Rounds(participation=share)
+        training = pooled_training(Training(batch_size=8, local_epochs=2), plan, clients)
+        steps = share * sum(2 * math.ceil(len(part) / 8) for part in clients)
+        assert training.steps(10**6) == training.steps(1) == round(steps)
+
+
 @pytest.mark.parametrize(
     ("own", "setting", "line"),
     [
@@ -185,6 +211,22 @@ def test_compare_split_methods(
             "run.stacked=4",
             "run.stacked: method fedalign-moe has a client half of its own",
         ),
+        (
+            "recipe",
+            "method.name=central run.engine=nvflare",
+            "method.name = 'central' pools all examples, which run.engine = 'nvflare' never does",
+        ),
+        (
+            "recipe",
+            "method.name=class-means model.head_start=random",
+            "method class-means trains nothing: it needs model.head_start = 'means' or 'ridge'",
+        ),
+        (
+            "recipe",
+            "model.head_start=means model.answer=likelihood",
+            "model.head_start = 'means' is for federated runs in which a head scores classes",
+        ),
+        ("split_recipe", "model.head_start=ridge", "model.head_start = 'ridge' is for federated"),
         ("recipe", "run.stacked=-1", "run.stacked = -1: must be greater than or equal to 0"),
         ("split_recipe", "run.stacked=4", "run.stacked = 4 cannot be used with run.kind = 'split'"),
         ("split_recipe", "model.cut=conv9", "'conv9' is no layer of the network; it can be cut at"),
@@ -196,7 +238,8 @@ def test_compare_split_methods(
 def test_a_bad_recipe_is_one_line_and_leaves_no_folder(
     own: Path, setting: str, line: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert line in refused("run", own, "--out", tmp_path / "bad", "--set", setting)
+    given = [part for one in setting.split(" ") for part in ("--set", one)]
+    assert line in refused("run", own, "--out", tmp_path / "bad", *given)
     assert not (tmp_path / "bad").exists()
 
 

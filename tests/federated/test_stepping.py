@@ -50,6 +50,26 @@ def test_sgd_and_clipping_are_those_of_torch_bit_for_bit(momentum: float, decay:
     clip([], 1.0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"local_epochs": 2}, [6, 2, 6, 2]),
+        ({"local_steps": 5, "local_epochs": 9}, [6, 2, 6, 2, 6]),
+        ({"local_steps": 1}, [6]),
+    ],
+)
+def test_steps_of_a_round(settings: dict[str, int], sizes: list[int]) -> None:
+    model, strategy, data = tiny(), FedAvg(), TinyText(8, 1)
+    prepare(model, strategy, 1)
+    training = Training(batch_size=3, accumulate=2, **settings)
+    worker = Worker(model, [data], data, strategy, training)
+    rows = list(worker.steps(data))
+    assert [len(step) for step in rows] == sizes
+    assert training.steps(8) == len(sizes)
+    for epoch in torch.cat(rows).split(8):
+        assert len(epoch.unique()) == len(epoch)
+
+
 def test_defaults_are_the_plain_loop_bit_for_bit() -> None:
     """AdamW, clipping, a penalty, two epochs and dropout, against the same in plain PyTorch."""
     training = Training(lr=0.01, batch_size=8, local_epochs=2, max_grad_norm=0.5)

@@ -14,6 +14,7 @@ from tests.nearby import NearbyTransport, sharing
 from sluiceway.core.guards import RunFailed, TooFewUpdates
 from sluiceway.core.handshake import HandshakeError, ModelSignature
 from sluiceway.deploy.site import open_site
+from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe
 from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Progress
@@ -30,13 +31,20 @@ def transport(place: Path, count: int = 3) -> NearbyTransport:
 
 
 @pytest.mark.parametrize(
-    ("method", "participation"),
-    [("fedalign-moe", 1.0), ("scaffold", 0.5), ("non-expert", 1.0), ("fedmoe", 0.5)],
+    ("method", "participation", "more"),
+    [
+        ("fedalign-moe", 1.0, ["model.head_start=means"]),
+        ("scaffold", 0.5, ["model.head_start=random"]),
+        ("non-expert", 1.0, ["model.head_start=random"]),
+        ("fedmoe", 0.5, ["model.head_start=ridge", "method.head=counts"]),
+        ("class-means", 1.0, []),
+    ],
 )
 def test_sites_give_the_local_numbers(
-    recipe: Path, tmp_path: Path, method: str, participation: float
+    recipe: Path, tmp_path: Path, method: str, participation: float, more: list[str]
 ) -> None:
-    chosen = small(recipe, f"method.name={method}", f"run.participation={participation}")
+    share = f"run.participation={participation}"
+    chosen = small(recipe, f"method.name={method}", share, *more)
     here, _ = run(chosen)
     there, summary = run(chosen, transport=transport(tmp_path / "sites"))
     assert there.accuracy_by_round == here.accuracy_by_round
@@ -49,12 +57,38 @@ def test_sites_give_the_local_numbers(
         assert torch.equal(there.tensors[name], tensor)
 
 
+def test_sums_that_a_site_must_not_send_or_be_asked_for(recipe: Path, tmp_path: Path) -> None:
+    class Odd(NearbyTransport):
+        def one(self, number: int, request: Request, folder: Path) -> Response | TaskFailure:
+            if request.what == "head-sums" and number == 1:
+                request = Request("head-sums", {"kind": "all"})
+            found = super().one(number, request, folder)
+            if request.what == "head-sums" and number == 2:
+                assert isinstance(found, Response)
+                assert found.message is not None
+                found.message.write_bytes(b"?" * 40)
+            return found
+
+    place = tmp_path / "sites"
+    chosen = small(recipe, "model.head_start=means", "method.name=class-means", "run.rounds=1")
+    found, _ = run(chosen, transport=Odd(sharing(place, 3), place))
+    why = found.records[0].failed
+    assert "asked for sums that this client cannot give" in why[1]
+    assert "not a readable message" in why[2]
+    assert len(why) == 2
+
+
+def test_nothing_is_pooled_across_sites(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="central pools all examples"):
+        run(small(recipe, "method.name=central"), transport=transport(tmp_path / "sites"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedalign-moe", "scaffold"])
 def test_a_restarted_server_and_restarted_sites_go_on(
     recipe: Path, tmp_path: Path, method: str
 ) -> None:
-    chosen = small(recipe, f"method.name={method}")
+    chosen = small(recipe, f"method.name={method}", "model.head_start=means", "method.head=counts")
     whole, _ = run(chosen)
     first = transport(tmp_path / "sites")
 

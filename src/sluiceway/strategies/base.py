@@ -264,6 +264,10 @@ class Strategy:
         """How many tokens of each block a client's observer should keep; they never cross."""
         return 0
 
+    def wants_label_counts(self) -> bool:
+        """Whether the server must know `label_counts` before the first round."""
+        return False
+
     # -- the client's half ---------------------------------------------------------------------
 
     def start_training(self, client: LocalContext) -> None:

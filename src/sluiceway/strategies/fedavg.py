@@ -68,6 +68,9 @@ class FedAvg(Strategy):
             return self.class_counts(update.client, len(self.tensors[piece.param]))
         return self.weight(update, piece)
 
+    def wants_label_counts(self) -> bool:
+        return self.head == "counts"
+
     def class_counts(self, client: int, classes: int) -> Tensor:
         """How many examples of each class a client holds, [classes] float64."""
         assert self.label_counts is not None

@@ -73,7 +73,7 @@ class RemoteEngine(EngineFolder):
         requests = {number: Request("head-sums", {"kind": kind}) for number in clients}
         folder = self.folder / "sums"
         folder.mkdir()
-        incoming = self.transport.send(requests, folder, self.timeout)
+        incoming = self.transport.send(requests, folder, self.timeout or ROUND_TIMEOUT)
         for number, done in in_order(incoming, clients):
             path = done if isinstance(done, TaskFailure) else done.message
             yield sums_in(number, path or TaskFailure("the response has no sums"))

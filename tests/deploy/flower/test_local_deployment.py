@@ -30,7 +30,7 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
 
-SMALL = ["run.rounds=2", "run.workers=2", "data.clients=2"]
+SMALL = ["run.rounds=2", "run.workers=2", "data.clients=2", "model.head_start=ridge"]
 
 
 def running(folder: Path) -> list[str]:

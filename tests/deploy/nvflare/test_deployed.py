@@ -48,8 +48,8 @@ def tables(csv_file: Path, model_folder: Path) -> dict[str, Any]:
     return {
         "run": {"rounds": 4, "workers": 1, "device": "cpu", "timeout": 30.0},
         "data": {"path": str(csv_file), "clients": 2, "alpha": 0.5, "max_tokens": 12},
-        "model": {"name": str(model_folder), "experts": 4},
-        "method": {"name": "fedalign-moe"},
+        "model": {"name": str(model_folder), "experts": 4, "head_start": "means"},
+        "method": {"name": "fedalign-moe", "head": "counts"},
         "train": {"lr": 0.02, "local_epochs": 4},
     }
 

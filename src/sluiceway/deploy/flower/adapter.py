@@ -31,7 +31,7 @@ from sluiceway.deploy.flower.records import (
     unpacked,
 )
 from sluiceway.deploy.flower.transport import Node, wait_for_nodes
-from sluiceway.errors import line
+from sluiceway.errors import InputError, line
 from sluiceway.experiment.methods import parameters_of
 from sluiceway.federated.client import prepare
 from sluiceway.files import scratch_folder
@@ -58,6 +58,7 @@ class Adapter(FlowerStrategy):
 
     Raises:
         ValueError, NoExpertsError: see `federated.client.prepare`.
+        InputError: the strategy needs to know who holds what, which Flower's loop does not ask.
     """
 
     def __init__(
@@ -73,6 +74,11 @@ class Adapter(FlowerStrategy):
         evaluate: float = 0.0,
         wait: float = 300.0,
     ) -> None:
+        if rule.wants_label_counts():
+            raise InputError(
+                f"method {rule.name} with these parameters needs each client's label counts, which "
+                "Flower's own loop does not ask for"
+            )
         self.rule = rule
         self.clients = clients
         self.training = training or Training()
