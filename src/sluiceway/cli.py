@@ -172,6 +172,25 @@ def compare(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    which: Kept = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters.")] = False,
+) -> None:
+    """Write the trained model of the run folder RUN into the new folder OUT.
+
+    Models of texts become folders for transformers (LoRA an adapter for PEFT, in OUT/adapter),
+    networks of images safetensors with a manifest.
+    """
+    from sluiceway.experiment.export import export as export_model
+    from sluiceway.experiment.trained import load
+
+    for said in export_model(load(run, which), out, merge=merge):
+        print(said)
+
+
+@app.command()
 def predict(
     run: RunFolder,
     file: Annotated[Path, typer.Argument(metavar="FILE")],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples
@@ -28,9 +29,12 @@ from sluiceway.experiment.builders import (
 from sluiceway.experiment.encoding import encoded
 from sluiceway.experiment.models import Pretrained, assembled
 from sluiceway.experiment.recipe import Recipe, recipe_from
+from sluiceway.moe import repair, skip_padding
 from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.setup import cut_model, tail_compressor
 
+#: What makes a folder one that `sluiceway export` wrote.
+EXPORTED = "sluiceway.json"
 #: Which of a run's models.
 WHICH = ("last", "best")
 
@@ -134,7 +138,7 @@ class TrainedModel:
 
 
 def load(run: str | Path, which: str | None = None, *, device: str = "cpu") -> TrainedModel:
-    """The trained model of a finished run.
+    """The trained model of a finished run, or of an exported folder.
 
     Args:
         run: its folder.
@@ -146,6 +150,8 @@ def load(run: str | Path, which: str | None = None, *, device: str = "cpu") -> T
             was made from cannot be loaded.
     """
     folder = Path(run)
+    if (folder / EXPORTED).exists():
+        return load_exported(folder, torch.device(usable_device(device)))
     recipe, summary = read_run(folder)
     which = which or recipe.run.keep
     if which not in WHICH:
@@ -171,6 +177,64 @@ def load(run: str | Path, which: str | None = None, *, device: str = "cpu") -> T
         raise InputError(f"{path} does not fit its recipe ({first_line(error)})") from None
     model.requires_grad_(False).eval().to(place)
     return TrainedModel(model, recipe, names, round, pretrained, summary.get("input"), place)
+
+
+def load_exported(folder: Path, place: torch.device) -> TrainedModel:
+    """The model that `sluiceway export` wrote. Raises InputError."""
+    pretrained = None
+    try:
+        recipe = recipe_from(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
+        facts = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
+        names = tuple(facts["label_names"])
+        if recipe.run.kind == "split":
+            tensors = load_file(folder / "model.safetensors")
+            model: nn.Module = split_network(recipe, facts["input"], len(names), tensors)
+            model.load_state_dict(tensors)
+        else:
+            pretrained, model = exported_transformer(folder, recipe, names)
+    except Exception as error:
+        raise InputError(f"{folder} cannot be loaded ({first_line(error)})") from None
+    model.requires_grad_(False).eval().to(place)
+    return TrainedModel(model, recipe, names, facts["round"], pretrained, facts["input"], place)
+
+
+def exported_transformer(
+    folder: Path, recipe: Recipe, names: Sequence[str]
+) -> tuple[Pretrained, nn.Module]:
+    """A model of texts of an exported folder, and the same with its scoring module."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, logging
+
+    from sluiceway.experiment import classifier
+    from sluiceway.moe import saved
+
+    saved.register()
+    classifier.register()
+    logging.disable_progress_bar()
+    if recipe.model.answer == "head":
+        made: Any = classifier.Classifier.from_pretrained(folder)
+    elif (folder / "upcycled.py").exists():
+        made = saved.UpcycledModel.from_pretrained(folder)
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+        made = kind.from_pretrained(folder)
+    if (folder / "adapter").is_dir():
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(made, str(folder / "adapter"))  # puts its layers into it
+    repair(made)
+    backbone = made.answer.backbone if recipe.model.answer == "head" else made
+    backbone.config.use_cache = False
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pretrained = Pretrained(backbone, tokenizer, f"folder {folder}", backbone.config.hidden_size)
+    if recipe.model.answer == "head":
+        model: nn.Module = made.answer
+    else:
+        choices = recipe.data.name in CHOICE_NAMES
+        model = head_for(names, choices, pretrained, recipe.model)(backbone)
+    if recipe.model.skip_padding:
+        skip_padding(model)
+    return pretrained, model
 
 
 def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -212,10 +276,12 @@ def split_network(
         classes: C.
         tensors: its values; of them the masks that there are.
     """
-    assert recipe.model.cut is not None
+    # All values come from `tensors`: those that the run began with need not be there.
+    chosen = recipe.model.model_copy(update={"pretrained": None})
+    recipe = recipe.model_copy(update={"model": chosen})
     network, method = chosen_network(recipe, given["shape"], classes), chosen_compressor(recipe)
     example = Batch(torch.zeros(1, *given["shape"]), torch.zeros(1, dtype=torch.int64))
-    model = cut_model(network, recipe.model.cut, recipe.model.tail, example, method)
+    model = cut_model(network, str(chosen.cut), recipe.model.tail, example, method)
     masks = {
         int(name.split(".")[1]): mask for name, mask in tensors.items() if name.startswith("links.")
     }

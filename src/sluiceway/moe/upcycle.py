@@ -101,6 +101,10 @@ def upcycle(
         block = UpcycledMoE(router, _experts(dense, experts, noise, sliced, generator))
         block.requires_grad_(dense.up.weight.requires_grad).train(dense.up.training)
         dense.replace(block)
+    if any(hasattr(module, "save_pretrained") for module in model.modules()):
+        from sluiceway.moe.saved import protect
+
+        protect(model)
     return model
 
 
