@@ -31,7 +31,8 @@ def scores(values: Tensor, client: int = 1) -> bytes:
 
 
 def test_what_is_read() -> None:
-    broadcast, mask = read_round_start(start(), 2, 3)
+    broadcast, mask, basis = read_round_start(start(), 2, 3)
+    assert basis is None
     assert (broadcast.round, list(broadcast.tensors)) == (2, ["w"])
     assert mask is not None
     assert mask.tolist() == KEPT.tolist()

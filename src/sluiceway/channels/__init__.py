@@ -12,11 +12,15 @@ reconstruction.
 
 Read in the order of a round: `pooled` and `ClassStatistics` (statistics), `fisher` and its like
 (scoring; what rivals do is in rivals), `fraction` and its like (pruning), `ChannelChooser`
-(chooser). Shapes, ranges and finiteness of arguments are checked everywhere (ValueError); scores
-are detached, float64 and finite.
+(chooser); or, in a better basis than the channels, `Moments` (moments), `Basis` (bases) and
+`water_filling` (bits). Shapes, ranges and finiteness of arguments are checked everywhere
+(ValueError); scores are detached, float64 and finite.
 """
 
+from sluiceway.channels.bases import Basis, eigenbasis, gradient_basis, label_basis
+from sluiceway.channels.bits import MOST_BITS, water_filling, water_level
 from sluiceway.channels.chooser import ChannelChooser, Rule
+from sluiceway.channels.moments import Moments, merge_moments, moments_size
 from sluiceway.channels.pruning import (
     budget,
     cumulative,
@@ -41,19 +45,27 @@ from sluiceway.channels.statistics import ClassStatistics, pooled
 
 __all__ = [
     "FISHER_FLOOR",
+    "MOST_BITS",
+    "Basis",
     "ChannelChooser",
     "ClassStatistics",
+    "Moments",
     "Rule",
     "between",
     "budget",
     "cumulative",
     "distinct",
+    "eigenbasis",
     "entropy",
     "fisher",
     "fraction",
+    "gradient_basis",
     "hysteresis",
     "l1",
+    "label_basis",
+    "merge_moments",
     "merge_scores",
+    "moments_size",
     "pooled",
     "random_scores",
     "rechoose",
@@ -64,4 +76,6 @@ __all__ = [
     "taylor",
     "threshold",
     "top",
+    "water_filling",
+    "water_level",
 ]

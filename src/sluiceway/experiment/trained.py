@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sluiceway.channels import Basis
 from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.evaluation import BATCH
 from sluiceway.core.settings import Training
@@ -274,7 +275,7 @@ def split_network(
         recipe: of the run.
         given: what it takes, see `TrainedModel.input`.
         classes: C.
-        tensors: its values; of them the masks that there are.
+        tensors: its values; of them the masks, or the basis, that there are.
     """
     # All values come from `tensors`: those that the run began with need not be there.
     chosen = recipe.model.model_copy(update={"pretrained": None})
@@ -282,10 +283,11 @@ def split_network(
     network, method = chosen_network(recipe, given["shape"], classes), chosen_compressor(recipe)
     example = Batch(torch.zeros(1, *given["shape"]), torch.zeros(1, dtype=torch.int64))
     model = cut_model(network, str(chosen.cut), recipe.model.tail, example, method)
-    masks = {
-        int(name.split(".")[1]): mask for name, mask in tensors.items() if name.startswith("links.")
-    }
-    return DeployedNetwork(model, method, tail_compressor(method), masks or {-1: None})
+    links = {name: tensor for name, tensor in tensors.items() if name.startswith("links.")}
+    masks = {int(n.split(".")[1]): mask for n, mask in links.items() if n.endswith(".mask")}
+    parts = {n.split(".")[2]: part for n, part in links.items() if not n.endswith(".mask")}
+    basis = Basis(**parts) if parts else None
+    return DeployedNetwork(model, method, tail_compressor(method), masks or {-1: None}, basis)
 
 
 @torch.no_grad()

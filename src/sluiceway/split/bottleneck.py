@@ -62,11 +62,11 @@ def projection(channels: int, kept: int, dims: int, seed: int) -> tuple[nn.Modul
     generator = torch.Generator().manual_seed(seed)
     rows = torch.empty(kept, channels)
     nn.init.orthogonal_(rows, generator=generator)
-    return _layer(rows, dims), _layer(rows.T, dims)
+    return one_by_one(rows, dims), one_by_one(rows.T, dims)
 
 
-def _layer(weight: Tensor, dims: int) -> nn.Module:
-    """The 1x1 layer with this weight, [out, in]."""
+def one_by_one(weight: Tensor, dims: int) -> nn.Module:
+    """The 1x1 layer with this weight, [out, in], and no bias yet, for [B, C, ...] of `dims`."""
     out, wide = weight.shape
     values = weight.reshape(out, wide, *[1] * (dims - 2)).clone()
     # On the meta device nothing is drawn from the global generator.

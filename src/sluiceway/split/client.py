@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sluiceway.channels import Basis
 from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.messages import WireError, message_of, take_values
 from sluiceway.core.parameters import exchanged
@@ -66,6 +67,7 @@ class SplitClient:
         self.config, self.strategy, self.scorer, self.seed = config, strategy, scorer, seed
         self.smallest = model.smallest[0]
         self.mask: Tensor | None = None
+        self.basis: Basis | None = None
         self.layers = model._replace(front=self.front, tail=self.tail).client_layers()
         self.owned = exchanged(self.layers)
         self.params = {n: p for n, p in self.owned.items() if isinstance(p, nn.Parameter)}
@@ -126,9 +128,10 @@ class SplitClient:
             WireError: it is no such message, of another round, or its tensors or mask do not fit
                 the client's layers.
         """
-        broadcast, merged = read_round_start(message, round, self.config.shape[0])
+        broadcast, merged, basis = read_round_start(message, round, self.config.shape[0])
         take_values(self.owned, broadcast.tensors, needed=self.owned)
         self.mask = mask if merged is None else merged
+        self.basis = None if basis is None else basis.to(self.config.device)
         self.role = LocalContext(
             model=self.layers,
             params=self.params,
@@ -204,7 +207,8 @@ class SplitClient:
         if self.scorer is not None:
             self.scorer.watch(smashed.detach(), batch.labels)
         labels = None if self.tail else batch.labels
-        message, context = self.config.link.up(smashed, batch_id, labels, self.mask)
+        sent = smashed if self.basis is None else self.basis.forward(smashed.detach())
+        message, context = self.config.link.up(sent, batch_id, labels, self.mask)
         if self.config.gradients or self.tail:
             self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
         return message
@@ -233,6 +237,8 @@ class SplitClient:
         """Open the gradient of that batch, go backward through the front, and step."""
         sent = self.waiting.pop(batch_id)
         gradient = self.config.link.open_gradient(message, sent.context, self.config.device)
+        if self.basis is not None:
+            gradient = self.basis.gradient_back(gradient)
         if self.scorer is not None:
             self.scorer.watch_gradient(sent.smashed.detach(), gradient)
         if sent.smashed.requires_grad:

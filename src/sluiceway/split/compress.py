@@ -31,10 +31,13 @@ from sluiceway.split.packing import (
     unpack_gradient,
     unpack_smashed,
 )
+from sluiceway.split.quantise import Coding, is_coded
 from sluiceway.split.selection import KeptChannels, Selection, every_channel
 from sluiceway.strategies.base import PARAMETERS
 
-Quantize = Literal["none", "fp16", "int8", "int4"]
+Quantize = Literal["none", "fp16", "int8", "int4", "bits", "step", "dct"]
+#: Those that fill a budget of bytes.
+BUDGETED = ("bits", "step", "dct")
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -43,10 +46,19 @@ class Compressor:
 
     Args:
         quantize: of smashed data: float32, half precision, 8 or 4 bits with a scale per channel
-            (of elements: per example).
+            (of elements: per example); or as `ratio` allows: whole bits a channel by reverse
+            water-filling ("bits"), or one step for all channels, coded by frequencies ("step"),
+            after a cosine transform over positions ("dct"; not of elements).
         quantize_gradient: of the gradient; None is as `quantize`.
         affine: integers of smashed data count from a channel's smallest value: half the step
             behind a ReLU, for four more bytes a channel. Gradients are always symmetric.
+        ratio: with "bits", "step" and "dct" values take so many times fewer bytes than in float32
+            (of "step" and "dct" to a few percent), in [1, 10^4]. ratio_gradient: of the gradient;
+            None is as `ratio`.
+        stochastic: with "bits", "step" and "dct" gradients are rounded up by chance, so that their
+            mean has no error.
+        coder: "range" codes the integers of all rounding by their frequencies, without loss; "step"
+            and "dct" always do.
         error_feedback: what rounding took from a client's gradient goes into its next one.
         limit: in bytes, of a message and of the dense float32 tensor it opens to, in [1, 2^40].
     """
@@ -58,11 +70,19 @@ class Compressor:
     quantize: Quantize = "none"
     quantize_gradient: Quantize | None = None
     affine: bool = True
+    ratio: float = Field(default=32.0, ge=1, le=10_000)
+    ratio_gradient: float | None = Field(default=None, ge=1, le=10_000)
+    stochastic: bool = False
+    coder: Literal["none", "range"] = "none"
     error_feedback: bool = False
     limit: int = Field(default=LIMIT, ge=1, le=1 << 40)
 
     def __post_init__(self) -> None:
         self._feedback = ErrorFeedback()
+        if self.elements and "dct" in (self.codec, self.gradient_codec):
+            raise ValueError(
+                f"quantize = 'dct': {self.name} sends elements, which have no positions"
+            )
 
     @property
     def codec(self) -> str:
@@ -74,6 +94,17 @@ class Compressor:
     def gradient_codec(self) -> str:
         """Codec of gradients."""
         return self.quantize_gradient or self.quantize
+
+    @property
+    def coding(self) -> Coding:
+        """How the numbers of smashed data are written."""
+        return Coding(self.coder == "range", self.ratio)
+
+    @property
+    def gradient_coding(self) -> Coding:
+        """How the numbers of gradients are written."""
+        ratio = self.ratio if self.ratio_gradient is None else self.ratio_gradient
+        return Coding(self.coder == "range", ratio, self.stochastic)
 
     def attach(
         self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int
@@ -121,7 +152,7 @@ class Compressor:
             ValueError: a shape does not fit, or a number is out of range.
         """
         selection = self.select(A, batch, mask, training)
-        return encode_smashed(A, selection, batch, self.codec, labels)
+        return encode_smashed(A, selection, batch, self.codec, labels, self.coding)
 
     def open(
         self,
@@ -139,7 +170,8 @@ class Compressor:
         Raises:
             WireError: it is no such message, another method's, or not the one expected.
         """
-        expected = Expected(shape, batch, self.codec, self.elements, labels, classes)
+        coded = is_coded(self.codec, self.coding)
+        expected = Expected(shape, batch, self.codec, self.elements, labels, classes, coded)
         return unpack_smashed(message, self.limit, expected, device)
 
     def down(self, grad: Tensor, context: BatchContext) -> Encoded:
@@ -153,11 +185,13 @@ class Compressor:
             ValueError: the shape does not fit, or a value to be quantised is not finite.
         """
         if not self.error_feedback:
-            return encode_gradient(grad, context, self.gradient_codec)
+            return encode_gradient(grad, context, self.gradient_codec, self.gradient_coding)
         return self._feedback.send(
             grad,
             context,
-            lambda corrected: encode_gradient(corrected, context, self.gradient_codec),
+            lambda corrected: encode_gradient(
+                corrected, context, self.gradient_codec, self.gradient_coding
+            ),
             lambda message: self.open_gradient(message, context, grad.device),
         )
 
@@ -172,19 +206,30 @@ class Compressor:
         Raises:
             WireError: it is no such message, or a gradient of another batch.
         """
-        return unpack_gradient(message, context, self.limit, self.gradient_codec, device)
+        codec, coded = self.gradient_codec, is_coded(self.gradient_codec, self.gradient_coding)
+        return unpack_gradient(message, context, self.limit, codec, device, coded)
 
     def bytes_up(
         self, shape: tuple[int, ...], kept: int | None = None, label_bytes: int = 0
     ) -> int:
         """Length of the client's message for [B, C, ...]; `kept` channels if there is a mask."""
         kept, elements = kept or self.kept(shape), self.elements
-        return message_bytes(shape, kept, self.codec, elements=elements, label_bytes=label_bytes)
+        return message_bytes(
+            shape,
+            kept,
+            self.codec,
+            elements=elements,
+            label_bytes=label_bytes,
+            ratio=self.coding.ratio,
+        )
 
     def bytes_down(self, shape: tuple[int, ...], kept: int | None = None) -> int:
         """Length of the server's message for [B, C, ...]."""
         kept, elements = kept or self.kept(shape), self.elements
-        return message_bytes(shape, kept, self.gradient_codec, elements=elements, gradient=True)
+        ratio = self.gradient_coding.ratio
+        return message_bytes(
+            shape, kept, self.gradient_codec, elements=elements, gradient=True, ratio=ratio
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next message depends on but the settings: residuals of error feedback."""

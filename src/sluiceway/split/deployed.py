@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
+from sluiceway.channels import Basis
 from sluiceway.split.compress import Compressor
 from sluiceway.split.config import SplitConfig, SplitModel
 from sluiceway.split.mask_selector import ALL
 from sluiceway.split.packing import BatchId
+
+#: What a basis is made of.
+PARTS = tuple(field.name for field in fields(Basis))
 
 
 class Link(nn.Module):
@@ -22,20 +27,37 @@ class Link(nn.Module):
     Args:
         compressor: of the cut.
         mask: keep mask, [C] bool; None if the method chooses no channels.
+        basis: of the components that cross; None if channels do.
     """
 
     mask: Tensor | None
+    rotation: Tensor | None
+    mean: Tensor | None
+    scale: Tensor | None
 
-    def __init__(self, compressor: Compressor, mask: Tensor | None = None) -> None:
+    def __init__(
+        self, compressor: Compressor, mask: Tensor | None = None, basis: Basis | None = None
+    ) -> None:
         super().__init__()
         self.compressor = compressor
         self.register_buffer("mask", mask)
+        for name in PARTS:
+            self.register_buffer(name, None if basis is None else getattr(basis, name))
+
+    @property
+    def basis(self) -> Basis | None:
+        if self.rotation is None or self.mean is None or self.scale is None:
+            return None
+        return Basis(self.rotation, self.mean, self.scale)
 
     @torch.no_grad()
     def forward(self, values: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape, float32, zero where nothing crossed."""
-        message, _ = self.compressor.up(values, BatchId(0, 0, 0), mask=self.mask, training=False)
-        return self.compressor.open(message, device=values.device).values
+        basis = self.basis
+        sent = values if basis is None else basis.forward(values)
+        message, _ = self.compressor.up(sent, BatchId(0, 0, 0), mask=self.mask, training=False)
+        opened = self.compressor.open(message, device=values.device).values
+        return opened if basis is None else basis.inverse(opened)
 
 
 class DeployedNetwork(nn.Module):
@@ -45,6 +67,7 @@ class DeployedNetwork(nn.Module):
         model: the cut network.
         link, tail_link: compression at its cuts.
         masks: keep masks, [C] bool or None, by client, or of `ALL` if all have the same.
+        basis: of the components that cross; None if channels do.
 
     Attributes:
         client: whose mask is used; of several masks the first client's until another is set.
@@ -56,18 +79,21 @@ class DeployedNetwork(nn.Module):
         link: Compressor,
         tail_link: Compressor,
         masks: Mapping[int, Tensor | None],
+        basis: Basis | None = None,
     ) -> None:
         super().__init__()
         self.front, self.back = model.front, model.back
-        self.links = nn.ModuleDict({str(key): Link(link, mask) for key, mask in masks.items()})
+        self.links = nn.ModuleDict({str(key): Link(link, m, basis) for key, m in masks.items()})
         self.tail = None if model.tail is None else nn.Sequential(Link(tail_link), model.tail)
         self.client: int = next(iter(masks))
         self.eval()
 
     @staticmethod
-    def of(model: SplitModel, config: SplitConfig, mask: Tensor | None) -> DeployedNetwork:
-        """The network with one mask."""
-        return DeployedNetwork(model, config.link, config.tail_link, {ALL: mask})
+    def of(
+        model: SplitModel, config: SplitConfig, mask: Tensor | None, basis: Basis | None
+    ) -> DeployedNetwork:
+        """The network with one mask, or a basis."""
+        return DeployedNetwork(model, config.link, config.tail_link, {ALL: mask}, basis)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [B, classes]."""

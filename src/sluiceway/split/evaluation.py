@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sluiceway.channels import Basis
 from sluiceway.core.batches import Batch, Examples, labels_of
 from sluiceway.core.evaluation import BATCH, Evaluation
 from sluiceway.split.config import SplitConfig, SplitModel
@@ -56,8 +57,10 @@ class Evaluator:
         self.classes = int(labels_of(test).max()) + 1 if len(test) else 0
 
     @torch.no_grad()
-    def evaluate(self, model: SplitModel, masks: Mapping[int, Tensor | None]) -> SplitEvaluation:
-        """Evaluate with these masks, [C] bool or None, by client or for `ALL`.
+    def evaluate(
+        self, model: SplitModel, masks: Mapping[int, Tensor | None], basis: Basis | None = None
+    ) -> SplitEvaluation:
+        """Evaluate with these masks, [C] bool or None, by client or for `ALL`, and in this basis.
 
         The front runs once for all masks, and equal masks are evaluated once. Leaves the layers in
         evaluation mode.
@@ -69,7 +72,9 @@ class Evaluator:
         exact = {key for key, mask in distinct.items() if self._is_exact(mask)}
         inexact = distinct.keys() - exact
         found, full = dict.fromkeys(distinct, Evaluation.nothing()), Evaluation.nothing()
-        deployed = {key: DeployedNetwork.of(model, self.config, distinct[key]) for key in inexact}
+        deployed = {
+            key: DeployedNetwork.of(model, self.config, distinct[key], basis) for key in inexact
+        }
         for part in torch.arange(len(self.test)).split(BATCH):
             if not len(part):
                 continue

@@ -2,8 +2,10 @@
 
 Each is a safetensors message as in `core.messages`, whose parts may hold these tensors:
 
-    round start     model, extra (the strategy's), mask/kept [C] bool
-    round end       model, extra, scores/channels [C] float32, counts (of BatchNorm, int64 []),
+    round start     model, extra (the strategy's), mask/kept [C] bool,
+                    basis/rotation [C, C] float16, basis/mean and basis/scale [C] float32
+    round end       model, extra, counts (of BatchNorm, int64 []),
+                    scores/channels float32, [C] or what else is measured,
                     loss/examples int64 [] and loss/sum float64 [] (of the tail in a U-shape)
     initial scores  scores/channels
 """
@@ -17,11 +19,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sluiceway.channels import Basis
 from sluiceway.core.messages import Facts, WireError, described, integer, parts_of
 from sluiceway.errors import quoted
 from sluiceway.strategies import Broadcast
 
-ROUND_START: Final = ("model", "extra", "mask")
+ROUND_START: Final = ("model", "extra", "mask", "basis")
 ROUND_END: Final = ("model", "extra", "scores", "counts", "loss")
 INITIAL_SCORES: Final = ("scores",)
 
@@ -35,7 +38,7 @@ class RoundEnd:
     Attributes:
         model: its layers.
         extra: what its strategy sends with them.
-        scores: [C] float32; None if it sends none.
+        scores: float32, as many as expected; None if it sends none.
         counts: BatchNorm's counts of batches by name, which are not averaged.
         loss: (examples, sum of their losses) of the tail in a U-shape; (0, 0) without one.
     """
@@ -47,18 +50,21 @@ class RoundEnd:
     loss: tuple[int, float]
 
 
-def read_round_start(message: bytes, round: int, channels: int) -> tuple[Broadcast, Tensor | None]:
-    """The server's message: layers and what goes with them, and a merged mask if it has one.
+def read_round_start(
+    message: bytes, round: int, channels: int
+) -> tuple[Broadcast, Tensor | None, Basis | None]:
+    """The server's message: layers and what goes with them, a merged mask or basis if it has one.
 
     Args:
         round: the round that begins.
         channels: C at the cut.
 
     Returns:
-        The broadcast, and the mask [C] bool.
+        The broadcast, the mask [C] bool, and the basis.
 
     Raises:
-        WireError: no such message, another round's, or a mask without a channel.
+        WireError: no such message, another round's, a mask without a channel, or a basis that is
+            not finite or cannot be undone.
     """
     where = "round-start message"
     facts, parts = parts_of(message, ROUND_START, where)
@@ -67,15 +73,27 @@ def read_round_start(message: bytes, round: int, channels: int) -> tuple[Broadca
     # A byte of a message may be any: above 1 it is true, but counts as more than one.
     if mask is not None and int(mask.view(torch.uint8).max()) != 1:
         raise WireError(f"{where}: mask/kept: expected zeros and ones, at least one channel kept")
-    return Broadcast(round, parts["model"], parts["extra"]), mask
+    kinds = {
+        "rotation": (torch.float16, (channels, channels)),
+        "mean": (torch.float32, (channels,)),
+        "scale": (torch.float32, (channels,)),
+    }
+    found = _tensors(parts, "basis", kinds, where)
+    if found and not (
+        all(bool(part.isfinite().all()) for part in found.values())
+        and bool(found["scale"].min() > 0)
+    ):
+        raise WireError(f"{where}: basis: expected finite numbers, scales above 0")
+    basis = Basis(found["rotation"].float(), found["mean"], found["scale"]) if found else None
+    return Broadcast(round, parts["model"], parts["extra"]), mask, basis
 
 
-def read_round_end(message: bytes, client: int, round: int, channels: int) -> RoundEnd:
+def read_round_end(message: bytes, client: int, round: int, scores: int) -> RoundEnd:
     """The client's message.
 
     Args:
         client, round: whose message it must be, and of which round.
-        channels: C at the cut.
+        scores: how many, C at the cut, or what a client measures besides.
 
     Raises:
         WireError: no such message, or another client's or round's.
@@ -93,17 +111,20 @@ def read_round_end(message: bytes, client: int, round: int, channels: int) -> Ro
     return RoundEnd(
         parts["model"],
         parts["extra"],
-        _scores(parts, channels, where),
+        _scores(parts, scores, where),
         counts,
         (int(loss["examples"]), float(loss["sum"])) if loss else (0, 0.0),
     )
 
 
-def read_initial_scores(message: bytes, client: int, channels: int) -> Tensor | None:
+def read_initial_scores(message: bytes, client: int, scores: int) -> Tensor | None:
     """The message of a client that scored its channels before the first round.
 
+    Args:
+        scores: how many.
+
     Returns:
-        Scores, [C]; None of a client whose batches are all too small for its layers.
+        The scores; None of a client whose batches are all too small for its layers.
 
     Raises:
         WireError: no such message, or another client's.
@@ -111,7 +132,7 @@ def read_initial_scores(message: bytes, client: int, channels: int) -> Tensor | 
     where = "message of initial scores"
     facts, parts = parts_of(message, INITIAL_SCORES, where)
     _require(facts, where, client=client)
-    return _scores(parts, channels, where)
+    return _scores(parts, scores, where)
 
 
 def _require(facts: Facts, where: str, **expected: int) -> None:
@@ -136,9 +157,9 @@ def _tensors(
     return found
 
 
-def _scores(parts: Parts, channels: int, where: str) -> Tensor | None:
-    """The scores of a message, [C]; None without any. Raises WireError."""
-    kinds = {"channels": (torch.float32, (channels,))}
+def _scores(parts: Parts, count: int, where: str) -> Tensor | None:
+    """So many scores of a message; None without any. Raises WireError."""
+    kinds = {"channels": (torch.float32, (count,))}
     scores = _tensors(parts, "scores", kinds, where).get("channels")
     if scores is not None and not bool(scores.isfinite().all()):
         raise WireError(f"{where}: scores/channels has NaN or infinity; expected finite numbers")

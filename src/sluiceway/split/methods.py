@@ -7,20 +7,22 @@ rivals at the same settings send the same number of bytes.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 from sluiceway import channels
 from sluiceway.channels import ChannelChooser
-from sluiceway.split.bottleneck import Bottleneck
+from sluiceway.split.bottleneck import Bottleneck, one_by_one
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.elements import RandTopK, TopK
-from sluiceway.split.scorers import ChannelScorer, FixedScores, LabelAware, MeanScore
+from sluiceway.split.scorers import ChannelScorer, FixedScores, LabelAware, MeanScore, MomentScorer
 from sluiceway.strategies.base import PARAMETERS
 
 
@@ -108,16 +110,48 @@ class ACPSL(ChannelChoice):
     """ACP-SL (arXiv 2603.09792): label-aware scores decide which channels cross.
 
     score: "fisher", "between", "distinct" or "similarity" [ours]. grid: cells a side that channels
-    are pooled to, at most 1024. memory: how much of earlier batches' class statistics stays, in
-    [0, 1].
+        are pooled to, at most 1024. memory: how much of earlier batches' class statistics stays, in
+        [0, 1].
+    basis: "channels" sends the channels of a mask. The others send all components of a better
+        basis, rounded as `quantize` says ("bits", "step" and "dct" with their `ratio` prune by
+        bits), and the server turns them back: "eigen", eigenvectors of the channels' covariance
+        over all clients; "label", of that with between-class scatter added, `label_weight` times
+        as much in sum; "gradient", of the covariance with each channel weighted by its mean squared
+        gradient; "learned", 1x1 layers on both sides that begin at the eigenvectors and train. It
+        is estimated when a mask would be chosen: see `warmup`, `every` and `growth`.
     """
 
     name: ClassVar[str] = "acp-sl"
     score: Literal["fisher", "between", "distinct", "similarity"] = "fisher"
     grid: int = Field(default=4, ge=1, le=1024)
     memory: float = Field(default=0.9, ge=0, le=1)
+    basis: Literal["channels", "eigen", "label", "gradient", "learned"] = "channels"
+    label_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.basis != "channels" and self.masks == "client":
+            raise ValueError(f"basis = {self.basis!r} is one for all clients: masks = 'merged'")
+        if self.basis != "channels" and self.error_feedback:
+            raise ValueError(
+                f"error_feedback is of channels, and basis = {self.basis!r} changes from round to "
+                "round"
+            )
+
+    def attach(
+        self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int
+    ) -> tuple[nn.Sequential, nn.Sequential]:
+        if self.basis != "learned":
+            return front, back
+        mix, unmix = (one_by_one(torch.eye(channels), dims) for _ in range(2))
+        return (
+            nn.Sequential(OrderedDict([*front._modules.items(), ("mix", mix)])),
+            nn.Sequential(OrderedDict([("unmix", unmix), *back._modules.items()])),
+        )
 
     def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
+        if self.basis != "channels":
+            return MomentScorer(self.basis, classes)
         score = getattr(channels, self.score)
         return LabelAware(score, classes, self.grid, self.memory)
 

@@ -7,11 +7,13 @@ little-endian, nothing aligned:
         0   4  magic, "SLWY"
         4   1  version, 1
         5   1  kind: 1 channels, 2 elements; + 2 for a gradient
-        6   1  codec: 0 float32, 1 fp16, 2 int8, 3 int4, 4 int8-affine, 5 int4-affine
+        6   1  codec: 0 float32, 1 fp16, 2 int8, 3 int4, 4 int8-affine, 5 int4-affine, 6 bits,
+               7 step, 8 dct
         7   1  encoding of the selection: 0 none, 1 bits, 2 uint16 indices, 3 uint32 indices
         8   1  bytes of a label: 0 (no labels), 1, 2
         9   1  number of dimensions, 2 to 4
-        10  2  zero
+        10  1  1 if the integers are coded by their frequencies
+       11  1  zero
         12 12  client, round, batch: uint32 each
         24 16  shape [B, C, ...]: uint32 each, 0 for dimensions it has not
         40  4  kept: channels of the batch, or elements of each example
@@ -22,7 +24,9 @@ little-endian, nothing aligned:
     scales     float32: a step per kept channel, or per example of elements; then, affine, the lows
     values     [B, kept, H, W] or [B, k], row by row; see `quantise`
 
-The length follows from the header (`message_bytes`), so that a message is either exact or rejected.
+Where integers are coded, or the codec has a budget, scales and values are as `coder` and `budgeted`
+say. Otherwise the length follows from the header (`message_bytes`), so that a message is either
+exact or rejected.
 Every rejection is a `WireError`, raised before anything is allocated from the message's numbers.
 
 Where both sides are in one process a message stays tensors (`Encoded`), on the device where they
@@ -41,7 +45,17 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
-from sluiceway.split.quantise import CODECS, Codec, Quantised, codec_named, encode
+from sluiceway.split.quantise import (
+    CODECS,
+    PLAIN,
+    Codec,
+    Coding,
+    Values,
+    codec_named,
+    encode,
+    is_coded,
+    read,
+)
 from sluiceway.split.selection import (
     NOTHING,
     Selection,
@@ -56,11 +70,12 @@ VERSION: Final = 1
 #: Default limit in bytes, of a message and of the dense float32 tensor that it opens to.
 LIMIT: Final = 1 << 28
 
-_HEADER: Final = struct.Struct("<4s6BH3I4II")
+_HEADER: Final = struct.Struct("<4s8B3I4II")
 _CODES: Final = {codec.code: codec for codec in CODECS.values()}
 _LABELS: Final = {1: "<u1", 2: "<u2"}
 _KIND: Final = {None: None, False: "channels", True: "elements"}
 _LABELLED: Final = {None: None, False: "none", True: "some"}
+_CODED: Final = {None: None, False: "none", True: "range"}
 
 HEADER_BYTES: Final = _HEADER.size
 
@@ -116,6 +131,7 @@ class Expected:
         elements: True for elements, False for channels.
         labels: whether labels must come.
         classes: labels must be below it.
+        coded: whether integers must be coded.
     """
 
     shape: tuple[int | None, ...] | None = None
@@ -124,6 +140,7 @@ class Expected:
     elements: bool | None = None
     labels: bool | None = None
     classes: int | None = None
+    coded: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,17 @@ class Header:
     batch: BatchId
     shape: tuple[int, ...]
     kept: int
+    coded: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """The length follows from the header."""
+        return not self.coded and not self.codec.budgeted
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of the positions of a group."""
+        return () if self.elements else self.shape[2:]
 
     @cached_property
     def groups(self) -> tuple[int, int, int]:
@@ -148,17 +176,17 @@ class Header:
 
     @cached_property
     def sections(self) -> tuple[int, int, int]:
-        """Where the selection and the scales begin, and where the message ends."""
+        """Where the selection and the scales begin, and where the message ends, at least."""
         n, g, s = self.groups
         selection = HEADER_BYTES + self.shape[0] * self.label_bytes
         scales = selection + encoded_bytes(self.shape, self.kept, self.elements, self.encoding)
-        return selection, scales, scales + self.codec.nbytes(n * g * s, g)
+        return selection, scales, scales + (self.codec.nbytes(n * g * s, g) if self.exact else 0)
 
     def to_bytes(self) -> bytes:
         kind = 1 + self.elements + 2 * self.gradient
         codes = (VERSION, kind, self.codec.code, self.encoding, self.label_bytes, len(self.shape))
         sizes = (*self.shape, 0, 0)[:4]
-        return _HEADER.pack(MAGIC, *codes, 0, *self.batch, *sizes, self.kept)
+        return _HEADER.pack(MAGIC, *codes, self.coded, 0, *self.batch, *sizes, self.kept)
 
     @classmethod
     def read(cls, message: memoryview, limit: int, gradient: bool, expected: Expected) -> Self:
@@ -167,20 +195,21 @@ class Header:
             raise WireError(f"message: {len(message)} bytes, the limit is {limit}")
         if len(message) < HEADER_BYTES:
             raise WireError(f"message: {len(message)} bytes are less than a header")
-        magic, version, *codes, zero = (fields := _HEADER.unpack_from(message))[:8]
-        numbers = fields[8:]
+        magic, version, *codes, coded, zero = (fields := _HEADER.unpack_from(message))[:9]
+        numbers = fields[9:]
         if magic != MAGIC:
             raise WireError("message: not smashed data, nor a gradient (wrong magic)")
         if version != VERSION:
             raise WireError(f"message: version {version}, this side reads {VERSION}")
         kind, codec, encoding, label_bytes, dims = codes
-        if zero or not 1 <= kind <= 4 or codec not in _CODES or label_bytes > 2:
+        if zero or coded > 1 or not 1 <= kind <= 4 or codec not in _CODES or label_bytes > 2:
             raise WireError("header: unknown kind, codec or label size")
         if not 2 <= dims <= 4 or 0 in numbers[3 : 3 + dims] or any(numbers[3 + dims : 7]):
             raise WireError(f"header: expected 2 to 4 sizes of at least 1, got {numbers[3:7]}")
         batch, shape, kept = BatchId(*numbers[:3]), numbers[3 : 3 + dims], numbers[7]
         of_elements, codec = kind % 2 == 0, _CODES[codec]
-        found = cls(kind > 2, of_elements, codec, encoding, label_bytes, batch, shape, kept)
+        known = (kind > 2, of_elements, codec, encoding, label_bytes, batch, shape, kept)
+        found = cls(*known, coded == 1)
         found.require(len(message), limit, gradient, expected)
         return found
 
@@ -203,7 +232,11 @@ class Header:
         code = NOTHING if self.gradient else cheapest(self.shape, self.kept, self.elements)
         if self.encoding != code:
             raise WireError(f"header: expected selection code {code}, got {self.encoding}")
-        if length != self.sections[-1]:
+        if self.coded and not is_coded(self.codec.name, Coding(coder=True)):
+            raise WireError(f"header: {self.codec.name} is not coded, or always")
+        if self.codec.name == "dct" and self.elements:
+            raise WireError("header: elements have no positions to transform")
+        if length != self.sections[-1] if self.exact else length < self.sections[-1]:
             raise WireError(f"message: {length} bytes, its header asks for {self.sections[-1]}")
 
     def _require_expected(self, gradient: bool, expected: Expected) -> None:
@@ -222,6 +255,7 @@ class Header:
             ("codec", expected.codec, self.codec.name),
             ("kind", _KIND[expected.elements], _KIND[self.elements]),
             ("labels", _LABELLED[expected.labels], _LABELLED[bool(self.label_bytes)]),
+            ("coder", _CODED[expected.coded], _CODED[self.coded]),
         ):
             if want is not None and got != want:
                 raise WireError(f"{what}: expected {want}, got {got}")
@@ -241,17 +275,18 @@ class Encoded:
     header: Header
     labels: Tensor | None
     selection: Selection
-    values: Quantised
+    values: Values
 
     def __len__(self) -> int:
-        return self.header.sections[-1]
+        end = self.header.sections[-1]
+        return end if self.header.exact else end + len(self.values.payload)
 
     def __bytes__(self) -> bytes:
         header, labels = self.header, b""
         if self.labels is not None:
             labels = self.labels.numpy().astype(_LABELS[header.label_bytes]).tobytes()
         selection = to_bytes(self.selection, header.shape, header.encoding)
-        return b"".join([header.to_bytes(), labels, selection, *self.values.buffers()])
+        return b"".join([header.to_bytes(), labels, selection, self.values.payload])
 
 
 #: What crosses: bytes between processes, tensors within one.
@@ -266,10 +301,12 @@ def message_bytes(
     elements: bool = False,
     gradient: bool = False,
     label_bytes: int = 0,
+    ratio: float = PLAIN.ratio,
 ) -> int:
-    """The exact length of a message::
+    """The length of a message, exact if neither coded nor budgeted, else what is aimed at::
 
         44 + B label_bytes + selection + 4 parameters groups + ceil(bits values / 8)
+        44 + B label_bytes + selection + 4 values / ratio                  with a budget
 
     Args:
         shape: of the smashed data, [B, C, ...].
@@ -278,6 +315,7 @@ def message_bytes(
         elements: single elements rather than channels.
         gradient: the message that returns.
         label_bytes: of one label: 0, 1 (largest label below 256) or 2.
+        ratio: see `Coding`.
 
     Raises:
         ValueError: there is no such codec.
@@ -285,7 +323,8 @@ def message_bytes(
     code = NOTHING if gradient else cheapest(shape, kept, elements)
     batch = BatchId(0, 0, 0)
     header = Header(gradient, elements, codec_named(codec), code, label_bytes, batch, shape, kept)
-    return header.sections[-1]
+    budget = int(4 * prod(header.groups) / ratio) if header.codec.budgeted else 0
+    return header.sections[-1] + budget
 
 
 def encode_smashed(
@@ -294,6 +333,7 @@ def encode_smashed(
     batch: BatchId,
     codec: str = "none",
     labels: Tensor | None = None,
+    coding: Coding = PLAIN,
 ) -> tuple[Encoded, BatchContext]:
     """What is kept of smashed data, as a message.
 
@@ -305,6 +345,7 @@ def encode_smashed(
         codec: name of one of `CODECS`.
         labels: [B], any integer type, in [0, 65535]; None sends none. On the CPU they are checked
             without waiting for a GPU.
+        coding: how the codec's numbers are written.
 
     Returns:
         The message, and the context that opens its gradient.
@@ -313,23 +354,26 @@ def encode_smashed(
         ValueError: a shape does not fit, a number is out of range, or there is no such codec.
     """
     context = BatchContext(batch, tuple(A.shape), selection)
-    return _encoded(A, context, codec, False, labels), context
+    return _encoded(A, context, codec, False, labels, coding), context
 
 
-def encode_gradient(grad: Tensor, context: BatchContext, codec: str = "none") -> Encoded:
+def encode_gradient(
+    grad: Tensor, context: BatchContext, codec: str = "none", coding: Coding = PLAIN
+) -> Encoded:
     """The gradient by smashed data, of what was kept alone, as a message.
 
     Args:
         grad: the shape of the context, any floating type, on any device.
         context: of the batch.
         codec: name of one of `CODECS`.
+        coding: how its numbers are written.
 
     Raises:
         ValueError: the shape does not fit, a value is not finite, or there is no such codec.
     """
     if tuple(grad.shape) != context.shape:
         raise ValueError(f"grad: expected shape {list(context.shape)}, got {list(grad.shape)}")
-    return _encoded(grad, context, codec, True, None)
+    return _encoded(grad, context, codec, True, None, coding)
 
 
 def pack_smashed(
@@ -380,6 +424,7 @@ def unpack_gradient(
     limit: int = LIMIT,
     codec: str | None = None,
     device: str | torch.device = "cpu",
+    coded: bool | None = None,
 ) -> Tensor:
     """Open the gradient of the batch that the context is of.
 
@@ -389,6 +434,7 @@ def unpack_gradient(
         limit: in bytes, of the message and of the dense float32 gradient.
         codec: the one expected; None takes any.
         device: of the gradient.
+        coded: whether its integers must be coded; None takes both.
 
     Returns:
         The gradient, the shape of the context, float32, zero where nothing crossed; see `Smashed`
@@ -398,13 +444,18 @@ def unpack_gradient(
         WireError: it is no such message, or a gradient of another batch.
     """
     selection = context.selection
-    expected = Expected(context.shape, context.batch, codec, selection.elements)
+    expected = Expected(context.shape, context.batch, codec, selection.elements, coded=coded)
     found = _read(message, selection, limit, True, expected, torch.device(device))
     return selection.spread(found.values.values(), context.shape).to(device)
 
 
 def _encoded(
-    A: Tensor, context: BatchContext, name: str, gradient: bool, labels: Tensor | None
+    A: Tensor,
+    context: BatchContext,
+    name: str,
+    gradient: bool,
+    labels: Tensor | None,
+    coding: Coding,
 ) -> Encoded:
     """The message of one direction."""
     shape, selection, codec = context.shape, context.selection, codec_named(name)
@@ -419,8 +470,11 @@ def _encoded(
         labels, label_bytes = _checked_labels(labels, len(A))
     kept, elements = selection.count, selection.elements
     code = NOTHING if gradient else cheapest(shape, kept, elements)
-    header = Header(gradient, elements, codec, code, label_bytes, context.batch, shape, kept)
-    return Encoded(header, labels, selection, encode(selection.take(A), codec))
+    coded = is_coded(name, coding)
+    header = Header(gradient, elements, codec, code, label_bytes, context.batch, shape, kept, coded)
+    seed = (*context.batch, gradient)
+    values = encode(selection.take(A), codec, coding, header.sides, seed)
+    return Encoded(header, labels, selection, values)
 
 
 def _read(
@@ -451,7 +505,7 @@ def _read(
         selection = from_bytes(
             data[first:second], header.shape, header.kept, header.elements, header.encoding
         )
-    values = Quantised.read(data[second:], header.groups, header.codec, device)
+    values = read(data[second:], header.groups, header.codec, header.coded, header.sides, device)
     return Encoded(header, labels, selection, values)
 
 

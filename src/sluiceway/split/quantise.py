@@ -11,11 +11,15 @@ scale, since channels differ in size by orders of magnitude. With step the group
 - int8-affine, int4-affine: round((x - low) / step), step = (max - low) / 255 or / 15, low = min:
   half the step of the symmetric form where values have one sign, as behind a ReLU.
 
-The integers are within half a step of x. The gradient passes straight through the rounding: what
-comes back for the rounded value is taken as the gradient of the unrounded one.
+- bits, step, dct: integers that fill a budget of bytes, see `budgeted`.
+
+The integers are within half a step of x, but for those of a budget. The gradient passes straight
+through the rounding: what comes back for the rounded value is taken as the gradient of the
+unrounded one.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -23,6 +27,8 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
+from sluiceway.split import coder
+from sluiceway.split.budgeted import Bitted, Stepped, encode_bits, encode_step
 
 # Values worked on at once: the temporaries of this many stay in a core's cache.
 _CHUNK: Final = 1 << 18
@@ -38,7 +44,7 @@ class Codec:
     Attributes:
         name: as in `CODECS`.
         code: its number on the wire.
-        bits: of one value.
+        bits: of one value; 0 where it varies, by a budget of bytes.
         parameters: float32 numbers that a group has beside its values: its step, and for affine
             codecs its low.
     """
@@ -47,6 +53,15 @@ class Codec:
     code: int
     bits: int
     parameters: int
+
+    @property
+    def budgeted(self) -> bool:
+        return self.bits == 0
+
+    @property
+    def integers(self) -> bool:
+        """Its numbers are integers, which can be coded."""
+        return self.bits <= 8
 
     @property
     def levels(self) -> int:
@@ -79,6 +94,9 @@ CODECS: Final = {
         Codec("int4", 3, 4, 1),
         Codec("int8-affine", 4, 8, 2),
         Codec("int4-affine", 5, 4, 2),
+        Codec("bits", 6, 0, 0),
+        Codec("step", 7, 0, 0),
+        Codec("dct", 8, 0, 0),
     )
 }
 _STORED: Final = {32: torch.float32, 16: torch.float16, 8: torch.int8, 4: torch.uint8}
@@ -91,6 +109,29 @@ def codec_named(name: str) -> Codec:
     return CODECS[name]
 
 
+@dataclass(frozen=True)
+class Coding:
+    """How the numbers of a codec are written.
+
+    Attributes:
+        coder: integers are coded by their frequencies (`coder`); of "step" and "dct" always.
+        ratio: of codecs with a budget: the values as float32 over the bytes that they may take.
+        stochastic: of codecs with a budget: rounds up by chance, so that the mean has no error.
+    """
+
+    coder: bool = False
+    ratio: float = 32.0
+    stochastic: bool = False
+
+
+PLAIN: Final = Coding()
+
+
+def is_coded(codec: str, coding: Coding) -> bool:
+    """Whether a message says that its integers are coded; those of "step" and "dct" always are."""
+    return coding.coder and CODECS[codec].integers and codec not in ("step", "dct")
+
+
 @dataclass(frozen=True, eq=False)
 class Quantised:
     """Values as a codec writes them, on the device where they were made.
@@ -100,11 +141,13 @@ class Quantised:
         numbers: [N, G, S] float32, float16 or, of integer codecs, int8 with its offset; of "none"
             the values themselves, in their own memory.
         parameters: step, and low of affine codecs, of every group: [parameters, G] float32.
+        coded: the message has the integers coded by their frequencies.
     """
 
     codec: Codec
     numbers: Tensor
     parameters: Tensor
+    coded: bool = False
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -120,6 +163,23 @@ class Quantised:
             values += (low - self.codec.offset * step).unsqueeze(1)
         return values
 
+    @cached_property
+    def payload(self) -> bytes:
+        """What a message holds: `buffers`, or the parameters and the integers coded.
+
+        Integers are coded group by group: of affine codecs as they are, of others folded, 0, 1, -1,
+        2, ... as 0, 1, 2, 3, ...
+        """
+        if not self.coded:
+            return b"".join(self.buffers())
+        numbers = self.numbers.transpose(0, 1).flatten(1).cpu().numpy().astype(np.int16)
+        numbers = numbers - self.codec.offset
+        if not self.codec.affine:
+            numbers = np.where(numbers > 0, 2 * numbers - 1, -2 * numbers)
+        sizes = [numbers.shape[1]] * len(numbers)
+        coded = coder.encode(numbers.astype(np.uint8).ravel(), sizes)
+        return self.parameters.cpu().numpy().tobytes() + coded
+
     def buffers(self) -> list[memoryview]:
         """The pieces that a message holds, in their order: parameters, then numbers row by row.
 
@@ -134,12 +194,18 @@ class Quantised:
 
     @classmethod
     def read(
-        cls, data: memoryview, shape: tuple[int, int, int], codec: Codec, device: torch.device
+        cls,
+        data: memoryview,
+        shape: tuple[int, int, int],
+        codec: Codec,
+        device: torch.device,
+        coded: bool = False,
     ) -> "Quantised":
-        """The inverse of `buffers`, in memory of its own.
+        """The inverse of `payload`, in memory of its own.
 
         Args:
-            data: as many bytes as `codec.nbytes` says of `shape`; the caller has checked.
+            data: as many bytes as `codec.nbytes` says of `shape`, if they are not coded; the caller
+                has checked.
             shape: N, G, S.
             codec: the one they were written by.
             device: where the numbers go.
@@ -148,22 +214,52 @@ class Quantised:
             WireError: parameters that `encode` does not write.
         """
         split = 4 * codec.parameters * shape[1]
+        if len(data) < split:
+            raise WireError("message: ends before its values")
         parameters = _from_bytes(data[:split], torch.float32).view(codec.parameters, shape[1])
         if not _valid(parameters, codec):
             raise WireError("scales: expected finite numbers, steps above 0")
+        if coded:
+            numbers = _decoded(data[split:], shape, codec)
+            return cls(codec, numbers.to(device), parameters.to(device), coded)
         numbers = _from_bytes(data[split:], _STORED[codec.bits])
         if codec.bits == 4:
             numbers = _from_nibbles(numbers, shape[0] * shape[1] * shape[2])
         return cls(codec, numbers.view(shape).to(device), parameters.to(device))
 
 
+def _decoded(data: memoryview, shape: tuple[int, int, int], codec: Codec) -> Tensor:
+    """The integers that `Quantised.payload` coded, [N, G, S] int8 with their offset."""
+    n, g, s = shape
+    found = coder.decode(data, [n * s] * g).astype(np.int16)
+    if int(found.max()) > (codec.levels if codec.affine else 2 * codec.levels):
+        raise WireError("integers: larger than the codec's")
+    if not codec.affine:
+        found = np.where(found % 2, (found + 1) // 2, -(found // 2))
+    numbers = torch.from_numpy((found + codec.offset).astype(np.int8))
+    return numbers.view(g, n, s).transpose(0, 1).contiguous()
+
+
+#: What a message's values may be.
+Values = Quantised | Stepped | Bitted
+
+
 @torch.no_grad()
-def encode(values: Tensor, codec: Codec) -> Quantised:
+def encode(
+    values: Tensor,
+    codec: Codec,
+    coding: Coding = PLAIN,
+    sides: tuple[int, ...] = (),
+    seed: tuple[int, ...] = (),
+) -> Values:
     """Values as a codec writes them.
 
     Args:
         values: [N, G, S], float32, on any device; not changed.
         codec: any.
+        coding: how its numbers are written.
+        sides: of the positions, S = prod(sides), for "dct".
+        seed: decides what is rounded up by chance.
 
     Raises:
         ValueError: a value is not finite, or a group's range overflows float32 when rounded up
@@ -172,6 +268,12 @@ def encode(values: Tensor, codec: Codec) -> Quantised:
     if codec.bits == 32:
         return Quantised(codec, values, values.new_empty(0, values.shape[1]))
     values = values.contiguous()
+    if codec.budgeted:
+        budget = 4 * values.numel() / coding.ratio
+        noise = _noise(values, seed) if coding.stochastic else None
+        if codec.name == "bits":
+            return encode_bits(values, budget, coding.coder, noise)
+        return encode_step(values, budget, sides if codec.name == "dct" else None, noise)
     parameters = _parameters(values, codec)
     if not _valid(parameters, codec):
         raise ValueError("values: expected finite numbers whose range is finite in float32")
@@ -179,7 +281,30 @@ def encode(values: Tensor, codec: Codec) -> Quantised:
         numbers = (values / parameters[0].unsqueeze(1)).half()
     else:
         numbers = _integers(values, parameters, codec)
-    return Quantised(codec, numbers, parameters)
+    return Quantised(codec, numbers, parameters, coding.coder and codec.integers)
+
+
+def read(
+    data: memoryview,
+    shape: tuple[int, int, int],
+    codec: Codec,
+    coded: bool,
+    sides: tuple[int, ...],
+    device: torch.device,
+) -> Values:
+    """What `payload` gave of values that `encode` wrote. Raises WireError."""
+    if codec.name == "bits":
+        return Bitted.read(data, shape, coded, device)
+    if codec.budgeted:
+        return Stepped.read(data, shape, sides if codec.name == "dct" else None, device)
+    return Quantised.read(data, shape, codec, device, coded)
+
+
+def _noise(values: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Uniform in [0, 1), as many as the values; the same on every device."""
+    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+    noise = torch.rand(values.shape, generator=torch.Generator().manual_seed(state))
+    return noise.to(values.device)
 
 
 def _parameters(values: Tensor, codec: Codec) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sluiceway.channels import Basis
 from sluiceway.core.aggregation import aggregate
 from sluiceway.core.batches import Examples
 from sluiceway.core.guards import fault
@@ -23,6 +24,7 @@ from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.evaluation import Evaluator
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.messages import read_initial_scores, read_round_end
+from sluiceway.split.mixer import BasisSelector, measured_size, start_learned
 from sluiceway.split.schedules import Traffic, train_together
 from sluiceway.split.setup import SharedSetup
 from sluiceway.strategies import FedAvg, Update
@@ -60,6 +62,7 @@ class SplitLoop:
     Attributes:
         servers: the server's side by client, or of `ALL`.
         masks: of the channels.
+        mixer: of a method that sends components of a basis, or None.
         traffic, rejected, losses, counts: of the current round: bytes; by client why its layers
             were not averaged; examples and summed losses at clients' tails; by name the largest of
             the clients' counts of batches.
@@ -82,6 +85,11 @@ class SplitLoop:
         largest = sorted(self.sizes, reverse=True)[: len(plan.chosen(1, self.eligible))]
         nbytes, crossing = setup.round_bytes(largest), setup.model.shape[0]
         self.masks = MaskSelector(setup.choice, crossing, self.sizes, nbytes, plan.seed)
+        self.mixer, self.measures = None, crossing
+        if setup.mixing is not None:
+            classes = setup.config.classes
+            self.mixer = BasisSelector(setup.mixing, crossing, classes)
+            self.measures, _ = measured_size(setup.mixing, crossing, classes)
         for client_id in range(len(clients)):  # scores that are known from the beginning
             scorer = setup.scorer(client_id)
             if scorer is not None and (scores := scorer.scores()) is not None:
@@ -92,10 +100,13 @@ class SplitLoop:
         began = time.perf_counter()
         self.traffic, self.rejected = Traffic(), dict[int, str]()
         self.losses, self.counts = list[tuple[int, float]](), dict[str, int]()
-        # 1. Choose the channels; clients whose scores are needed already rate theirs first.
-        for client_id in self.masks.unrated(chosen):
+        # 1. Choose the channels, or a basis of them; clients whose scores are needed already rate
+        # theirs first.
+        for client_id in (self.mixer or self.masks).unrated(chosen):
             self.collect_initial_scores(self.clients[client_id])
         self.masks.choose(round, chosen)
+        if self.mixer is not None:
+            self.choose_basis(round, self.mixer)
         clients = [self.clients[client_id] for client_id in chosen]
         # In sequence each client is a group of its own, whose average is its front: handed on.
         for group in [[c] for c in clients] if self.setup.schedule == "sequential" else [clients]:
@@ -110,17 +121,39 @@ class SplitLoop:
         # 6. Evaluate.
         return self.evaluate(round, chosen, began)
 
+    def choose_basis(self, round: int, mixer: BasisSelector) -> None:
+        """Have both sides use the basis of a round; layers that learn theirs begin at it."""
+        changed = mixer.choose(round)
+        if mixer.method.basis != "learned":
+            for server in self.servers.values():
+                server.basis = self.basis
+        elif changed and mixer.basis is not None:
+            own = [self.model.back, *(server.back for server in self.servers.values())]
+            backs = list({id(back): back for back in own}.values())
+            for name, value in start_learned(self.model, backs, mixer.basis).items():
+                self.strategy.tensors[name].copy_(value)
+
     def collect_initial_scores(self, client: ClientProxy) -> None:
         """Take a client's scores before the first round; for masks of their own none cross."""
         try:
             message = client.rate()
-            if self.masks.crossing:
+            if self.scores_cross:
                 self.traffic.up += len(message)
-            scores = read_initial_scores(message, client.client_id, self.model.shape[0])
+            scores = read_initial_scores(message, client.client_id, self.measures)
             if scores is not None:
-                self.masks.rate(client.client_id, scores)
+                (self.mixer or self.masks).rate(client.client_id, scores)
         except WireError as error:
             self.rejected[client.client_id] = str(error)
+
+    @property
+    def basis(self) -> Basis | None:
+        """In which smashed data cross; None for channels."""
+        return None if self.mixer is None else self.mixer.on(self.setup.config.device)
+
+    @property
+    def scores_cross(self) -> bool:
+        """Whether clients send what they measure."""
+        return self.masks.crossing or self.mixer is not None
 
     def send_layers(self, round: int, clients: Sequence[ClientProxy]) -> list[ClientProxy]:
         """Start the round at the clients; returns those that could be reached."""
@@ -141,6 +174,8 @@ class SplitLoop:
         parts = {"model": broadcast.tensors, "extra": broadcast.extra}
         if self.masks.crossing and (mask := self.masks.mask(ALL)) is not None:
             parts["mask"] = {"kept": mask}
+        if self.mixer is not None and (basis := self.mixer.to_send()):
+            parts["basis"] = basis
         return message_of(parts, {"round": round})
 
     def train(self, round: int, clients: Sequence[ClientProxy]) -> None:
@@ -181,9 +216,9 @@ class SplitLoop:
 
     def update_of(self, round: int, client: ClientProxy) -> Update:
         """A client's layers at the end of its round; scores, losses and counts are noted."""
-        message, scores = client.end(round, self.masks.crossing)
+        message, scores = client.end(round, self.scores_cross)
         self.traffic.up += len(message)
-        found = read_round_end(message, client.client_id, round, self.model.shape[0])
+        found = read_round_end(message, client.client_id, round, self.measures)
         if found.scores is not None:
             scores = found.scores
         counted = batch_counts(self.model.client_layers())
@@ -193,7 +228,7 @@ class SplitLoop:
             self.counts[name] = max(value, self.counts.get(name, 0))
         self.losses.append(found.loss)
         if scores is not None and client.client_id not in self.rejected:
-            self.masks.rate(client.client_id, scores)
+            (self.mixer or self.masks).rate(client.client_id, scores)
         client_id, size, nbytes = client.client_id, client.size, len(message)
         return Update(client_id, round, size, found.model, extra=found.extra, nbytes=nbytes)
 
@@ -231,7 +266,7 @@ class SplitLoop:
     def evaluate(self, round: int, chosen: Sequence[int], began: float) -> SplitRecord:
         """Evaluate the global network, and sum the round up."""
         masks, crossing = self.masks, self.model.shape[0]
-        found = self.evaluator.evaluate(self.model, self.deployed_masks())
+        found = self.evaluator.evaluate(self.model, self.deployed_masks(), self.basis)
         accuracy, loss = found.mean(self.sizes)
         kept = [crossing if (m := masks.mask(i)) is None else int(m.sum()) for i in chosen]
         scores = masks.merged_scores()
@@ -266,8 +301,8 @@ class SplitLoop:
 
     def deployed(self) -> DeployedNetwork:
         """The network that is evaluated."""
-        config = self.setup.config
-        return DeployedNetwork(self.model, config.link, config.tail_link, self.deployed_masks())
+        config, masks = self.setup.config, self.deployed_masks()
+        return DeployedNetwork(self.model, config.link, config.tail_link, masks, self.basis)
 
     def train_loss(self) -> float:
         """Mean loss over the round's training examples; NaN if there was no step."""

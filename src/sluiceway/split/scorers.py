@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sluiceway import channels
-from sluiceway.channels import ClassStatistics
+from sluiceway.channels import ClassStatistics, Moments
 
 
 class ChannelScorer:
@@ -101,3 +101,39 @@ class FixedScores(ChannelScorer):
 
     def scores(self) -> Tensor | None:
         return self.drawn
+
+
+class MomentScorer(ChannelScorer):
+    """Measures the moments of a round's channels, as one vector; see `Moments.to_vector`.
+
+    Args:
+        basis: for "label" the moments are by class, else over all; for "gradient" the vector ends
+            with E[g^2] of each channel.
+        classes: K.
+    """
+
+    def __init__(self, basis: str, classes: int) -> None:
+        self.basis = basis
+        self.classes = classes if self.basis == "label" else 1
+        self.moments: Moments | None = None
+        self.squares: list[Tensor] = []
+
+    def watch(self, A: Tensor, labels: Tensor) -> None:
+        labels = labels if self.basis == "label" else torch.zeros_like(labels)
+        new = Moments.of(A, labels, self.classes)
+        self.moments = new if self.moments is None else self.moments.add(new)
+
+    def watch_gradient(self, A: Tensor, gradient: Tensor) -> None:
+        if self.basis == "gradient":
+            self.squares.append(gradient.double().square().flatten(2).mean((0, 2)))
+
+    def scores(self) -> Tensor | None:
+        moments, squares = self.moments, self.squares
+        self.moments, self.squares = None, []
+        if moments is None:
+            return None
+        if self.basis != "gradient":
+            return moments.to_vector()
+        flat = torch.ones_like(moments.mean)  # before the first step there is no gradient
+        mean = torch.stack(squares).mean(0) if squares else flat
+        return torch.cat([moments.to_vector(), mean])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from sluiceway.channels import Basis
 from sluiceway.core.guards import finite
 from sluiceway.core.messages import WireError
 from sluiceway.split.config import SplitConfig, TrainedLayers
@@ -25,6 +27,8 @@ class SplitServer:
     def __init__(self, back: nn.Module, config: SplitConfig, smallest: int = 1) -> None:
         self.back, self.config, self.smallest = back, config, smallest
         self.trained = TrainedLayers(back, config.training)
+        #: Of the round, in which smashed data and gradients cross; None for channels.
+        self.basis: Basis | None = None
         #: Examples and mean loss of each step since they were last taken.
         self.losses: list[tuple[int, Tensor]] = []
 
@@ -47,6 +51,8 @@ class SplitServer:
         )
         if not finite(opened.values):
             raise WireError("NaN or Inf in the smashed data")
+        if self.basis is not None:
+            return replace(opened, values=self.basis.inverse(opened.values))
         return opened
 
     def step(self, opened: Sequence[Smashed]) -> list[Encoded]:
@@ -124,5 +130,7 @@ class SplitServer:
             assert leaf.grad is not None
             # Times one it would be copied for nothing, where one client steps by itself.
             own = leaf.grad if len(leaf) == total else leaf.grad * (total / len(leaf))
+            if self.basis is not None:
+                own = self.basis.gradient(own)
             replies.append(self.config.link.down(own, one.context))
         return replies

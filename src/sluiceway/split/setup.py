@@ -18,11 +18,11 @@ from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation, SplitTraining
 from sluiceway.moe import MoELayout
 from sluiceway.split.client import SplitClient
-from sluiceway.split.compress import Compressor
+from sluiceway.split.compress import BUDGETED, Compressor, Quantize
 from sluiceway.split.config import SplitConfig, SplitModel, batch_counts
 from sluiceway.split.cut import cut
 from sluiceway.split.mask_selector import ALL
-from sluiceway.split.methods import ChannelChoice
+from sluiceway.split.methods import ACPSL, ChannelChoice
 from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
 from sluiceway.split.scorers import ChannelScorer
 from sluiceway.split.server import SplitServer
@@ -78,6 +78,7 @@ class SharedSetup:
         config: what both sides know.
         strategy: averages what clients hold; set up.
         choice: the method, or None for one that chooses no channels.
+        mixing: the method, or None for one that sends channels.
         schedule: one of `SCHEDULES`.
         seed: of the whole run.
 
@@ -109,7 +110,9 @@ class SharedSetup:
             )
         rounding = tail_compressor(method)
         self.model, self.schedule, self.seed = model, settings.schedule, settings.seed
-        self.choice = method if isinstance(method, ChannelChoice) else None
+        mixes = isinstance(method, ACPSL) and method.basis != "channels"
+        self.choice = method if isinstance(method, ChannelChoice) and not mixes else None
+        self.mixing = method if isinstance(method, ACPSL) and mixes else None
         self.config = SplitConfig(
             training,
             method,
@@ -119,7 +122,8 @@ class SharedSetup:
             classes,
             settings.device,
             any(p.requires_grad for p in model.front.parameters())
-            or (self.choice is not None and self.choice.of_gradient),
+            or (self.choice is not None and self.choice.of_gradient)
+            or (self.mixing is not None and self.mixing.basis == "gradient"),
         )
         self.strategy, self.clients = strategy, clients
         strategy.setup(self.exchanged(), MoELayout(()), clients)
@@ -134,12 +138,13 @@ class SharedSetup:
         return ModelSignature.of(self.exchanged(), still=frozen_values(self.model.front))
 
     def scorer(self, client_id: int) -> ChannelScorer | None:
-        """A client's scorer; None for a method that chooses no channels."""
-        if self.choice is None:
+        """A client's scorer; None for a method that measures nothing."""
+        method = self.choice or self.mixing
+        if method is None:
             return None
-        own = self.choice.masks == "client"
+        own = method.masks == "client"
         seed = derive_seed(self.seed, client_id) if own else self.seed
-        return self.choice.scorer(self.model.shape[0], self.config.classes, seed)
+        return method.scorer(self.model.shape[0], self.config.classes, seed)
 
     def client(self, client_id: int, examples: Examples) -> SplitClient:
         """A client with its layers."""
@@ -191,11 +196,17 @@ class SharedSetup:
 
 
 def tail_compressor(method: Compressor) -> Compressor:
-    """At the second cut of a U-shape values are rounded as by `method`, and all of them cross."""
+    """At the second cut of a U-shape values are rounded as by `method`, and all of them cross.
+
+    There are few of them, so that a budget of the first cut means 8 bits here.
+    """
+    up: Quantize = "int8" if method.quantize in BUDGETED else method.quantize
+    down = "int8" if method.quantize_gradient in BUDGETED else method.quantize_gradient
     return Compressor(
-        quantize=method.quantize,
-        quantize_gradient=method.quantize_gradient,
+        quantize=up,
+        quantize_gradient=down,
         affine=method.affine,
+        coder=method.coder,
         error_feedback=method.error_feedback,
         limit=method.limit,
     )

@@ -27,7 +27,8 @@ def state_of(loop: SplitLoop) -> dict[str, dict[str, Tensor]]:
         "clients": joined({str(c.client_id): c.state_dict() for c in loop.clients}),
         "servers": joined({str(key): s.trained.state_dict() for key, s in loop.servers.items()}),
         "copies": joined({str(key): back.state_dict() for key, back in copies.items()}),
-        "masks": loop.masks.state_dict(),
+        "masks": loop.masks.state_dict()
+        | ({} if loop.mixer is None else joined({"mixer": loop.mixer.state_dict()})),
         "links": joined({name: link.state_dict() for name, link in links(loop).items()}),
     }
 
@@ -52,6 +53,8 @@ def restore(loop: SplitLoop, saved: Saved) -> None:
         for key, server in loop.servers.items():
             server.trained.load_state_dict(unprefixed(state["servers"], f"{key}/"))
         loop.masks.load_state_dict(state["masks"])
+        if loop.mixer is not None:
+            loop.mixer.load_state_dict(unprefixed(state["masks"], "mixer/"))
         for name, link in links(loop).items():
             link.load_state_dict(unprefixed(state["links"], f"{name}/"))
     except Exception as error:

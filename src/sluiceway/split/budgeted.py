@@ -1,0 +1,440 @@
+"""Codecs that fill a budget of bytes: whole bits a component, or one step for all of them  [ours].
+
+Values come as [N, G, S] as in `quantise`; a component is a group g, and has N S values. The budget
+is what the values take as float32, divided by a ratio.
+
+- bits: reverse water-filling over the components' variances in this batch gives each 0 to 8 whole
+  bits (`channels.water_filling`). Affine, round((x - low) / step), with the range clipped at a
+  number of standard deviations that is the best of a few by squared error.
+- step: one step for all components, the integers coded by their frequencies (`coder`). Where every
+  error is alike that is reverse water-filling itself, but in fractions of a bit: a component below
+  the water level has hardly any integer but 0. q = floor(|x| / step + 0.4) with the sign of x (the
+  wide zone of 0 costs little error and saves bytes), read as (|q| + shift) step, shift the mean of
+  what rounding cut off. The step is searched on a part of the values so that the bytes fit the
+  budget, which they do to a few percent.
+- dct: step after a cosine transform over positions (orthonormal, DCT-II), with frequencies of
+  doubling bands as groups: neighbours are alike, so few coefficients hold what matters.
+
+What a component's 0 bits, or integers of 0, leave out is read as its mean, or as 0.
+"""
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import cos, log2, pi, prod, sqrt
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sluiceway.channels import water_filling
+from sluiceway.core.messages import WireError
+from sluiceway.split import coder
+
+#: |x| / step is rounded up from this far below the next integer.
+_DEAD_ZONE: Final = 0.4
+_LARGEST: Final = 127
+_TINY: Final = torch.finfo(torch.float32).tiny
+
+
+def _laplace_bits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Where |x| is exponential with mean u steps: 0 by chance 1 - z, else geometric, and a sign."""
+    logs = np.arange(-8.0, 8.01, 0.25)
+    u = np.exp2(logs)
+    z, r = np.exp(-(1 - _DEAD_ZONE) / u), np.exp(-1 / u)
+
+    def binary(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return -p * np.log2(np.maximum(p, 1e-300)) - (1 - p) * np.log2(np.maximum(1 - p, 1e-300))
+
+    return logs, binary(z) + z * (1 + binary(r) / (1 - r))
+
+
+#: A payload of more than so many budgets is rounded again, with a larger step, so many times.
+_OVER: Final = 1.05
+_TRIES: Final = 3
+#: The search for a step looks at about so many values.
+_SEARCHED: Final = 1 << 13
+#: Half the range in standard deviations by bits: of the best uniform quantiser of a Gaussian (Max,
+#: 1960), plus half a step; and by which factors of it a range is tried.
+_HALF_RANGES: Final = torch.tensor([0.0, 0.798, 1.49, 2.05, 2.51, 2.92, 3.28, 3.61, 3.93])
+_FACTORS: Final = (0.75, 1.0, 1.25, 1.6)
+#: Bits of an integer by log2 of a Laplace distribution's mean magnitude over the step.
+_LAPLACE: Final = _laplace_bits()
+_HEAD: Final = struct.Struct("<fb")
+
+Sides = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """Integers of one step, [N, G, S] int16 in [-127, 127], of values or of their transform.
+
+    Attributes:
+        shift: in 1/256 of a step, in [-128, 127].
+        sides: of the positions if they were transformed, else None.
+    """
+
+    numbers: Tensor
+    step: float
+    shift: int
+    sides: Sides | None
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """[N, G, S] float32."""
+        numbers = self.numbers.float()
+        values = (numbers + numbers.sign() * (self.shift / 256)) * self.step
+        return values if self.sides is None else transformed(values, self.sides, inverse=True)
+
+    @cached_property
+    def payload(self) -> bytes:
+        """The step as float32, the shift as int8, then the integers as `coder.encode` writes them.
+
+        Integers 0, 1, -1, 2, ... are coded as 0, 1, 2, 3, ...; the groups are the components, or
+        bands of the components' frequencies, the lowest first.
+        """
+        n, g, s = self.numbers.shape
+        ordered = self.numbers.permute(1, 2, 0).cpu().numpy()[:, _order(self.sides, s)]
+        folded = np.where(ordered > 0, 2 * ordered - 1, -2 * ordered).astype(np.uint8)
+        sizes = np.tile(np.diff(_ends(self.sides, s), prepend=0) * n, g)
+        return _HEAD.pack(self.step, self.shift) + coder.encode(folded.ravel(), sizes)
+
+    @classmethod
+    def read(
+        cls, data: memoryview, shape: tuple[int, int, int], sides: Sides | None, to: torch.device
+    ) -> "Stepped":
+        """The inverse of `payload`. Raises WireError."""
+        if len(data) < _HEAD.size:
+            raise WireError("message: ends before its step")
+        step, shift = _HEAD.unpack_from(data)
+        if not 0 < step < float("inf") or not np.isfinite(np.float32(step) * np.float32(128)):
+            raise WireError("step: expected a finite number above 0")
+        n, g, s = shape
+        sizes = np.tile(np.diff(_ends(sides, s), prepend=0) * n, g)
+        folded = coder.decode(data[_HEAD.size :], sizes).astype(np.int16)
+        ordered = np.where(folded % 2, (folded + 1) // 2, -(folded // 2)).reshape(g, s, n)
+        if int(folded.max()) > 2 * _LARGEST:
+            raise WireError(f"integers: expected at most {_LARGEST} in magnitude")
+        numbers = np.empty_like(ordered)
+        numbers[:, _order(sides, s)] = ordered
+        tensor = torch.from_numpy(numbers.astype(np.int16)).permute(2, 0, 1)
+        return cls(tensor.to(to), step, shift, sides)
+
+
+@torch.no_grad()
+def encode_step(
+    values: Tensor, budget: float, sides: Sides | None, noise: Tensor | None = None
+) -> Stepped:
+    """Values as integers of the step that fills the budget.
+
+    Args:
+        values: [N, G, S] float32, finite.
+        budget: bytes of the payload.
+        sides: of the positions, to transform them; None leaves them as they are.
+        noise: uniform in [0, 1), as many as the values: rounds up by chance, without bias; None
+            rounds to the nearest, but for the zone of 0.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    x = values if sides is None else transformed(values, sides)
+    largest = float(x.abs().max())
+    if not largest < float("inf"):
+        raise ValueError("values: expected finite numbers")
+    step = max(_step(x, largest, budget, sides), _TINY) if largest > 0 else 1.0
+    found = _rounded(x, step, sides, noise)
+    for _ in range(_TRIES):
+        if len(found.payload) <= _OVER * budget:
+            break
+        # Where the sample said too little.
+        step = float(np.float32(step * min(2.0, len(found.payload) / budget)))
+        found = _rounded(x, step, sides, noise)
+    return found
+
+
+def _rounded(x: Tensor, step: float, sides: Sides | None, noise: Tensor | None) -> Stepped:
+    """Values, or their transform, as integers of this step."""
+    if noise is not None:
+        numbers = (x / step + noise.view(x.shape)).floor_().clamp_(-_LARGEST, _LARGEST)
+        return Stepped(numbers.short(), step, 0, sides)
+    scaled = x.abs().div_(step)
+    numbers = (scaled + _DEAD_ZONE).floor_().clamp_(max=_LARGEST)
+    some = numbers > 0
+    lost = ((scaled - numbers) * some).sum() / some.sum().clamp(min=1)
+    shift = int((256 * lost).round().clamp(-128, 127))
+    return Stepped(numbers.copysign_(x).short(), step, shift, sides)
+
+
+def _step(x: Tensor, largest: float, budget: float, sides: Sides | None) -> float:
+    """The step by which the values take about `budget` bytes; a float32 number.
+
+    Found as if every group were Laplace distributed, then corrected by what a sample really takes.
+    """
+    n, g, s = x.shape
+    sizes = np.tile(np.diff(_ends(sides, s), prepend=0) * n, g)
+    values = np.abs(x.permute(1, 2, 0).cpu().numpy()[:, _order(sides, s)]).ravel()
+    ends = np.cumsum(sizes)
+    means = np.add.reduceat(values, ends - sizes) / sizes
+    logs = np.log2(np.maximum(means, 1e-9 * largest))
+    shares = sizes / ends[-1]
+    # An odd distance, so that no row of examples is met at the same ones always.
+    where = np.arange(0, len(values), (len(values) // _SEARCHED) | 1)
+    sample, group = values[where], np.searchsorted(ends, where, side="right")
+    target = max(8 * (budget - _HEAD.size) - 4 * len(sizes), 2 * budget)
+
+    def fitted(rate: float) -> float:
+        """The step of so many bits a value, if the groups are Laplace distributed."""
+        low, high = log2(largest / _LARGEST), log2(largest / (1 - _DEAD_ZONE))
+        for _ in range(20):
+            middle = (low + high) / 2
+            found = np.interp(logs - middle, *_LAPLACE) @ shares
+            low, high = (middle, high) if found > rate else (low, middle)
+        return float(np.exp2(high))
+
+    asked = target / len(values)
+    for _ in range(3):
+        step = fitted(asked)
+        rate, tables = _rate(sample, group, len(sizes), step)
+        asked *= min(4.0, max(0.25, (target - tables) / (rate * len(values) + 1)))
+    return float(np.float32(fitted(asked)))
+
+
+def _rate(
+    values: npt.NDArray[np.float32], group: npt.NDArray[np.int64], groups: int, step: float
+) -> tuple[float, float]:
+    """Bits a value of magnitudes, by their groups' classes, and of signs; and bits of tables."""
+    q = values * np.float32(1 / step) + np.float32(_DEAD_ZONE)
+    q = np.minimum(q, _LARGEST).astype(np.int64)
+    sums = np.bincount(group, weights=q, minlength=groups)
+    means = sums / np.maximum(np.bincount(group, minlength=groups), 1)
+    kinds = np.where(sums > 0, 2 * np.log2(np.maximum(means, 1e-9)) + 64, 0).astype(np.int64)
+    counts = np.bincount(kinds[group] * 128 + q, minlength=128 * 128).reshape(128, 128)
+    counts = counts[counts.any(1)]
+    totals = counts.sum(1)
+    bits = float(totals @ np.log2(totals)) - float((counts * np.log2(np.maximum(counts, 1))).sum())
+    signs = int(counts[:, 1:].sum())
+    largest = (counts > 0) @ np.ones(128)
+    return (bits + signs) / len(q), 16.0 * float(largest.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Bitted:
+    """Integers of whole bits a component.
+
+    Attributes:
+        numbers: [N, G, S] uint8, below 2^bits of their component.
+        bits: [G] int64 in [0, 8], on the CPU.
+        low, step: [G] float32, of few digits; of a component of 0 bits `low` is its mean.
+        coded: whether the integers are coded by their frequencies, or packed.
+    """
+
+    numbers: Tensor
+    bits: Tensor
+    low: Tensor
+    step: Tensor
+    coded: bool
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """[N, G, S] float32."""
+        return self.numbers.float() * self.step.unsqueeze(1) + self.low.unsqueeze(1)
+
+    @cached_property
+    def payload(self) -> bytes:
+        """Bits, 4 a component; as bfloat16 every low, and every step above 0 bits; the integers.
+
+        Packed integers take their component's bits each, the lowest bit first, and every component
+        begins at a byte.
+        """
+        n, g, s = self.numbers.shape
+        rows = self.numbers.transpose(0, 1).reshape(g, n * s).cpu().numpy()
+        live = self.bits > 0
+        nibbles = np.append(self.bits.numpy(), [0] * (g % 2)).astype(np.uint8)
+        parts = [(nibbles[::2] | nibbles[1::2] << 4).tobytes()]
+        parts += [_short(self.low.cpu()), _short(self.step.cpu()[live])]
+        rows = rows[live.numpy()]
+        if self.coded and len(rows):
+            return b"".join([*parts, coder.encode(rows.ravel(), [n * s] * len(rows))])
+        for row, bits in zip(rows, self.bits[live].tolist(), strict=True):
+            each = np.unpackbits(row[:, None], axis=1, count=bits, bitorder="little")
+            parts.append(np.packbits(each, bitorder="little").tobytes())
+        return b"".join(parts)
+
+    @classmethod
+    def read(
+        cls, data: memoryview, shape: tuple[int, int, int], coded: bool, to: torch.device
+    ) -> "Bitted":
+        """The inverse of `payload`. Raises WireError."""
+        n, g, s = shape
+        head = (g + 1) // 2
+        if len(data) < head + 2 * g:
+            raise WireError("message: ends before its values")
+        packed = np.frombuffer(data[:head], dtype=np.uint8)
+        bits = np.stack([packed & 15, packed >> 4], 1).ravel().astype(np.int64)
+        if bits[g:].any() or int(bits.max()) > 8:
+            raise WireError("bits: expected 0 to 8 a component")
+        bits = bits[:g]
+        live = np.flatnonzero(bits)
+        at = head + 2 * g + 2 * len(live)
+        if len(data) < at:
+            raise WireError("message: ends before its values")
+        low = _long(data[head : head + 2 * g])
+        step = torch.zeros(g)
+        step[torch.from_numpy(live)] = _long(data[head + 2 * g : at])
+        if not _usable(low, step, torch.from_numpy(bits)):
+            raise WireError("scales: expected finite numbers, steps above 0")
+        rows = np.zeros((g, n * s), dtype=np.uint8)
+        if coded and len(live):
+            rows[live] = coder.decode(data[at:], [n * s] * len(live)).reshape(-1, n * s)
+            if (rows >> np.minimum(bits, 8)[:, None].astype(np.uint16)).any():
+                raise WireError("integers: expected below 2^bits")
+        else:
+            lengths = (n * s * bits[live] + 7) // 8
+            if len(data) != at + int(lengths.sum()):
+                raise WireError(f"message: expected {at + int(lengths.sum())} bytes of values")
+            for index, length in zip(live, lengths.tolist(), strict=True):
+                rows[index], at = _unpacked(data[at : at + length], n * s, bits[index]), at + length
+        numbers = torch.from_numpy(rows).view(g, n, s).transpose(0, 1)
+        return cls(numbers.to(to), torch.from_numpy(bits), low.to(to), step.to(to), coded)
+
+
+@torch.no_grad()
+def encode_bits(values: Tensor, budget: float, coded: bool, noise: Tensor | None = None) -> Bitted:
+    """Values as integers of whole bits a component, at most `budget` bytes if they are packed.
+
+    Args:
+        values: [N, G, S] float32, finite.
+        budget: bytes of the payload; without a bit that fits no component has any.
+        coded: see `Bitted`.
+        noise: see `encode_step`.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    n, g, s = values.shape
+    x = values.transpose(0, 1).reshape(g, n * s)
+    mean, std = x.mean(1), x.std(1, correction=0)
+    if not bool(std.isfinite().all()):
+        raise ValueError("values: expected finite numbers whose squares are finite")
+    total = int(max(0.0, budget - g / 2 - 2 * g) * 8) // (n * s)
+    bits = water_filling(std.square(), total)
+    while int(bits.sum()) and _packed_bytes(bits, n * s) > budget:
+        total -= 1
+        bits = water_filling(std.square(), total)
+    most = ((1 << bits) - 1).to(x.device).float().unsqueeze(1)
+    ends = x.amin(1), x.amax(1)
+    sample = x[:, :: max(1, x.numel() // _SEARCHED)]
+    best = low = step = torch.zeros_like(mean)
+    for factor in _FACTORS:
+        half = _HALF_RANGES.to(x.device)[bits.to(x.device)] * std * factor
+        a = torch.maximum(mean - half, ends[0])
+        b = torch.minimum(mean + half, ends[1])
+        # What crosses are these few digits, so that they are what is rounded by.
+        a = a.bfloat16().float()
+        size = ((b - a) / most.squeeze(1).clamp(min=1)).clamp(min=_TINY).bfloat16().float()
+        q = ((sample - a.unsqueeze(1)) / size.unsqueeze(1)).round().clamp(min=0).minimum(most)
+        error = (q * size.unsqueeze(1) + a.unsqueeze(1) - sample).square().sum(1)
+        better = (error < best) if factor != _FACTORS[0] else torch.ones_like(best).bool()
+        best, low, step = (
+            torch.where(better, new, old) for new, old in ((error, best), (a, low), (size, step))
+        )
+    live = bits.to(x.device) > 0
+    low = torch.where(live, low, mean.bfloat16().float())
+    step = torch.where(live, step, torch.zeros_like(step))
+    scaled = (x - low.unsqueeze(1)) / step.clamp(min=_TINY).unsqueeze(1)
+    if noise is None:
+        scaled = scaled.round_()
+    else:
+        scaled = (scaled + noise.view(n, g, s).transpose(0, 1).reshape(g, n * s)).floor_()
+    numbers = scaled.clamp_(min=0).minimum(most).to(torch.uint8)
+    return Bitted(numbers.view(g, n, s).transpose(0, 1), bits, low, step, coded)
+
+
+def _packed_bytes(bits: Tensor, count: int) -> int:
+    """Bytes of a payload whose integers are packed."""
+    live = int((bits > 0).sum())
+    values = int(((bits * count + 7) // 8).sum())
+    return (len(bits) + 1) // 2 + 2 * len(bits) + 2 * live + values
+
+
+def _short(numbers: Tensor) -> bytes:
+    """As bfloat16."""
+    return numbers.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
+
+
+def _long(data: memoryview) -> Tensor:
+    """From bfloat16 to float32."""
+    shorts = np.frombuffer(data, dtype="<i2").astype(np.int16)
+    return torch.from_numpy(shorts).view(torch.bfloat16).float()
+
+
+def _usable(low: Tensor, step: Tensor, bits: Tensor) -> bool:
+    """Whether every integer stands for a finite number."""
+    end = low + step * 255
+    return bool((low.isfinite() & end.isfinite() & ((step > 0) | (bits == 0))).all())
+
+
+def _unpacked(data: memoryview, count: int, bits: int) -> npt.NDArray[np.uint8]:
+    """So many integers of so many bits. Raises WireError if the last byte has more."""
+    each = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    if each[count * bits :].any():
+        raise WireError("values: expected zero in the unused bits of the last byte")
+    padded = np.zeros((count, 8), dtype=np.uint8)
+    padded[:, :bits] = each[: count * bits].reshape(count, bits)
+    found: npt.NDArray[np.uint8] = np.packbits(padded, axis=1, bitorder="little")[:, 0]
+    return found
+
+
+@torch.no_grad()
+def transformed(values: Tensor, sides: Sides, inverse: bool = False) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) over the positions, or its inverse.
+
+    Args:
+        values: [N, G, S], S = prod(sides).
+        sides: (), (L,) or (H, W).
+    """
+    if not sides:
+        return values
+    shape = values.shape
+    for axis, side in enumerate(sides):
+        matrix = _cosines(side).to(values.device, values.dtype)
+        matrix = matrix.T if inverse else matrix
+        inner = prod(sides[axis + 1 :])
+        if inner == 1:
+            values = values.reshape(-1, side) @ matrix.T
+        else:
+            values = matrix @ values.reshape(-1, side, inner)
+    return values.reshape(shape)
+
+
+@lru_cache(maxsize=64)
+def _cosines(side: int) -> Tensor:
+    """The transform's matrix, [side, side], row k of frequency k."""
+    rows = [
+        [
+            sqrt((1 if k == 0 else 2) / side) * cos(pi * (2 * i + 1) * k / (2 * side))
+            for i in range(side)
+        ]
+        for k in range(side)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@lru_cache(maxsize=64)
+def _order(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
+    """Positions by their sum of frequencies, [S]; as they are without a transform."""
+    if not sides:
+        return np.arange(count)
+    sums = np.indices(sides).sum(0).ravel()
+    return np.argsort(sums, kind="stable")
+
+
+@lru_cache(maxsize=64)
+def _ends(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
+    """Where each band of positions ends in their order: sums of 0, 1 to 2, 3 to 6, 7 to 14, ..."""
+    if not sides:
+        return np.array([count])
+    bands = np.floor(np.log2(np.indices(sides).sum(0).ravel() + 1)).astype(np.int64)
+    return np.cumsum(np.bincount(bands))
