@@ -115,10 +115,12 @@ class ACPSL(ChannelChoice):
     basis: "channels" sends the channels of a mask. The others send all components of a better
         basis, rounded as `quantize` says ("bits", "step" and "dct" with their `ratio` prune by
         bits), and the server turns them back: "eigen", eigenvectors of the channels' covariance
-        over all clients; "label", of that with between-class scatter added, `label_weight` times
-        as much in sum; "gradient", of the covariance with each channel weighted by its mean squared
-        gradient; "learned", 1x1 layers on both sides that begin at the eigenvectors and train. It
-        is estimated when a mask would be chosen: see `warmup`, `every` and `growth`.
+        over all clients; "label", of that with between-class scatter added; "gradient", of the
+        covariance with each channel weighted by its mean squared gradient; "learned", 1x1 layers on
+        both sides that begin at the eigenvectors and train. It is estimated when a mask would be
+        chosen: see `warmup`, `every` and `growth`.
+    label_weight: with basis "label" between-class scatter counts so many times what the covariance
+        does, in sum.
     """
 
     name: ClassVar[str] = "acp-sl"
