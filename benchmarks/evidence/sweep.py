@@ -3,10 +3,12 @@
     python benchmarks/evidence/sweep.py federated              all that is missing, then the page
     python benchmarks/evidence/sweep.py split --workers 2      in two processes of a thread each
     python benchmarks/evidence/sweep.py federated --only 20    twenty runs more, then the page
+    python benchmarks/evidence/sweep.py federated --later      the settings marked so as well
 
 A table is a file in benchmarks/evidence/tables; `Table` says what is in it. Each run becomes a
 line of docs/evidence/TABLE.jsonl and is never run again while that is there, so that a sweep can be
-stopped at any time. At the end the part of docs/results.md and the picture are written anew.
+stopped at any time. At the end its parts of docs/results.md and docs/evidence, and the picture, are
+written anew.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Setting(BaseModel):
     tuned_on: the setting whose trials choose each method's; its own where this is empty.
     methods: which of the table's methods run here; all where this is empty.
     level: how much less may cross, as a key of the methods' `at`; those without it do not run.
+    later: runs with --later only.
     """
 
     model_config = STRICT
@@ -50,6 +53,7 @@ class Setting(BaseModel):
     tuned_on: str = ""
     methods: list[str] = []
     level: str = ""
+    later: bool = False
 
 
 class Method(BaseModel):
@@ -174,9 +178,11 @@ def chosen_trial(table: Table, records: Records, setting: str, method: str) -> l
     return trials[max(range(len(trials)), key=found.__getitem__)]
 
 
-def missing(table: Table, records: Records) -> Iterator[Job]:
+def missing(table: Table, records: Records, later: bool) -> Iterator[Job]:
     """What has not been run, as far as it is known: trials first, setting by setting."""
-    for setting in table.settings:
+    for setting, about in table.settings.items():
+        if about.later and not later:
+            continue
         for method in table.taking_part(setting):
             tuned_on = table.settings[setting].tuned_on or setting
             if len(table.methods[method].trials) > 1:
@@ -211,11 +217,11 @@ def run_round(table: Table, job: Job) -> dict[str, Any]:
     }
 
 
-def sweep(name: str, table: Table, workers: int, most: int) -> Records:
+def sweep(name: str, table: Table, workers: int, most: int, later: bool) -> Records:
     """Run what is missing, `most` runs at most, in batches that know what the last one found."""
     records, left = Records.of(name), most
     with ProcessPoolExecutor(workers) as pool:
-        while left > 0 and (jobs := unique(missing(table, records))[: min(left, 2 * workers)]):
+        while left > 0 and (jobs := unique(missing(table, records, later))[: min(left, 2 * workers)]):
             for job, line in zip(jobs, pool.map(run_round, [table] * len(jobs), jobs), strict=True):
                 records.add(line)
                 what = "trial" if job.tuning else "run"
@@ -255,12 +261,14 @@ def main() -> None:
     parser.add_argument("table")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", type=int, default=10**6, help="runs at most")
+    parser.add_argument("--later", action="store_true", help="settings marked `later` as well")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     table = Table.named(args.table)
-    records = sweep(args.table, table, args.workers, args.only)
+    records = sweep(args.table, table, args.workers, args.only, args.later)
     docs = ROOT / "docs"
-    put(docs / "results.md", args.table, KINDS[table.kind](runs_of(table, records), docs))
+    for page, text in KINDS[table.kind](runs_of(table, records), docs).items():
+        put(docs / page, args.table, text)
 
 
 if __name__ == "__main__":
