@@ -1,49 +1,92 @@
-"""What the page shows of each kind of sweep."""
+"""What the pages show of each kind of sweep: Markdown by page below docs/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pages import Runs, Value, final, gaps, level, mean, pooled, pools, reached, spent, table
+from pages import (
+    Runs,
+    Value,
+    bytes_up,
+    final,
+    gaps,
+    level,
+    mean,
+    pooled,
+    pools,
+    reached,
+    spent,
+    table,
+)
 from pictures import by_megabytes, panels
 
 
-def federated(runs: Runs, docs: Path) -> str:
-    """Accuracy by method and setting, what FedAlign-MoE is ahead, rounds to FedMoE's level."""
-    ours = [name for name in methods_of(runs) if name.startswith("fedalign-moe")]
-    skewed = [s for s in runs if s.endswith(" .1")]
-    others = [s for s in runs if not s.endswith(" .1")]
-    panels(runs, skewed, methods_of(runs), docs / "federated.png")
-    parts = [
-        "Accuracy after the last round, Dirichlet 0.1 (in the settings' names: alpha):",
-        table(runs, skewed, methods_of(runs), final, "fedavg"),
+def federated(runs: Runs, docs: Path) -> dict[str, str]:
+    """One table and a picture for the page of results; by setting in the page of evidence."""
+    names, ours = methods_of(runs), "fedalign-moe"
+    rivals = [name for name in names if name != ours]
+    panels(runs, list(runs), names, docs / "federated.png")
+    levels = levels_of(runs, "fedavg", final)
+    short = [
+        "Accuracy after the last round by setting, and over all settings and seeds: what "
+        f"`{ours}` is ahead of a row after the last round and in the mean of the second half of "
+        "the rounds (points, paired, 95 % interval, number of pairs), rounds until FedAvg's "
+        "accuracy after its last round is reached (one more than there were, if it never was), "
+        "and bytes sent up relative to FedAvg's. A star marks a difference to `fedavg` whose "
+        "interval leaves out zero:",
+        beside(
+            table(runs, list(runs), names, final, "fedavg"),
+            {
+                f"{ours} ahead": lambda name: pooled(runs, list(runs), ours, name, final),
+                "second half": lambda name: pooled(runs, list(runs), ours, name, level),
+                "rounds": lambda name: over_all(runs, name, levels),
+                "up": lambda name: upload(runs, name),
+            },
+        ),
         "![accuracy by round](federated.png)",
     ]
-    if others:
-        parts += ["Other skews:", table(runs, others, methods_of(runs), final, "fedavg")]
-    parts += [
-        "What each form of FedAlign-MoE is ahead of a rival over all settings and seeds, mean of "
-        "the second half of the rounds, in points, paired, with the number of pairs:",
-        pools(runs, ours, methods_of(runs), level),
+    long = [
+        "Accuracy after the last round; a star marks a difference to `fedavg`:",
+        table(runs, list(runs), names, final, "fedavg"),
+        "Mean of the second half of the rounds:",
+        table(runs, list(runs), names, level, "fedavg"),
+        f"What `{ours}` is ahead of a rival, mean of the second half of the rounds, in points:",
+        gaps(runs, list(runs), ours, rivals, level),
+        "The same after the last round:",
+        gaps(runs, list(runs), ours, rivals, final),
+        "Rounds until FedAvg's accuracy after its last round (the mean over seeds) is reached:",
+        by_target(runs, list(runs), names, levels, reached, "fedavg"),
+        "The same for FedMoE's:",
+        by_target(runs, list(runs), names, levels_of(runs, "fedmoe", final), reached, "fedmoe"),
     ]
-    for name in ours:
-        parts += [
-            f"The same for `{name}` by setting; the last column is over these:",
-            gaps(runs, skewed, name, [m for m in methods_of(runs) if m not in ours], level),
-        ]
-    parts += [
-        "Rounds until FedMoE's mean accuracy of the second half of the rounds is reached (one more "
-        "than there were, if it never was):",
-        by_target(runs, skewed, methods_of(runs), "fedmoe", 1.0, reached),
-    ]
-    return "\n\n".join(parts)
+    return {"results.md": "\n\n".join(short), "evidence/federated.md": "\n\n".join(long)}
 
 
-def ablation(runs: Runs, docs: Path) -> str:
+def over_all(runs: Runs, name: str, levels: Mapping[str, float]) -> str:
+    """Rounds until each setting's level is reached, the mean over settings and seeds."""
+    found = [
+        mean(reached(levels[setting]), methods[name])
+        for setting, methods in runs.items()
+        if name in methods and setting in levels
+    ]
+    return f"{sum(found) / len(found):.1f}" if found else ""
+
+
+def upload(runs: Runs, name: str) -> str:
+    """Bytes sent up, relative to FedAvg's, the mean over settings."""
+    ratios = [
+        mean(bytes_up, methods[name]) / mean(bytes_up, methods["fedavg"])
+        for methods in runs.values()
+        if name in methods and "fedavg" in methods
+    ]
+    return f"{sum(ratios) / len(ratios):.2f}" if ratios else ""
+
+
+def ablation(runs: Runs, docs: Path) -> dict[str, str]:
     """The paper's five steps, one after another."""
     settings, names = list(runs), methods_of(runs)
-    return "\n\n".join(
+    text = "\n\n".join(
         [
             "Accuracy after the last round; a star marks a difference to parameter averaging:",
             table(runs, settings, names, final, names[0]),
@@ -51,31 +94,39 @@ def ablation(runs: Runs, docs: Path) -> str:
             table(runs, settings, names, level, names[0]),
         ]
     )
+    return {"evidence/federated.md": text}
 
 
-def choices(runs: Runs, docs: Path) -> str:
+def choices(runs: Runs, docs: Path) -> dict[str, str]:
     """Ways to do one thing, on held-out training examples."""
     settings, names = list(runs), methods_of(runs)
-    return "\n\n".join(
+    text = "\n\n".join(
         [
             f"Mean accuracy of the second half of the rounds; a star marks a difference to "
             f"`{names[0]}`, the last column what a way is ahead of it over all, in points:",
-            with_pool(table(runs, settings, names, level, names[0]), runs, settings, names[0]),
+            beside(
+                table(runs, settings, names, level, names[0]),
+                {"all": lambda name: pooled(runs, settings, name, names[0], level)},
+            ),
+        ]
+    )
+    return {"evidence/split.md": text}
+
+
+def beside(text: str, columns: Mapping[str, Callable[[str], str]]) -> str:
+    """The table with more columns, each a function of the row's name."""
+    head, rule, *rows = text.splitlines()
+    names = [row[1:].split("|", 1)[0].strip() for row in rows]
+    return "\n".join(
+        [f"{head} {' | '.join(columns)} |", f"{rule}{'---:|' * len(columns)}"]
+        + [
+            f"{row} {' | '.join(column(name) for column in columns.values())} |"
+            for row, name in zip(rows, names, strict=True)
         ]
     )
 
 
-def with_pool(text: str, runs: Runs, settings: Sequence[str], against: str) -> str:
-    """The table with a last column: the mean difference over all settings and seeds."""
-    head, rule, *rows = text.splitlines()
-    named = [(row, row[1:].split("|", 1)[0].strip()) for row in rows]
-    return "\n".join(
-        [f"{head} all |", f"{rule}---:|"]
-        + [f"{row} {pooled(runs, settings, name, against, level)} |" for row, name in named]
-    )
-
-
-def split(runs: Runs, docs: Path) -> str:
+def split(runs: Runs, docs: Path) -> dict[str, str]:
     """Accuracy by method and level of traffic, and what a target costs."""
     names = methods_of(runs)
     groups = {setting.rsplit(" ", 1)[0]: None for setting in runs}
@@ -91,7 +142,7 @@ def split(runs: Runs, docs: Path) -> str:
             f"{group}, accuracy after the last round:",
             table(runs, settings, names, final, "acp-sl"),
         ]
-    parts += ["![accuracy by data sent](split.png)"]
+    parts += ["![accuracy by data sent](../split.png)"]
     compressed = {s: methods for s, methods in runs.items() if not s.endswith(" 1x")}
     ours = [name for name in names if name.startswith("acp-sl")]
     parts += [
@@ -100,9 +151,13 @@ def split(runs: Runs, docs: Path) -> str:
         pools(compressed, ours, [name for name in names if name != "sl"], level),
         "Megabytes, both directions, until 95 % of the level of `sl` is reached (the mean over "
         "seeds; inf: not by all):",
-        by_target(by_group(runs), list(groups), lines, "sl 1x", 0.95, spent),
+        by_target(
+            *(by_group(runs), list(groups), lines),
+            *(levels_of(by_group(runs), "sl 1x", level, 0.95), spent, "sl 1x"),
+        ),
     ]
-    return "\n\n".join(parts)
+    text = "\n\n".join(parts)
+    return {"evidence/split.md": text}
 
 
 LEVELS = ("1x", "8x", "32x", "128x")
@@ -117,22 +172,22 @@ def by_group(runs: Runs) -> Runs:
     return found  # type: ignore[return-value]
 
 
+def levels_of(runs: Runs, name: str, value: Value, share: float = 1.0) -> dict[str, float]:
+    """By setting: a share of a method's mean over seeds, to be reached by the others."""
+    return {s: share * mean(value, methods[name]) for s, methods in runs.items() if name in methods}
+
+
 def by_target(
     runs: Runs,
     settings: Sequence[str],
     methods: Sequence[str],
-    reference: str,
-    share: float,
+    targets: Mapping[str, float],
     measure: Callable[[float], Value],
+    against: str,
 ) -> str:
-    """A table of a measure with a target of each setting: a share of the reference's level."""
-    targets = {
-        setting: share * mean(level, found)
-        for setting in settings
-        if (found := runs[setting].get(reference))
-    }
-    values = {setting: measure(target) for setting, target in targets.items()}
-    return table(runs, list(targets), methods, values, reference, in_steps=True)
+    """A table of a measure with a target of each setting, and stars as `table` has them."""
+    values = {setting: measure(targets[setting]) for setting in settings if setting in targets}
+    return table(runs, list(values), methods, values, against, in_steps=True)
 
 
 def methods_of(runs: Runs) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables and pictures of docs/results.md from what a sweep has run."""
+"""Tables of docs/results.md and docs/evidence from what a sweep has run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def level(run: Mapping[str, Any]) -> float:
     accuracies = run["accuracy_by_round"]
     half = accuracies[len(accuracies) // 2 :]
     return float(sum(half) / len(half))
+
+
+def bytes_up(run: Mapping[str, Any]) -> float:
+    """Sent by clients, all rounds."""
+    return float(run["bytes_up"])
 
 
 def reached(target: float) -> Value:

@@ -221,7 +221,9 @@ def sweep(name: str, table: Table, workers: int, most: int, later: bool) -> Reco
     """Run what is missing, `most` runs at most, in batches that know what the last one found."""
     records, left = Records.of(name), most
     with ProcessPoolExecutor(workers) as pool:
-        while left > 0 and (jobs := unique(missing(table, records, later))[: min(left, 2 * workers)]):
+        while left > 0 and (
+            jobs := unique(missing(table, records, later))[: min(left, 2 * workers)]
+        ):
             for job, line in zip(jobs, pool.map(run_round, [table] * len(jobs), jobs), strict=True):
                 records.add(line)
                 what = "trial" if job.tuning else "run"

@@ -10,9 +10,18 @@ from torch import Tensor
 
 from sluiceway.core.aggregation import aggregate
 from sluiceway.core.settings import Training
+from sluiceway.errors import InputError
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe import Observer
-from sluiceway.strategies import Broadcast, FedAlignMoE, FedProx, LocalContext, Scaffold, Strategy
+from sluiceway.strategies import (
+    Broadcast,
+    FedAlignMoE,
+    FedAvg,
+    FedProx,
+    LocalContext,
+    Scaffold,
+    Strategy,
+)
 
 
 def client_of(
@@ -164,3 +173,46 @@ def test_frozen_gate_trains_and_sends_no_router(moe_model: TinyClassifier) -> No
     made = worker.train(0, strategy.broadcast(1), {}, personal=False)
     assert name not in made.tensors
     assert torch.equal(moe_model.get_parameter(name), before)
+
+
+@pytest.mark.parametrize("parts", ["all", "head,gate", "experts", "other"])
+def test_scaffold_controls_the_chosen_parts_alone(parts: str) -> None:
+    model, strategy, plain = TinyClassifier(), Scaffold(parts=parts), FedAvg()
+    prepare(model, strategy, 2)
+    prepare(model, plain, 2)
+    layout = strategy.layout
+    named = {"head": layout.head, "gate": layout.gate_params, "experts": layout.expert_params}
+    known = {name for names in named.values() for name in names}
+    named["other"] = set(strategy.tensors) - known
+    chosen = [*named] if parts == "all" else parts.split(",")
+    wanted = {name for part in chosen for name in named[part]}
+    assert wanted
+    assert set(strategy.server_extra()) == {f"control/{name}" for name in wanted}
+    training = Training(lr=0.1, optimizer="sgd", batch_size=24, max_grad_norm=0.0)
+    worker = Worker(model, [TinyText(24, 1)], TinyText(9, 2), strategy, training)
+    g = torch.Generator().manual_seed(0)
+    control = {n: torch.randn(t.shape, generator=g) for n, t in strategy.server_extra().items()}
+    state: dict[str, Tensor] = {}
+    made = worker.train(0, Broadcast(1, plain.tensors, control), state, personal=False)
+    assert set(made.extra) == set(state) == {f"control/{name}" for name in wanted}
+    sent = {key: value.clone() for key, value in made.tensors.items()}
+    worker.strategy = plain
+    # One step of SGD: a controlled parameter is lr * control further than FedAvg's.
+    other = worker.train(0, Broadcast(1, plain.tensors), {}, personal=False)
+    for piece in plain.shared_pieces:
+        if piece.key in other.tensors:
+            gap = torch.zeros_like(sent[piece.key])
+            if piece.param in wanted:
+                gap = -0.1 * piece.of({piece.param: control[f"control/{piece.param}"]})
+            torch.testing.assert_close(sent[piece.key], other.tensors[piece.key] + gap)
+
+
+@pytest.mark.parametrize("parts", ["", "heads", "head,all", "head, gate"])
+def test_scaffold_parts_that_are_none_are_refused(parts: str) -> None:
+    with pytest.raises(ValueError, match="must be all, or some of head, gate, experts, other"):
+        Scaffold(parts=parts)
+
+
+def test_scaffold_of_parts_that_a_model_lacks_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"method\.parts = 'experts': the model has nothing of it"):
+        prepare(TinyClassifier(experts=0), Scaffold(parts="experts"), 2)

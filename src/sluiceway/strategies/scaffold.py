@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from sluiceway.errors import InputError
 from sluiceway.moe import BlockRouting, MoELayout, ParamSlice
 from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
+
+#: What `parts` may name. "other" is what is neither head nor gate nor expert.
+PARTS = ("head", "gate", "experts", "other")
+
+
+def known_parts(value: str) -> str:
+    """The value, if it is "all" or some of `PARTS` with commas between. Raises ValueError."""
+    if value != "all" and not set(value.split(",")) <= set(PARTS):
+        raise ValueError(f"must be all, or some of {', '.join(PARTS)} with commas between")
+    return value
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -21,10 +33,15 @@ class Scaffold(FedAvg):
     The client's new control is the mean of its raw gradients over the round. Under SGD this is
     the paper's option II, c_i - c + (x - y_i) / (K lr); it stays defined under other
     optimisers [ours]. The server's control: c + 1/N sum_i (c_i_new - c_i), N clients in all.
-    Unused experts cross as well, for their control variates move them.
+    Unused experts cross as well where they have control variates, which move them.
+
+    parts: which parameters have control variates: "all", or some of head, gate, experts and other
+        with commas between; the others are averaged as in FedAvg, and no control of them crosses
+        [ours].
     """
 
     name: ClassVar[str] = "scaffold"
+    parts: Annotated[str, AfterValidator(known_parts)] = "all"
 
     def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
         super().setup(tensors, layout, clients)
@@ -32,7 +49,16 @@ class Scaffold(FedAvg):
         self.control = {
             name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
             for name, t in self.tensors.items()
+            if self.parts == "all" or self.part(name) in self.parts.split(",")
         }
+        if not self.control:
+            raise InputError(f"method.parts = {self.parts!r}: the model has nothing of it to train")
+
+    def part(self, param: str) -> str:
+        """Which of `PARTS` the named parameter is of."""
+        layout = self.layout
+        of = {"head": layout.head, "gate": layout.gate_params, "experts": layout.expert_params}
+        return next((part for part, names in of.items() if param in names), "other")
 
     def server_extra(self) -> Mapping[str, Tensor]:
         return {f"control/{name}": tensor for name, tensor in self.control.items()}
@@ -64,27 +90,29 @@ class Scaffold(FedAvg):
         self.control = unprefixed(state, "control/")
 
     def sends(self, piece: ParamSlice, routing: Sequence[BlockRouting]) -> bool:
-        return True
+        return piece.param in self.control or super().sends(piece, routing)
 
     # -- the client's half ---------------------------------------------------------------------
 
     def start_training(self, client: LocalContext) -> None:
-        own = {name: client.state.get(f"control/{name}") for name in client.params}
-        server = {name: client.broadcast.extra[f"control/{name}"] for name in client.params}
+        extra = client.broadcast.extra
+        server = {name: extra[f"control/{name}"] for name in client.params if name in self.control}
+        own = {name: client.state.get(f"control/{name}") for name in server}
         client.scratch["shift"] = {
             name: (server[name] if c is None else server[name] - c).to(client.master_params[name])
             for name, c in own.items()
         }
         client.scratch["sum"] = {
-            name: torch.zeros_like(p) for name, p in client.master_params.items()
+            name: torch.zeros_like(client.master_params[name]) for name in server
         }
 
     def correct(self, client: LocalContext) -> None:
-        for name, param in client.master_params.items():
+        for name, shift in client.scratch["shift"].items():
+            param = client.master_params[name]
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             client.scratch["sum"][name].add_(param.grad)
-            param.grad.add_(client.scratch["shift"][name])
+            param.grad.add_(shift)
 
     def finish_training(self, client: LocalContext) -> Mapping[str, Tensor]:
         sent: dict[str, Tensor] = {}
