@@ -9,12 +9,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 from tests.worlds import TinyClassifier, TinyText
 from torch import Tensor
 
+from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.evaluation import Evaluation
 from sluiceway.core.guards import Failure, TooFewUpdates, fault
 from sluiceway.core.round_loop import Loop, Result, Rounds
@@ -22,7 +24,7 @@ from sluiceway.core.settings import Training
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.summary import Outcome, summarise
 from sluiceway.federated.client import Worker, prepare
-from sluiceway.strategies import Broadcast, FedAvg, Scaffold, Strategy, Update
+from sluiceway.strategies import Broadcast, FedAlignMoE, FedAvg, Scaffold, Strategy, Update
 from sluiceway.transport.local import federate
 
 TRAINING = Training(lr=0.02, batch_size=8)
@@ -89,11 +91,57 @@ FAULTS: dict[str, tuple[Callable[[Update], Update], str]] = {
         lambda u: report(u, load=u.routing[0].load - 1000),
         "a number below zero (load) in the routing report of block 0",
     ),
+    "more examples than at joining": (lambda u: replace(u, examples=17), "it joined with 16"),
+    "countless examples": (
+        lambda u: replace(u, examples=2**63 - 1),
+        "9223372036854775807 examples; it joined with 16",
+    ),
+    "load": (
+        lambda u: report(u, load=u.routing[0].load + 1e12),
+        "tokens, expected at most 2 x",
+    ),
+    "tokens": (
+        lambda u: replace(u, routing=[replace(u.routing[0], tokens=1 << 53)]),
+        "9007199254740992 tokens",
+    ),
+    "routing sum": (
+        lambda u: report(u, routing=u.routing[0].routing * 2),
+        "routing adds up to 2, expected 1",
+    ),
+    "margin": (
+        lambda u: report(u, margin=u.routing[0].margin + 1.5),
+        ", expected 0 to 1 in the routing report of block 0",
+    ),
+    "accuracy": (
+        lambda u: replace(u, metrics={"personal_accuracy": 99.0}),
+        "personal_accuracy is 99.0; expected 0 to 1",
+    ),
+    "loss": (lambda u: replace(u, metrics={"loss": float("inf")}), "loss is inf"),
+    "a metric of a long name": (
+        lambda u: replace(u, metrics={"\x1b[31m" + "x" * 10**6: float("nan")}),
+        "\\x1b[31mxxx",
+    ),
+    "metrics": (
+        lambda u: replace(u, metrics={f"{i}": 0.0 for i in range(65)}),
+        "65 metrics, expected at most 64",
+    ),
+    "escape codes in a name": (
+        lambda u: changed(u, "\x1b[2J" + "x" * 10**6, torch.ones(2)),
+        "\\x1b[2Jxxx",
+    ),
+    "escape codes in an extra": (
+        lambda u: replace(u, extra={"\x1b[2J\n": torch.tensor([float("nan")])}),
+        "NaN or Inf in \\x1b[2J\\n",
+    ),
+    "squares beyond float32": (
+        lambda u: changed(u, "head.bias", torch.full((3,), 1e20)),
+        "values that are too large: their norm is not finite",
+    ),
     "nan routing": (
         lambda u: report(u, routing=u.routing[0].routing * float("nan")),
         "NaN or Inf (routing) in the routing report of block 0",
     ),
-    "region": (lambda u: report(u, region=torch.ones(3, 2)), "region [3, 2], expected [4, d]"),
+    "region": (lambda u: report(u, region=torch.ones(4, 16)), "region that was not asked for"),
     "nan extra": (
         lambda u: replace(u, extra={"x": torch.tensor([float("nan")])}),
         "NaN or Inf in x",
@@ -104,11 +152,29 @@ FAULTS: dict[str, tuple[Callable[[Update], Update], str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_named(name: str) -> None:
     strategy, update = made(FedAvg())
-    assert fault(update, strategy, 1, [0, 1]) is None
+    assert fault(update, strategy, 1, [0, 1], examples=[16, 16]) is None
     spoil, why = FAULTS[name]
-    found = fault(spoil(update), strategy, 1, [0, 1])
+    found = fault(spoil(update), strategy, 1, [0, 1], examples=[16, 16])
     assert found is not None
     assert why in found
+    assert found.isprintable()
+    assert len(found) < 300
+
+
+@pytest.mark.parametrize(
+    ("region", "why"),
+    [
+        (None, "no region"),
+        (torch.ones(3, 16), r"region [3, 16], expected [4, 16]"),
+        (torch.ones(4, 9), r"region [4, 9], expected [4, 16]"),
+        (torch.full((4, 16), float("nan")), "NaN or Inf (region)"),
+    ],
+)
+def test_a_report_has_the_regions_that_the_strategy_wants(region: Tensor | None, why: str) -> None:
+    strategy, update = made(FedAlignMoE())
+    assert fault(update, strategy, 1, [0]) is None
+    spoiled = replace(update, routing=[replace(update.routing[0], region=region)])
+    assert fault(spoiled, strategy, 1, [0]) == f"{why} in the routing report of block 0"
 
 
 def test_a_second_update_is_refused() -> None:
@@ -165,9 +231,11 @@ class Script:
 
 
 def scripted(
-    turns: Sequence[Callable[[list[Update]], list[Update | Failure]]], plan: Rounds
+    turns: Sequence[Callable[[list[Update]], list[Update | Failure]]],
+    plan: Rounds,
+    strategy: Strategy | None = None,
 ) -> tuple[Loop, Script]:
-    model, strategy = TinyClassifier(), FedAvg()
+    model, strategy = TinyClassifier(), strategy or FedAvg()
     prepare(model, strategy, 3)
     sets = [TinyText(8, 1), TinyText(8, 2), TinyText(8, 3)]
     script = Script(Worker(model, sets, TinyText(8, 4), strategy, TRAINING), turns)
@@ -231,6 +299,120 @@ def test_a_repeated_round_draws_clients_anew() -> None:
     plan = Rounds(rounds=5, participation=0.3, seed=3)
     drawn = {tuple(plan.chosen(2, range(20), repeat)) for repeat in range(5)}
     assert len(drawn) > 1
+
+
+# -- lies that are numbers like any other ----------------------------------------------------------
+
+
+def scaled(update: Update, factor: float, strategy: Strategy) -> Update:
+    """Its change times a factor."""
+    old = {piece.key: piece.of(strategy.tensors) for piece in strategy.shared_pieces}
+    tensors = {key: old[key] + factor * (v - old[key]) for key, v in update.tensors.items()}
+    return replace(update, tensors=tensors)
+
+
+@pytest.mark.parametrize("factor", [-100.0, 1e15])
+@pytest.mark.parametrize("lying", [1, 3])
+def test_a_change_beyond_the_usual_is_left_out_in_any_round(factor: float, lying: int) -> None:
+    """In round 1, where nothing is usual yet, the round is combined again without it."""
+
+    def honestly(honest: list[Update]) -> list[Update | Failure]:
+        return [*honest]
+
+    def lies(honest: list[Update]) -> list[Update | Failure]:
+        return [scaled(honest[0], factor, loop.strategy), *honest[1:]]
+
+    turns = [honestly] * 3
+    turns[lying - 1 : lying] = [lies, honestly] if lying == 1 else [lies]
+    loop, script = scripted(turns, Rounds(rounds=3))
+    records = loop.run().records
+    assert [list(record.rejected) for record in records] == [
+        [0] if record.round == lying else [] for record in records
+    ]
+    assert "the norm of its change" in records[lying - 1].rejected[0]
+    assert [record.retries for record in records] == [int(lying == 1), 0, 0]
+    assert script.settled[lying - 1] == [1, 2]
+    without, _ = scripted(
+        [lambda honest: honest[1:] if without_round() == lying else [*honest]] * 3,
+        Rounds(rounds=3),
+    )
+
+    def without_round() -> int:
+        return len(without.result.records) + 1
+
+    without.run()
+    for name, tensor in without.strategy.tensors.items():
+        assert torch.equal(loop.strategy.tensors[name], tensor), name
+
+
+def test_without_a_limit_every_finite_change_counts() -> None:
+    loop, _ = scripted(
+        [lambda honest: [scaled(honest[0], -100, loop.strategy), *honest[1:]]],
+        Rounds(rounds=1, max_step=0),
+    )
+    assert loop.run().records[0].rejected == {}
+
+
+def test_what_all_clients_do_is_no_outlier() -> None:
+    """A learning rate that is too high is the run's own fault, and clients are not blamed."""
+
+    def grown(honest: list[Update]) -> list[Update | Failure]:
+        return [scaled(update, 1000, loop.strategy) for update in honest]
+
+    loop, _ = scripted(
+        [lambda honest: [*honest], grown, lambda honest: [*honest]], Rounds(rounds=2)
+    )
+    records = loop.run().records
+    assert [record.rejected for record in records] == [{}, {}]
+    assert records[1].retries == 1  # it was held back first
+
+
+class Blasting(FedAvg):
+    """In round 2 the server's step is a thousand times the mean change if client 1 takes part."""
+
+    def accumulate(self, update: Update) -> None:
+        super().accumulate(update)
+        self.blast = getattr(self, "blast", False) or update.client == 1
+
+    def step(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        found, self.blast = self.blast and self.number == 2, False
+        old = self.tensors
+        return {n: old[n] + 1000 * (t - old[n]) for n, t in mean.items()} if found else mean
+
+    def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
+        super().begin(number, updates)
+        self.number, self.blast = number, False
+
+
+def test_a_step_beyond_the_usual_is_rolled_back_and_made_without_who_may_have_caused_it() -> None:
+    honest = [lambda honest: [*honest]] * 3
+    loop, script = scripted(honest, Rounds(rounds=2), Blasting())
+    before: list[dict[str, Tensor]] = []
+    loop.on_round = lambda record: before.append(dict(loop.strategy.tensors))
+    records = loop.run().records
+    assert 1 in records[1].rejected
+    why = next(iter(records[1].rejected.values()))
+    assert "with it the norm of the model's step is" in why
+    assert 1 not in script.settled[1]
+    steps = [(before[1][n] - before[0][n]).norm() for n in before[0]]
+    assert float(torch.stack(steps).norm()) < 10
+
+
+def test_what_is_usual_is_continued_after_a_resume(tmp_path: Path) -> None:
+    sets, test = [TinyText(16, seed) for seed in (1, 2)], TinyText(8, 4)
+    for rounds in (1, 2):
+        federate(
+            TinyClassifier(),
+            sets,
+            test,
+            rounds=rounds,
+            training=TRAINING,
+            device="cpu",
+            checkpoint=Checkpoint(tmp_path, resume=rounds == 2),
+        )
+    saved = Checkpoint(tmp_path, resume=True).newest()
+    assert saved is not None
+    assert [len(saved.facts["usual"][name]) for name in ("change", "step")] == [4, 2]
 
 
 # -- clients that fail in real processes ----------------------------------------------------------

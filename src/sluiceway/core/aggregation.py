@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sluiceway.core.guards import Diverged, finite
 from sluiceway.strategies import Strategy, Update
@@ -18,14 +18,17 @@ class Aggregation:
     Args:
         strategy: set up.
         number: of the round, from 1.
+        hold: hold updates even where nothing needs them all.
     """
 
-    def __init__(self, strategy: Strategy, number: int) -> None:
+    def __init__(self, strategy: Strategy, number: int, hold: bool = False) -> None:
         self.strategy = strategy
         self.number = number
         self.held: list[Update] = []
         #: Whether updates must stay readable until `finish`.
-        self.holds = not (strategy.streams() and all(rule.streams() for rule in strategy.rules))
+        self.holds = hold or not (
+            strategy.streams() and all(rule.streams() for rule in strategy.rules)
+        )
         if not self.holds:
             strategy.begin(number)
 
@@ -40,14 +43,17 @@ class Aggregation:
         for changed in updates:
             self.strategy.accumulate(changed)
 
-    def finish(self) -> None:
+    def finish(self, without: Collection[int] = ()) -> None:
         """Let the strategy take its new global values, and its server optimiser step along them.
+
+        Args:
+            without: clients whose held updates are left out.
 
         Raises:
             Diverged: the server optimiser made a value that is not finite.
         """
         if self.holds:
-            updates = self.held
+            updates = [update for update in self.held if update.client not in without]
             for rule in self.strategy.rules:
                 updates = rule(updates, self.strategy)
             self.strategy.begin(self.number, updates)

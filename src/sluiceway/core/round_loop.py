@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -26,7 +28,15 @@ from sluiceway.core.checkpoints import (
     rounds_without_gain,
 )
 from sluiceway.core.evaluation import Evaluation
-from sluiceway.core.guards import Failure, TooFewUpdates, UpdateFilter
+from sluiceway.core.guards import (
+    KINDS,
+    Diverged,
+    Failure,
+    TooFewUpdates,
+    UpdateFilter,
+    Usual,
+    norm,
+)
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
@@ -37,6 +47,8 @@ from sluiceway.strategies.base import PARAMETERS
 #: Clients of a run from which on what each got is kept of the newest rounds alone: a list of so
 #: many numbers for each of a thousand rounds would fill the memory.
 MANY = 1000
+#: Default of `run.max_step`.
+MAX_STEP = 10.0
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)
@@ -49,7 +61,8 @@ class Rounds:
     is tried again, in [0, 1000], with clients drawn anew; then the run ends. evaluate_every:
     rounds from one evaluation of the global model to the next, in [1, 99999]; the last round
     always has one. patience: evaluations without a better value of `metric` after which the run
-    ends early, 0 for never.
+    ends early, 0 for never. max_step: how many times the usual norm an update's change,
+    and the global model's step, may have, see `Usual` and `Loop.fault`; 0 for any.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
@@ -58,6 +71,7 @@ class Rounds:
     min_clients: int = Field(default=1, ge=1, le=100_000)
     max_retries: int = Field(default=1, ge=0, le=1000)
     evaluate_every: int = Field(default=1, ge=1, le=99_999)
+    max_step: float = Field(default=MAX_STEP, ge=0, le=1e9)
     patience: int = Field(default=0, ge=0, le=99_999)
     metric: str = "accuracy"
 
@@ -142,8 +156,9 @@ class Record:
     `train_loss` is None where no client trains (method class-means).
     `accuracy_by_client` is the global model's, on each client's mix of labels (None for a client
     without examples). `rejected` names the clients whose update was left out, and why; `failed`
-    those that gave none. `retries` says how often the round was tried again for want of usable
-    updates: bytes, rejected and failed are of all its attempts, clients those of the last.
+    those that gave none. `retries` says how often the round was tried again, for want of usable
+    updates or without outliers: bytes, rejected and failed are of all its attempts, clients those
+    that were last drawn.
     `metrics` are the global model's by name, on the global test set.
     """
 
@@ -332,6 +347,7 @@ class Loop:
         state = saved.tensors("strategy")
         require_same(state, self.strategy.state_dict(), f"method {self.strategy.name}")
         self.result.take(saved, Record)
+        self.usual.take(saved.facts.get("usual", {}))
         self.strategy.load_state_dict(state)
         self.result.tensors = self.strategy.tensors
         if self.states is not None:
@@ -392,37 +408,45 @@ class Loop:
             return self.idle_round(number)
         began = time.perf_counter()
         attempts: list[Attempt] = []
+        draws = 0
         while True:
             # 1. Sample the clients.
-            chosen = self.rounds.chosen(number, eligible, len(attempts))
+            chosen = self.rounds.chosen(number, eligible, draws)
             # 2. They train on the broadcast; their updates are checked and added up.
             attempts.append(self.attempt(number, chosen))
-            if not attempts[-1].too_few:
+            # 3. The strategy takes its new global values, which are evaluated, if they are sane.
+            found = self.commit(attempts[-1])
+            if found is None and not attempts[-1].too_few:
+                # What was added up is forgotten, outliers among it; so once more, without them.
+                without = attempts[-1].filter.outliers
+                rest = [client for client in chosen if client not in without]
+                attempts.append(self.attempt(number, rest, hold=True))
+                found = self.commit(attempts[-1])
+            if found is not None:
                 break
-            if len(attempts) > self.rounds.max_retries:
-                raise attempts[-1].too_few
-        # 3. The strategy takes its new global values; clients keep what they have to.
-        final = attempts[-1]
-        final.aggregation.finish()
-        # 4. Evaluate.
-        found = None
-        if self.rounds.evaluated(number):
-            found = self.engine.evaluate(self.strategy.tensors)
-        self.engine.commit(final.filter.used)
-        self.result.personal_accuracy |= final.filter.personal
+            draws += 1
+            if draws > self.rounds.max_retries and (error := attempts[-1].too_few):
+                raise error
+        # 4. Clients keep what they have to.
+        final = attempts[-1].filter
+        self.engine.commit(final.used)
+        self.result.personal_accuracy |= final.personal
         # 5. Record.
+        evaluation = found if self.rounds.evaluated(number) else None
         filters = [attempt.filter for attempt in attempts]
         return Record(
             round=number,
-            accuracy=found.accuracy if found else None,
-            loss=found.mean_loss if found else None,
-            train_loss=final.filter.mean_loss(),
+            accuracy=evaluation.accuracy if evaluation else None,
+            loss=evaluation.mean_loss if evaluation else None,
+            train_loss=final.mean_loss(),
             bytes_up=sum(one.nbytes for one in filters),
             bytes_down=sum(attempt.bytes_down for attempt in attempts),
             seconds=time.perf_counter() - began,
             clients=chosen,
             rejected={client: why for one in filters for client, why in one.rejected.items()},
-            accuracy_by_client=found.accuracy_by_client(self.label_counts) if found else [],
+            accuracy_by_client=(
+                evaluation.accuracy_by_client(self.label_counts) if evaluation else []
+            ),
             report=self.strategy.report(),
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,
@@ -444,21 +468,138 @@ class Loop:
         seconds = time.perf_counter() - began
         return Record(number, accuracy, loss, None, 0, 0, seconds, [], {}, by_client)
 
-    def attempt(self, number: int, chosen: Sequence[int]) -> Attempt:
+    def attempt(self, number: int, chosen: Sequence[int], hold: bool = False) -> Attempt:
         """Broadcast, and push each usable update into the strategy as it arrives.
 
         Clients that take part in no later round also evaluate their own model.
+
+        Args:
+            hold: keep all updates until they are combined.
         """
         personal = {client for client in chosen if self.last_rounds.get(client, 0) <= number}
-        checks = UpdateFilter(
-            self.strategy, number, chosen, self.rounds.min_clients, self.on_update
-        )
         broadcast = self.strategy.broadcast(number)
-        aggregation = Aggregation(self.strategy, number)
+        aggregation = Aggregation(self.strategy, number, hold)
+        checks = UpdateFilter(
+            self.strategy,
+            number,
+            chosen,
+            self.rounds.min_clients,
+            self.on_update,
+            examples=self.examples,
+            usual=self.usual,
+            at_once=not aggregation.holds,
+        )
         for answer in self.engine.train(broadcast, chosen, personal, keep=aggregation.holds):
             if (update := checks.accept(answer)) is not None:
                 aggregation.add(update)
         return Attempt(checks, aggregation, self.engine.broadcast_bytes() * len(chosen))
+
+    def commit(self, attempt: Attempt) -> Evaluation | None:
+        """Combine the updates, and leave the strategy with the new values if they are sane.
+
+        If they are not, the strategy is as it was before. Where updates are held, their outliers
+        are left out until what is left is sane: those with another norm, then those whose own
+        model's loss on the test set stands out or is not finite, then the one with the largest
+        change.
+
+        Returns:
+            The new model's evaluation, of no examples where this round has none; None if there are
+            no new values.
+        """
+        checks, aggregation = attempt.filter, attempt.aggregation
+        if not checks.settle() and not aggregation.holds:
+            return None
+        looked = False
+        while not checks.too_few():
+            before, state = self.strategy.tensors, self.copied_state()
+            try:
+                aggregation.finish(checks.outliers)
+            except Diverged:
+                self.strategy.load_state_dict(state)
+                raise
+            step = norm((new, before[name]) for name, new in self.strategy.tensors.items())
+            found = self.evaluated(checks.round)
+            why = self.fault(before, step, found, checks)
+            if why is None:
+                self.note(step, checks)
+                return found
+            self.strategy.load_state_dict(state)
+            if not aggregation.holds:
+                return None
+            if not looked:
+                looked = True
+                self.measure_losses(attempt)
+                if not checks.settle():
+                    continue
+            largest = max(checks.used, key=lambda client: checks.measures[client]["change"])
+            checks.leave_out(largest, f"with it {why}")
+        return None
+
+    def copied_state(self) -> dict[str, Tensor]:
+        """What `state_dict` gives, of which only the model's tensors never change in place."""
+        state = self.strategy.state_dict()
+        return {n: t if n.startswith("tensors/") else t.clone() for n, t in state.items()}
+
+    def evaluated(self, number: int) -> Evaluation:
+        """The new model on the test set, if this round evaluates it."""
+        if not self.rounds.evaluated(number):
+            return Evaluation.nothing()
+        return self.engine.evaluate(self.strategy.tensors)
+
+    def fault(
+        self,
+        before: Mapping[str, Tensor],
+        step: float,
+        found: Evaluation,
+        checks: UpdateFilter,
+    ) -> str | None:
+        """Why the new model and the strategy's other state must not be kept; None if nothing is.
+
+        Every number must be finite; the step's norm, but the first, at most `max_step` times the
+        larger of the median of the newest rounds' and the median of the round's updates; and the
+        loss finite, unless that of the model before was not.
+        """
+        if not isfinite(step):
+            return "the model is not finite"
+        rest = {n: t for n, t in self.strategy.state_dict().items() if not n.startswith("tensors/")}
+        if not isfinite(norm((tensor, None) for tensor in rest.values())):
+            return "the state of the strategy is not finite"
+        changes = [checks.measures[client]["change"] for client in checks.used]
+        limit = self.usual.limit("step", [median(changes)])
+        if "step" in self.usual.past and step > limit:
+            return f"the norm of the model's step is {step:.3g}; expected at most {limit:.3g}"
+        if isfinite(found.loss) or not isfinite(self.engine.evaluate(before).loss):
+            return None
+        return "the model's loss is not finite"
+
+    def note(self, step: float, checks: UpdateFilter) -> None:
+        """Remember the measures of a round that is kept."""
+        for name in KINDS:
+            found = [checks.measures[client] for client in checks.used]
+            self.usual.note(name, [one[name] for one in found if name in one and name != "loss"])
+        self.usual.note("step", [step])
+
+    def measure_losses(self, attempt: Attempt) -> None:
+        """Measure each held update's own model on the test set as well."""
+        for update in attempt.aggregation.held:
+            tensors = {name: tensor.clone() for name, tensor in self.strategy.tensors.items()}
+            for piece in self.strategy.shared_pieces:
+                if (value := update.tensors.get(piece.key)) is not None:
+                    piece.of(tensors).copy_(value)
+            loss = self.engine.evaluate(tensors).mean_loss
+            measures = attempt.filter.measures
+            measures[update.client] = {**measures[update.client], "loss": loss}
+
+    @cached_property
+    def examples(self) -> list[int]:
+        """How many examples each client holds, as it said when it joined."""
+        found: list[int] = self.label_counts.sum(1).tolist()
+        return found
+
+    @cached_property
+    def usual(self) -> Usual:
+        """What is usual among the updates of this run."""
+        return Usual(self.rounds.max_step)
 
     @cached_property
     def last_rounds(self) -> dict[int, int]:
@@ -477,7 +618,7 @@ class Loop:
         return Snapshot(
             len(self.result.records),
             {"strategy": self.strategy.state_dict()},
-            self.result.facts(),
+            self.result.facts() | {"usual": self.usual.facts()},
             {} if self.states is None else {"clients": self.states},
             self.result.records,
             self.strategy.tensors,

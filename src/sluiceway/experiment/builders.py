@@ -178,6 +178,7 @@ def plan_of(recipe: Recipe) -> Rounds:
         seed=recipe.run.seed,
         min_clients=recipe.run.min_clients,
         max_retries=recipe.run.max_retries,
+        max_step=recipe.run.max_step,
         evaluate_every=recipe.run.evaluate_every,
         patience=recipe.run.patience,
         metric=recipe.run.metric,

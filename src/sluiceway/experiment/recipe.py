@@ -102,6 +102,10 @@ class Run(BaseModel):
     evaluate_every: int = Field(default=1, ge=1, le=99_999)
     """Federated: rounds from one evaluation of the global model to the next; the last round always
     has one."""
+    max_step: float = Field(default=10.0, ge=0, le=1e9)
+    """Federated: how many times the usual norm a client's change of the model may have, and the
+    global model's step; 0 for any. What is above is left out and named. Usual is the median: of the
+    round, or of the newest rounds before where that is larger."""
     personal: int = Field(default=500, ge=0, le=10**9)
     """Federated: test examples on which a client's own model is evaluated after its last training,
     about; 0 for none."""

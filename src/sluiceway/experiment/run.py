@@ -156,6 +156,7 @@ def run_federated(
         strategy,
         **how,
         max_retries=recipe.run.max_retries,
+        max_step=recipe.run.max_step,
         evaluate_every=recipe.run.evaluate_every,
         personal_examples=recipe.run.personal,
         timeout=recipe.run.timeout,

@@ -38,7 +38,7 @@ from sluiceway.core.messages import (
     write_broadcast,
     write_update,
 )
-from sluiceway.core.round_loop import Loop, Record, Result, Rounds
+from sluiceway.core.round_loop import MAX_STEP, Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError, described, line
@@ -407,6 +407,7 @@ def federate(
     stacked: int = 0,
     min_clients: int = 1,
     max_retries: int = 1,
+    max_step: float = MAX_STEP,
     evaluate_every: int = 1,
     patience: int = 0,
     metric: str = "accuracy",
@@ -429,8 +430,8 @@ def federate(
         clients: each client's data set of (inputs, label); may be empty for some.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
-        rounds, participation, seed, min_clients, max_retries, evaluate_every, patience, metric:
-            see `Rounds`.
+        rounds, participation, seed, min_clients, max_retries, max_step, evaluate_every, patience,
+            metric: see `Rounds`.
         personal_examples: see `Worker`.
         head_start: how a linear head starts: "random", as the model has it; "means" or "ridge", in
             closed form from sums that every client sends once (see docs/methods.md).
@@ -467,6 +468,7 @@ def federate(
         seed=seed,
         min_clients=min_clients,
         max_retries=max_retries,
+        max_step=max_step,
         evaluate_every=evaluate_every,
         patience=patience,
         metric=metric,
