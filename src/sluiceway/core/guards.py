@@ -382,7 +382,7 @@ def tensors_fault(update: Update, strategy: Strategy) -> str | None:
         return f"{line(strange[0], 80)} was not to be sent"
     for key, piece in pieces.items():
         value, like = update.tensors[key], piece.of(strategy.tensors)
-        if why := tensor_fault(key, value, like):
+        if why := kind_fault(key, value, like):
             return why
     return None
 
@@ -392,13 +392,20 @@ def extra_fault(extra: Mapping[str, Tensor], like: Mapping[str, Tensor] | None) 
     if like is not None and (strange := sorted(set(extra) - set(like))):
         return f"{line(strange[0], 80)} was not to be sent"
     for name, value in extra.items():
-        if why := tensor_fault(name, value, value if like is None else like[name]):
+        if why := kind_fault(name, value, value if like is None else like[name]):
             return why
     return None
 
 
 def tensor_fault(name: str, value: Tensor, like: Tensor) -> str | None:
-    """What is wrong with the kind of a tensor, which should be that of another."""
+    """What is wrong with one tensor that should be finite, of the shape and type of another."""
+    if why := kind_fault(name, value, like):
+        return why
+    return None if finite(value) else f"NaN or Inf in {line(name, 80)}"
+
+
+def kind_fault(name: str, value: Tensor, like: Tensor) -> str | None:
+    """What is wrong with the shape or type of a tensor."""
     name = line(name, 80)
     if value.shape != like.shape:
         return f"{name} has shape {quoted(list(value.shape))}, expected {list(like.shape)}"
