@@ -6,21 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.federated.small import tiny
 from tests.worlds import TinyClassifier, TinyText
 
 from sluiceway.core.messages import write_broadcast, write_update
 from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Training
-from sluiceway.strategies import STRATEGIES
+from sluiceway.errors import InputError
+from sluiceway.federated.client import Worker, prepare
+from sluiceway.strategies import STRATEGIES, FedAvg, Update
 from sluiceway.transport import local, worker_pool
 from sluiceway.transport.local import LocalEngine, federate
 
 DEFAULTS = LocalEngine.__init__.__kwdefaults__
 
 
-def trained(name: str, workers: int, seed: int = 0) -> Result:
+def trained(name: str, workers: int, seed: int = 0, frozen: bool = False) -> Result:
+    model = TinyClassifier()
+    if frozen:
+        model.backbone.embeddings.requires_grad_(False)
+        model.backbone.encoder.layer[0].requires_grad_(False)
     return federate(
-        TinyClassifier(),
+        model,
         [TinyText(18, 1), TinyText(5, 2), TinyText(0, 3), TinyText(11, 4)],
         TinyText(300, 9),
         name,
@@ -96,12 +103,61 @@ def test_what_is_in_memory_and_what_is_in_files_changes_nothing(
 
 
 @pytest.mark.slow
-def test_workers_that_begin_anew_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they do where CUDA is visible and the run is on the CPU."""
-    one = trained("fedalign-moe", 1)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_workers_that_begin_anew_change_nothing(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do where CUDA is visible; a frozen prefix, whose outputs are kept, goes with them."""
+    one = trained("fedalign-moe", 1, frozen=frozen)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert worker_pool.start_method() == "spawn"
-    two = trained("fedalign-moe", 2)
+    two = trained("fedalign-moe", 2, frozen=frozen)
+    assert not any(record.failed for record in two.records)
     assert one.accuracy_by_round == two.accuracy_by_round
     for key, tensor in one.tensors.items():
         assert torch.equal(two.tensors[key], tensor), key
+
+
+def test_every_gpu_gets_one_worker() -> None:
+    def names(device: str, workers: int, visible: int) -> list[str]:
+        return [str(place) for place in local.pool_devices(torch.device(device), workers, visible)]
+
+    assert names("cpu", 8, 2) == []
+    assert names("cuda", 3, 4) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert names("cuda:2", 1, 4) == ["cuda:2"]
+    for device, workers, visible in (("cuda", 3, 2), ("cuda:1", 2, 4), ("mps", 2, 0)):
+        with pytest.raises(InputError, match=f"^run.workers = {workers}: on {device} there can be"):
+            names(device, workers, visible)
+
+
+def test_clients_at_once_fit_into_a_quarter_of_the_memory() -> None:
+    params = [torch.zeros(1000), torch.zeros(250)]  # 5,000 bytes, 25,000 with all that goes along
+    assert local.clients_at_once(params, 10, 0) == 1
+    assert local.clients_at_once(params, 10, 4 * 75_000) == 3
+    assert local.clients_at_once(params, 10, 4 * 74_999) == 2
+    assert local.clients_at_once(params, 10, 1 << 34) == 10
+    assert local.clients_at_once(params, 1000, 1 << 34) == 64
+
+
+@pytest.mark.parametrize(
+    ("dropout", "stacked", "memory", "found"),
+    [
+        (0.0, 0, 0, 1),
+        (0.0, 0, 1 << 30, 3),
+        (0.1, 0, 1 << 30, 1),
+        (0.0, 1, 1 << 30, 1),
+        (0.0, 2, 0, 2),
+    ],
+)
+def test_many_clients_at_once_where_there_is_memory_and_it_can_be(
+    dropout: float, stacked: int, memory: int, found: int
+) -> None:
+    model, method = tiny(dropout=dropout), FedAvg()
+    clients = [TinyText(8, n) for n in range(4)]
+    prepare(model, method, 4)
+    worker = Worker(model, clients, TinyText(8, 9), method, Training())
+    with local.in_process(worker, stacked, 3, memory) as engine:
+        at_once = engine.stacked if isinstance(engine, local.StackedEngine) else 1
+        assert at_once == found
+        updates = list(engine.train(method.broadcast(1), [0, 1, 3], set(), keep=False))
+    assert [update.client for update in updates if isinstance(update, Update)] == [0, 1, 3]

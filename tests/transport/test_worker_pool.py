@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sluiceway.transport import worker_pool
 from sluiceway.transport.worker_pool import Pool, TaskFailure
 
 
@@ -45,6 +46,32 @@ class Unpicklable(Exception):
 
 def raise_unpicklable(common: int) -> int:
     raise Unpicklable("odd", "one")
+
+
+def mark(common: dict[str, int], place: int) -> None:
+    common["place"] = place
+
+
+def place_of(common: dict[str, int], end: bool) -> int:
+    if end:
+        os._exit(1)
+    time.sleep(0.2)
+    return common["place"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_each_process_has_a_place_which_its_successor_takes(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "start_method", lambda: method)
+    pool = Pool(dict[str, int](), 3, settle=mark)
+    try:
+        assert set(pool.map(place_of, [(False,)] * 9)) == {0, 1, 2}
+        assert isinstance(next(pool.map(place_of, [(True,)])), TaskFailure)
+        assert set(pool.map(place_of, [(False,)] * 9)) == {0, 1, 2}
+    finally:
+        pool.close()
 
 
 def test_results_come_in_order_whoever_is_first(pool: Pool[int]) -> None:

@@ -61,14 +61,11 @@ class Batch:
             inputs, labels = (tensor[indices] for tensor in examples.tensors)
         else:
             inputs, labels = default_collate([examples[i] for i in indices.tolist()])
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        if isinstance(inputs, Mapping):
-            batch = Batch({name: value.to(device) for name, value in inputs.items()}, labels)
-        else:
-            batch = Batch(inputs.to(device), labels)
+        held = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        batch = Batch(held, torch.as_tensor(labels, dtype=torch.int64))
         if hasattr(examples, "features"):
-            return replace(batch, features=examples.features(indices, batch.mask).to(device))
-        return batch
+            batch = replace(batch, features=examples.features(indices, batch.mask))
+        return batch.to(device)
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device; from the CPU without waiting for it."""

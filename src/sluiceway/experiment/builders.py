@@ -186,9 +186,12 @@ def plan_of(recipe: Recipe) -> Rounds:
 
 
 def worker_count(recipe: Recipe, device: str) -> int:
-    """How many worker processes train clients."""
-    if device != "cpu" or recipe.run.stacked > 1:
+    """How many worker processes train clients: on GPUs at most one each."""
+    if recipe.run.stacked > 1:
         return 1
+    if device != "cpu":
+        visible = torch.cuda.device_count() if device == "cuda" else 1
+        return min(recipe.run.workers or visible, visible, recipe.data.clients)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(recipe.run.workers or cores or 1, recipe.data.clients)
 

@@ -73,11 +73,13 @@ class Run(BaseModel):
     """What carries messages: this process and its workers, or a deployment on this machine with
     a process for the server and for each site. Flower carries federated runs only."""
     workers: int = Field(default=0, ge=0, le=1024)
-    """Federated: worker processes, 0 for one a core; on a GPU there is one."""
+    """Federated: worker processes, 0 for one a core, or with device auto or cuda one for each
+    visible GPU; on GPUs at most that many."""
     threads: int = Field(default=1, ge=1, le=1024)
     """Torch threads on a CPU, of each worker process; their number changes how sums are rounded."""
     stacked: int = Field(default=0, ge=0, le=100_000)
-    """Federated: clients that are trained at once, in one process; 0 or 1 for one after the other.
+    """Federated: clients that are trained at once, in one process; 1 for one after the other, 0 for
+    that on a CPU, and on one GPU for as many at once as its memory holds, where that can be done.
     For models without dropout and BatchNorm in training; results agree up to rounding."""
     feature_memory_mb: int = Field(default=2048, ge=0, le=1_000_000_000)
     """Federated: memory for the outputs of frozen layers (MB); what exceeds it is kept in a

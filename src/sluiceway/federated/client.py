@@ -104,23 +104,28 @@ class Worker:
     ) -> None:
         if training.checkpointing:
             checkpointable(model)  # so that it fails before the first round and not in it
-        self.model = model.to(device)
+        self.model = model
         self.clients = clients
         self.test = test
         self.strategy = strategy
         self.training = training
         self.loss = loss
-        self.device = torch.device(device)
         self.seed = seed
         self.personal_examples = personal_examples
         self.layout = strategy.layout
-        owned = sorted(strategy.server_owned(self.layout))
-        self.exchanged = exchanged(model) | {name: model.get_parameter(name) for name in owned}
+        self.move(device)
         check_joining(ModelSignature.of(strategy.tensors), ModelSignature.of(self.exchanged))
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {n: t.clone() for n, t in strategy.tensors.items() if strategy.private(n)}
         self.still = frozen_modules(model)
         self.trains = False
+
+    def move(self, device: torch.device | str) -> None:
+        """Go on on another device."""
+        self.device = torch.device(device)
+        self.model.to(device)
+        owned = sorted(self.strategy.server_owned(self.layout))
+        self.exchanged = exchanged(self.model) | {n: self.model.get_parameter(n) for n in owned}
 
     def train(
         self, number: int, broadcast: Broadcast, state: dict[str, Tensor], *, personal: bool

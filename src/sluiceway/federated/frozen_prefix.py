@@ -77,29 +77,28 @@ class FrozenPrefix:
     def skipped(self) -> Iterator[None]:
         """Inside, a batch that carries features runs past the frozen layers."""
 
-        def take(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            known: Tensor = kwargs.pop(FEATURES)
-            # The layers see each option of an example as a sequence of its own.
-            options = kwargs["attention_mask"].ndim == 3 if "attention_mask" in kwargs else False
-            self._hidden = known.flatten(0, 1) if options else known
-            return args, kwargs
-
-        def inject(*_: Any, **__: Any) -> Tensor:
-            assert self._hidden is not None
-            return self._hidden
-
-        def pass_on(*args: Any, **kwargs: Any) -> Any:
-            return args[0] if args else kwargs["hidden_states"]
-
-        hook = self.model.register_forward_pre_hook(take, with_kwargs=True)
+        hook = self.model.register_forward_pre_hook(self._take, with_kwargs=True)
         try:
             for position, layer in enumerate(self.layers):
-                layer.forward = pass_on if position else inject
+                layer.forward = _passed_on if position else self._inject
             yield
         finally:
             hook.remove()
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
+
+    # Methods and not closures: a model in use is pickled for worker processes that begin anew.
+
+    def _take(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        known: Tensor = kwargs.pop(FEATURES)
+        # The layers see each option of an example as a sequence of its own.
+        options = kwargs["attention_mask"].ndim == 3 if "attention_mask" in kwargs else False
+        self._hidden = known.flatten(0, 1) if options else known
+        return args, kwargs
+
+    def _inject(self, *_: Any, **__: Any) -> Tensor:
+        assert self._hidden is not None
+        return self._hidden
 
     def fingerprint(self) -> str:
         """Equal for trunks that compute the same; a hash over their parameters and those before."""
@@ -109,6 +108,11 @@ class FrozenPrefix:
                 digest.update(name.encode())
                 digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _passed_on(*args: Any, **kwargs: Any) -> Any:
+    """What enters a layer that is passed over."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def find_frozen_prefix(model: nn.Module) -> FrozenPrefix | None:

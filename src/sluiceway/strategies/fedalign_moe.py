@@ -427,7 +427,7 @@ class FedAlignMoE(FedAvg):
         r_g = client.broadcast.extra.get(f"routing/{block.position}")
         alpha = None
         if r_g is not None:
-            r_g = r_g.to(step.logits.device)
+            r_g = r_g.to(step.logits.device, non_blocking=True)
             if self.adaptive:
                 alpha = fedalign.adaptive_strength(self.own_routing(client, block, step), r_g)
         if self.reference == "marginal":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -256,14 +257,24 @@ class PoolEngine(EngineFolder):
         threads: torch threads for each worker. The same number gives the same results, whatever
             the number of workers.
         timeout: seconds that a client may train, 0 for any; needs the CPU.
+        devices: where each process runs; the CPU if there are none.
     """
 
     def __init__(
-        self, worker: Worker, *, workers: int, threads: int = 1, timeout: float = 0
+        self,
+        worker: Worker,
+        *,
+        workers: int,
+        threads: int = 1,
+        timeout: float = 0,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         super().__init__(worker)
         self.timeout = timeout
-        self.pool = Pool(worker, workers, threads)
+        if devices:
+            worker.move("cpu")  # a process that begins anew takes it from there to its own device
+        settle = partial(move_to, devices) if devices else None
+        self.pool = Pool(worker, workers, threads, settle)
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -370,6 +381,78 @@ def sums_of_client(worker: Worker, number: int, kind: HeadStart, path: Path) -> 
     return path
 
 
+def move_to(devices: Sequence[torch.device], worker: Worker, place: int) -> None:
+    """Put the worker of this process on its device."""
+    worker.move(devices[place])
+
+
+def pool_devices(device: torch.device, workers: int, visible: int) -> list[torch.device]:
+    """One device for each worker process; none on a CPU, where they need not be told.
+
+    Args:
+        device: of the run; "cuda" stands for every visible GPU, "cuda:1" for that one alone.
+        workers: how many processes.
+        visible: GPUs that PyTorch sees.
+
+    Raises:
+        InputError: there are more workers than such GPUs.
+    """
+    if device.type == "cpu":
+        return []
+    places = range(visible) if device.index is None else [device.index]
+    if device.type != "cuda" or workers > len(places):
+        raise InputError(
+            f"run.workers = {workers}: on {device} there can be "
+            f"{max(len(places), 1) if device.type == 'cuda' else 1}, one a GPU"
+        )
+    return [torch.device("cuda", place) for place in places[:workers]]
+
+
+#: Of a GPU's memory, what copies of what is trained may take, with gradients and optimiser.
+STACK_SHARE = 0.25
+#: Most clients at once where nobody said how many.
+STACK_LIMIT = 64
+
+
+def clients_at_once(params: Iterable[Tensor], clients: int, memory: int) -> int:
+    """How many clients of a round are trained at once where nobody said how many, >= 1.
+
+    Args:
+        params: what is trained; each client has a copy, its gradient, and two moments and a copy
+            while it is sent.
+        clients: of a round.
+        memory: of the GPU, in bytes.
+    """
+    copy = 5 * sum(param.nbytes for param in params)
+    return max(1, min(clients, STACK_LIMIT, int(STACK_SHARE * memory) // max(copy, 1)))
+
+
+def in_process(
+    worker: Worker, stacked: int, clients: int, memory: int, **kwargs: Any
+) -> LocalEngine:
+    """The engine for clients in this process.
+
+    Args:
+        worker: model and data.
+        stacked: clients at once; 1 for one after the other; 0 for as many as `memory` allows
+            where model, method and training do, else one after the other.
+        clients: of a round.
+        memory: of the GPU, in bytes; 0 on a CPU.
+        kwargs: of the engine.
+
+    Raises:
+        InputError: several at once were asked for and cannot be.
+    """
+    number = stacked or clients_at_once(worker.params.values(), clients, memory)
+    if number > 1:
+        try:
+            return StackedEngine(worker, stacked=number, **kwargs)
+        except InputError:
+            if stacked:
+                raise
+    return LocalEngine(worker, **kwargs)
+
+
 def train_client(worker: Worker, number: int, down: Path, kept: Path, personal: bool) -> Path:
     """Train one client from a packed broadcast to a packed update, whose path is returned.
 
@@ -438,10 +521,12 @@ def federate(
         training: how a client trains; see `Training`.
         loss: of (logits, labels).
         device: "auto" (CUDA where there is one), "cpu", "cuda", ...
-        workers: processes that train clients; results do not depend on it where `threads` is set.
+        workers: processes that train clients, on GPUs at most one each; results do not depend on it
+            where `threads` is set.
         threads: torch threads for each worker.
-        stacked: clients that are trained at once in this process, see `StackedTrainer`; 0 or 1
-            for one after the other. Results agree with those up to rounding.
+        stacked: clients that are trained at once in this process, see `StackedTrainer`; 1 for one
+            after the other, with which results agree up to rounding. 0: on a GPU as many as its
+            memory holds, up to 64, where that can be done; on a CPU one after the other.
         timeout: seconds that a client may train before the round goes on without it, 0 for any;
             its process is ended, so this needs the CPU. Results then depend on the machine.
         features: keeps what frozen layers make of each example; None for a cache of this run's
@@ -451,10 +536,10 @@ def federate(
         checkpoint: where the run is saved, and continued from.
 
     Raises:
-        ValueError: nothing to train, too few clients with examples, several workers or a timeout
-            on a GPU. InputError, which is one: `stacked` with several workers, a timeout, or a
-            model, strategy or training that it is not for; a closed-form start of a model without
-            a linear head.
+        ValueError: nothing to train, too few clients with examples, a timeout on a GPU.
+            InputError, which is one: more workers than GPUs; `stacked` with several workers, a
+            timeout, or a model, strategy or training that it is not for; a closed-form start of a
+            model without a linear head.
         TooFewUpdates: a round had fewer than `min_clients` usable updates, however often it was
             tried; CheckpointError, StorageError: see `Checkpoint`.
         NoExpertsError: the strategy needs experts and the model has none.
@@ -474,8 +559,9 @@ def federate(
         metric=metric,
     )
     place = torch.device(chosen_device(device))
-    if (workers > 1 or timeout) and place.type != "cpu":
-        raise ValueError(f"several workers, and a timeout, need the CPU; this runs on {place}")
+    if timeout and place.type != "cpu":
+        raise ValueError(f"a timeout needs the CPU; this runs on {place}")
+    devices = pool_devices(place, workers, torch.cuda.device_count()) if workers > 1 else []
     if stacked > 1 and (workers > 1 or timeout):
         with_what = "several workers" if workers > 1 else "a timeout"
         raise InputError(f"run.stacked = {stacked} cannot be used with {with_what}")
@@ -502,13 +588,17 @@ def federate(
         )
         engine: LocalEngine | PoolEngine
         if workers > 1 or timeout:
-            engine = PoolEngine(worker, workers=workers, threads=threads or 1, timeout=timeout)
-        elif stacked > 1:
-            engine = StackedEngine(
-                worker, stacked=stacked, threads=threads, saved=checkpoint is not None
+            engine = PoolEngine(
+                worker, workers=workers, threads=threads or 1, timeout=timeout, devices=devices
             )
+            stack.callback(model.to, place)
         else:
-            engine = LocalEngine(worker, threads=threads, saved=checkpoint is not None)
+            memory = 0
+            if place.type == "cuda":
+                memory = torch.cuda.get_device_properties(place).total_memory
+            taking_part = plan.count([i for i, held in enumerate(counts.sum(1).tolist()) if held])
+            saved = checkpoint is not None
+            engine = in_process(worker, stacked, taking_part, memory, threads=threads, saved=saved)
         stack.enter_context(engine)
         loop = Loop(
             strategy,

@@ -17,6 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -43,10 +44,11 @@ class RemoteError(Exception):
 
 @dataclass
 class WorkerProcess:
-    """A worker process, and the task that it has: its index and when it was given."""
+    """A worker process, its place in the pool, and the task that it has, by index, since when."""
 
     process: BaseProcess
     connection: Connection
+    place: int
     task: int | None = None
     since: float = 0.0
 
@@ -60,11 +62,14 @@ class Pool(Generic[T]):
             this one until they write to it.
         processes: how many, >= 1.
         threads: torch threads of each.
+        settle: called first in each process with `common` and the process's place, from 0 and below
+            `processes`; a process that replaces another takes its place. A function of a module.
     """
 
     common: T
     processes: int
     threads: int = 1
+    settle: Callable[..., None] | None = None
     workers: list[WorkerProcess] = field(default_factory=list, init=False)
 
     def map(
@@ -160,13 +165,15 @@ class Pool(Generic[T]):
         common = self.common if method == "fork" else Packed(pickle.dumps(self.common))
         mine, its = context.Pipe()
         others = [worker.connection for worker in self.workers]
+        place = min(set(range(self.processes)) - {worker.place for worker in self.workers})
+        settle = None if self.settle is None else partial(self.settle, place=place)
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(its, common, self.threads, os.getpid(), [mine, *others])
+            target=work, args=(its, common, self.threads, os.getpid(), [mine, *others], settle)
         )
         process.daemon = True
         process.start()
         its.close()
-        return WorkerProcess(process, mine)
+        return WorkerProcess(process, mine, place)
 
     def close(self) -> None:
         """End all processes."""
@@ -192,7 +199,12 @@ def start_method() -> str:
 
 
 def work(
-    connection: Connection, common: Any, threads: int, parent: int, others: Sequence[Connection]
+    connection: Connection,
+    common: Any,
+    threads: int,
+    parent: int,
+    others: Sequence[Connection],
+    settle: Callable[[Any], None] | None,
 ) -> None:
     """What a worker process does until it is ended."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent ends the run, once, for all
@@ -204,6 +216,8 @@ def work(
     torch.set_num_threads(threads)
     keep_freed_memory()
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+    if settle is not None:
+        settle(common)
     while True:
         try:
             task, arguments = pickle.loads(connection.recv_bytes())
