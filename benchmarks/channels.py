@@ -89,7 +89,7 @@ def measure_share(rounds: int) -> None:
     print("| cut | values | compute | score | pack | unpack | overhead | limit |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for name in ("conv1", "conv2", "conv3"):
-        for quantize in ("none", "int8", "int4"):
+        for quantize in ("none", "int8", "int4", "bits", "step", "dct"):
             step = Step(name, Channels(quantize=quantize))
             laps = [step.run() for _ in range(rounds + 2)][2:]
             ms = {part: 1e3 * statistics.median(lap[part] for lap in laps) for part in laps[0]}

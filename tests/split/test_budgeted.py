@@ -139,6 +139,13 @@ class TestBudgets:
         again = link.down(grad, context)
         assert bytes(again) == bytes(link.down(grad, context))
 
+    def test_coded_bits_are_fewer_bytes_in_any_basis(self) -> None:
+        x = values(6, (32, 8, 36)) + torch.arange(8).view(8, 1)
+        for ratio in (6, 12, 24):
+            packed, coded = (encode_bits(x, 4 * x.numel() / ratio, c) for c in (False, True))
+            assert len(coded.payload) < len(packed.payload)
+            assert torch.equal(coded.values(), packed.values())
+
     def test_zeros_cost_next_to_nothing(self) -> None:
         x = torch.zeros(16, 8, 36)
         for found in (encode_step(x, 500, None), encode_step(x, 500, (6, 6))):

@@ -25,6 +25,8 @@ RECIPES = {
     "sequential": ["run.form=sequential"],
     "u": ["run.form=u", "model.tail=conv4", "method.quantize=int8"],
     "acp-sl": ["method.name=acp-sl", "method.warmup=1", "method.ramp_rounds=1"],
+    "eigenbasis": ["method.name=acp-sl", "method.basis=eigen", "method.quantize=dct"],
+    "learned basis": ["method.name=acp-sl", "method.basis=learned", "method.quantize=bits"],
     "rated first": ["method.name=acp-sl", "method.warmup=0", "method.ramp_rounds=0"],
     "own masks": ["method.name=acp-sl", "method.masks=client", "method.warmup=1"],
     "random": ["method.name=random", "method.warmup=1"],

@@ -246,7 +246,8 @@ class Bitted:
         """Bits, 4 a component; as bfloat16 every low, and every step above 0 bits; the integers.
 
         Packed integers take their component's bits each, the lowest bit first, and every component
-        begins at a byte.
+        begins at a byte. Coded ones come after a byte for each component above 0 bits, its central
+        integer c: coded is q - c, modulo 2^bits and folded, 0, 1, -1, 2, ... as 0, 1, 2, 3, ...
         """
         n, g, s = self.numbers.shape
         rows = self.numbers.transpose(0, 1).reshape(g, n * s).cpu().numpy()
@@ -256,7 +257,11 @@ class Bitted:
         parts += [_short(self.low.cpu()), _short(self.step.cpu()[live])]
         rows = rows[live.numpy()]
         if self.coded and len(rows):
-            return b"".join([*parts, coder.encode(rows.ravel(), [n * s] * len(rows))])
+            centre = np.rint(rows.mean(1)).astype(np.uint8)
+            folded = _folded(rows, centre, self.bits[live].numpy())
+            return b"".join(
+                [*parts, centre.tobytes(), coder.encode(folded.ravel(), [n * s] * len(rows))]
+            )
         for row, bits in zip(rows, self.bits[live].tolist(), strict=True):
             each = np.unpackbits(row[:, None], axis=1, count=bits, bitorder="little")
             parts.append(np.packbits(each, bitorder="little").tobytes())
@@ -287,9 +292,13 @@ class Bitted:
             raise WireError("scales: expected finite numbers, steps above 0")
         rows = np.zeros((g, n * s), dtype=np.uint8)
         if coded and len(live):
-            rows[live] = coder.decode(data[at:], [n * s] * len(live)).reshape(-1, n * s)
-            if (rows >> np.minimum(bits, 8)[:, None].astype(np.uint16)).any():
+            if len(data) < at + len(live):
+                raise WireError("message: ends before its values")
+            centre = np.frombuffer(data[at : at + len(live)], dtype=np.uint8)
+            found = coder.decode(data[at + len(live) :], [n * s] * len(live)).reshape(-1, n * s)
+            if (found >> np.minimum(bits[live], 8)[:, None].astype(np.uint16)).any():
                 raise WireError("integers: expected below 2^bits")
+            rows[live] = _unfolded(found, centre, bits[live])
         else:
             lengths = (n * s * bits[live] + 7) // 8
             if len(data) != at + int(lengths.sum()):
@@ -350,6 +359,29 @@ def encode_bits(values: Tensor, budget: float, coded: bool, noise: Tensor | None
         scaled = (scaled + noise.view(n, g, s).transpose(0, 1).reshape(g, n * s)).floor_()
     numbers = scaled.clamp_(min=0).minimum(most).to(torch.uint8)
     return Bitted(numbers.view(g, n, s).transpose(0, 1), bits, low, step, coded)
+
+
+def _folded(
+    rows: npt.NDArray[np.uint8], centre: npt.NDArray[np.uint8], bits: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint8]:
+    """Integers about their row's centre, modulo 2^bits, those near it as small numbers."""
+    size = (1 << bits)[:, None].astype(np.int16)
+    apart = (rows.astype(np.int16) - centre[:, None]) % size
+    folded: npt.NDArray[np.int16] = np.where(
+        apart <= size // 2, 2 * apart - (apart > 0), 2 * (size - apart)
+    )
+    return folded.astype(np.uint8)
+
+
+def _unfolded(
+    folded: npt.NDArray[np.uint8], centre: npt.NDArray[np.uint8], bits: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint8]:
+    """The inverse of `_folded`."""
+    size = (1 << bits)[:, None].astype(np.int16)
+    numbers = folded.astype(np.int16)
+    apart = np.where(numbers % 2, (numbers + 1) // 2, -(numbers // 2))
+    found: npt.NDArray[np.int16] = (apart + centre[:, None]) % size
+    return found.astype(np.uint8)
 
 
 def _packed_bytes(bits: Tensor, count: int) -> int:
