@@ -4,8 +4,9 @@
 
 Limits: scoring, packing and unpacking (both directions) take at most 10 % of the compute of client
 and server for the 4-conv network at batch 64 of 3x32x32; packing float32 to int8 of kept channels
-takes in at least 1 GB/s. Beside it a plain copy of the same tensor, in the same run. The codecs that fill
-a budget of bytes ("bits", "step", "dct") are above the 10 %: searching a step and coding cost more.
+takes in at least 1 GB/s. Beside it a plain copy of the same tensor, in the same run. The codecs
+that fill a budget of bytes ("bits", "step", "dct") are above the 10 %: searching a step and coding
+cost more.
 """
 
 from __future__ import annotations
