@@ -304,13 +304,21 @@ def test_a_mistyped_recipe_or_key_is_said_without_torch() -> None:
         "codes = [main(a.split()) for a in sys.argv[1:]]; "
         "print(codes, [m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
     )
-    given = ["run nosuch", "run agnews --set run.round=2", "compare mmlu --set data.alpha=-1"]
+    given = [
+        "run nosuch",
+        "run agnews --set run.round=2",
+        "compare mmlu --set data.alpha=-1",
+        "run agnews --set method.mu=2",
+        "run split-quickstart --set train.lrr=2",
+    ]
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
-    assert done.stdout == "[2, 2, 2] []\n"
+    assert done.stdout == f"{[2] * len(given)} []\n"
     assert [line.split(":")[1] for line in done.stderr.splitlines()] == [
         " no recipe 'nosuch'",
         " unknown key run.round; allowed in [run]",
         " data.alpha = -1",
+        " unknown key method.mu; allowed in [method]",
+        " unknown key train.lrr; allowed in [train]",
     ]
 
 

@@ -22,6 +22,7 @@ from pydantic import (
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
 from sluiceway.errors import InputError, line, quoted
+from sluiceway.experiment.declared import require_known_keys
 from sluiceway.experiment.tables import overridden_tables, require_shallow, with_current_keys
 from sluiceway.experiment.validation import checked, first_fault
 
@@ -50,9 +51,11 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 def schedule_of(value: Any) -> Any:
     """A schedule by its own name, whichever it is given by."""
+    if not isinstance(value, str) or "-" not in value:  # no alias, for which torch is imported
+        return value
     from sluiceway.split.schedules import SCHEDULE_ALIASES
 
-    return SCHEDULE_ALIASES.get(value, value) if isinstance(value, str) else value
+    return SCHEDULE_ALIASES.get(value, value)
 
 
 class Run(BaseModel):
@@ -438,6 +441,7 @@ def recipe_from(tables: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(with_current_keys(tables))
     except ValidationError as error:
         raise InputError(first_fault(error, Recipe)) from None
+    require_known_keys(recipe.run.kind, recipe.method, recipe.train)
     recipe.built()
     recipe.training()
     return recipe

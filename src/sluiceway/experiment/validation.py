@@ -27,8 +27,8 @@ def first_fault(
     path = [*([table] if table else []), *location]
     key, above = line(".".join(path), 80), ".".join(path[:-1])
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = ", ".join([*(more if above == table else ()), *names_of(cls, location[:-1])])
-        return f"unknown key {key}; allowed{f' in [{line(above, 80)}]' if above else ''}: {known}"
+        known = [*(more if above == table else ()), *names_of(cls, location[:-1])]
+        return unknown_key(above, path[-1], known)
     about = description(cls, location).partition(". ")[0].rstrip(".")
     about = f" ({about})" if about else ""
     if fault["type"] in ("missing", "missing_argument"):
@@ -37,6 +37,13 @@ def first_fault(
     message = re.sub("^(input|string|list|dictionary) should", "must", message)
     message = line(message.removeprefix("value error, "), 1000)
     return f"{key} = {quoted(fault['input'])}: {message}{about}" if key else message
+
+
+def unknown_key(table: str, key: str, known: Sequence[str]) -> str:
+    """One line about a key that is not there, with those that are."""
+    name = line(f"{table}.{key}" if table else key, 80)
+    where = f" in [{line(table, 80)}]" if table else ""
+    return f"unknown key {name}; allowed{where}: {', '.join(known)}"
 
 
 def checked(table: str, cls: type[Any], values: Mapping[str, Any], more: Sequence[str]) -> Any:
