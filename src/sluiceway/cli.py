@@ -245,12 +245,22 @@ def inspect(
     layers: Annotated[int, typer.Option(help="Last layers to upcycle.")] = 1,
     lora: Annotated[int, typer.Option(metavar="RANK", help="Show adapters too; 0: no.")] = 0,
     gguf: Annotated[str, typer.Option(metavar="FILE", help="Of a model in a GGUF file.")] = "",
+    inversion: Annotated[
+        bool, typer.Option("--inversion", help="Rebuild images from what crosses, of a split run.")
+    ] = False,
+    device: Device = None,
 ) -> None:
     """Show routers, experts or cut points of a model, and what would cross.
 
     MODEL is minilm, smollm2, a folder or a name on the Hugging Face hub, whose weights are not
-    read; or a network for images: conv4, resnet18, vgg11.
+    read; or a network for images: conv4, resnet18, vgg11. With --inversion it is the folder of a
+    finished split run, and a minute of attack tells how much of its images what crosses gives away.
     """
+    if inversion:
+        from sluiceway.experiment.inversion import show_inversion
+
+        show_inversion(Path(model), device or "cpu")
+        return
     from sluiceway.experiment.inspect import show_cuts, show_layout
     from sluiceway.experiment.recipe import NETWORKS
 

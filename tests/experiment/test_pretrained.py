@@ -119,7 +119,7 @@ def test_a_site_with_other_frozen_layers_is_refused(
 ) -> None:
     settings = [*SECOND, f"model.pretrained={first}", "train.front=false"]
 
-    def network(*given: object, received: bool = False) -> torch.nn.Module:
+    def network(*given: object, filled: bool = True) -> torch.nn.Module:
         return chosen_network(load_recipe(split_recipe, SECOND), (1, 8, 8), 5)
 
     monkeypatch.setattr("sluiceway.deploy.split_site.chosen_network", network)

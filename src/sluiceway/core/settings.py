@@ -46,11 +46,19 @@ class SplitTraining(Optimisation):
     front: false freezes the layers that clients hold before the cut, as they are at the start. They
         run in evaluation mode, no gradient is computed or sent for them, and none is averaged. What
         a method adds before the cut, as `bottleneck` does, is trained all the same.
+    nopeek: weight of the distance correlation between a batch's inputs and its smashed data, which
+        the client adds to its loss (NoPeek, arXiv 2008.09161), >= 0: a defence against rebuilding
+        inputs. Needs front = true.
 
     The rest is as of `Optimisation`.
     """
 
     front: bool = True
+    nopeek: float = Field(default=0.0, ge=0)
+
+    def __post_init__(self) -> None:
+        if self.nopeek and not self.front:
+            raise ValueError("nopeek trains the layers before the cut: it needs front = true")
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)

@@ -65,8 +65,8 @@ def begin_split(
     def setup(classes: int) -> SharedSetup:
         if device == "cpu":
             torch.set_num_threads(recipe.run.threads)
-        classes_here = len(invited.label_names)
-        model = chosen_network(recipe, examples.shape, classes_here, received=True)
+        count, frozen = len(invited.label_names), not recipe.trains_front()
+        model = chosen_network(recipe, examples.shape, count, filled=frozen)
         settings = split_settings(recipe, device)
         example = Batch.of(examples if len(examples) else test, torch.tensor([0]), settings.device)
         return SharedSetup(model, settings, example, classes, recipe.data.clients)

@@ -126,14 +126,14 @@ def chosen_network(
     classes: int,
     say: Say = lambda line: None,
     *,
-    received: bool = False,
+    filled: bool = True,
 ) -> nn.Sequential:
     """The network of a split recipe, for images of shape (C, H, W).
 
     Args:
         say: told where pretrained layers come from.
-        received: the layers before the cut come from the server if they are trained, so that the
-            place of pretrained ones need not exist here.
+        filled: False where all values come later, so that a run that this one begins with need not
+            exist any more.
 
     Raises:
         InputError: pretrained layers that are not there, or do not fit.
@@ -148,7 +148,7 @@ def chosen_network(
     else:
         built = network(chosen.name, chosen.width, shape, classes=classes, seed=seed)
     own = chosen.name != "huggingface" or (Path(str(place)) / "recipe.toml").is_file()
-    if place is not None and own and not (received and recipe.trains_front()):
+    if place is not None and own and filled:
         say(f"pretrained up to {chosen.cut}: {load_front(built, chosen, shape)}")
     if chosen.channels_last:
         built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -17,6 +17,7 @@ from sluiceway.data.images import IMAGE_SETS
 from sluiceway.errors import InputError, first_line, quoted
 from sluiceway.experiment.recipe import Model
 from sluiceway.split.cut import cut
+from sluiceway.strategies.base import unprefixed
 
 
 def load_front(built: nn.Module, chosen: Model, shape: Sequence[int]) -> str:
@@ -57,7 +58,7 @@ def load_front(built: nn.Module, chosen: Model, shape: Sequence[int]) -> str:
 def tensors_of_run(
     folder: Path, chosen: Model, shape: Sequence[int]
 ) -> tuple[Mapping[str, Tensor], str]:
-    """The network of an earlier split run by name, after its newest checkpoint.
+    """The network of an earlier split run by name: the model it kept, or its newest checkpoint.
 
     Raises:
         ValueError, CheckpointError: it is no split run of this network, it saw images of other
@@ -76,14 +77,18 @@ def tensors_of_run(
         raise ValueError(
             f"that run trained on images of {seen[0]} channels ({name}), these have {shape[0]}"
         )
-    saved = Checkpoint(folder / "checkpoints", resume=True).newest()
-    if saved is None:
-        raise CheckpointError("that run has no checkpoint")
-    said = f"{folder}, round {saved.round}"
+    kept = folder / "model" / f"{tables.get('run', {}).get('keep', 'last')}.safetensors"
+    if kept.is_file():
+        found, said = tensors_of_file(kept)
+    else:
+        saved = Checkpoint(folder / "checkpoints", resume=True).newest()
+        if saved is None:
+            raise CheckpointError("that run has no checkpoint")
+        found, said = saved.tensors("layers"), f"{folder}, round {saved.round}"
     if seen != tuple(shape):
         sizes = (f"{height}x{width}" for _, height, width in (seen, shape))
         said += f"; it saw images of {next(sizes)}, these are {next(sizes)}"
-    return saved.tensors("layers"), said
+    return found, said
 
 
 def tensors_of_file(path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -100,7 +105,10 @@ def tensors_of_file(path: Path) -> tuple[Mapping[str, Tensor], str]:
             "expected the folder of a split run (with recipe.toml and checkpoints), a safetensors "
             "file, or a folder with model.safetensors"
         )
-    return load_file(file), str(file)
+    found = load_file(file)
+    # A run's own model has the parts' names in front.
+    parts = [unprefixed(found, f"{part}.") for part in ("front", "back", "tail.1")]
+    return {**found, **parts[0], **parts[1], **parts[2]}, str(file)
 
 
 @torch.no_grad()

@@ -277,12 +277,11 @@ def split_network(
         classes: C.
         tensors: its values; of them the masks, or the basis, that there are.
     """
-    # All values come from `tensors`: those that the run began with need not be there.
-    chosen = recipe.model.model_copy(update={"pretrained": None})
-    recipe = recipe.model_copy(update={"model": chosen})
-    network, method = chosen_network(recipe, given["shape"], classes), chosen_compressor(recipe)
+    assert recipe.model.cut is not None
+    network = chosen_network(recipe, given["shape"], classes, filled=False)
+    method = chosen_compressor(recipe)
     example = Batch(torch.zeros(1, *given["shape"]), torch.zeros(1, dtype=torch.int64))
-    model = cut_model(network, str(chosen.cut), recipe.model.tail, example, method)
+    model = cut_model(network, recipe.model.cut, recipe.model.tail, example, method)
     links = {name: tensor for name, tensor in tensors.items() if name.startswith("links.")}
     masks = {int(n.split(".")[1]): mask for n, mask in links.items() if n.endswith(".mask")}
     parts = {n.split(".")[2]: part for n, part in links.items() if not n.endswith(".mask")}

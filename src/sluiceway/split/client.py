@@ -14,6 +14,7 @@ from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.messages import WireError, message_of, take_values
 from sluiceway.core.parameters import exchanged
 from sluiceway.core.seeds import derive_seed
+from sluiceway.core.settings import SplitTraining
 from sluiceway.split.config import (
     SplitConfig,
     SplitModel,
@@ -23,6 +24,7 @@ from sluiceway.split.config import (
     own_copy,
     summed_losses,
 )
+from sluiceway.split.defence import NOISE, distance_correlation, noisy
 from sluiceway.split.messages import read_round_start
 from sluiceway.split.packing import BatchContext, BatchId, Encoded, Message
 from sluiceway.split.scorers import ChannelScorer
@@ -32,11 +34,19 @@ from sluiceway.strategies.base import unprefixed
 
 @dataclass(frozen=True)
 class SentBatch:
-    """What a client keeps of a batch until its gradient has returned; labels on the CPU."""
+    """What a client keeps of a batch until its gradient has returned.
+
+    Attributes:
+        smashed: with its graph.
+        context: of the message.
+        labels: on the CPU.
+        penalty: the client's own loss of its front, or None.
+    """
 
     smashed: Tensor
     context: BatchContext
     labels: Tensor
+    penalty: Tensor | None = None
 
 
 class SplitClient:
@@ -206,12 +216,28 @@ class SplitClient:
         smashed = batch.to(self.config.device).run(self.front)
         if self.scorer is not None:
             self.scorer.watch(smashed.detach(), batch.labels)
+        penalty = self.penalty(batch, smashed)
         labels = None if self.tail else batch.labels
-        sent = smashed if self.basis is None else self.basis.forward(smashed.detach())
+        sent = smashed.detach()
+        if self.config.link.noise:
+            seed = derive_seed(self.seed, *batch_id, NOISE)
+            sent = noisy(sent, self.config.link.noise, seed)
+        if self.basis is not None:
+            sent = self.basis.forward(sent)
         message, context = self.config.link.up(sent, batch_id, labels, self.mask)
         if self.config.gradients or self.tail:
-            self.waiting[batch_id] = SentBatch(smashed, context, batch.labels)
+            self.waiting[batch_id] = SentBatch(smashed, context, batch.labels, penalty)
         return message
+
+    def penalty(self, batch: Batch, smashed: Tensor) -> Tensor | None:
+        """The client's own loss of its front, `train.nopeek`; None if it has none."""
+        training = self.config.training
+        if not isinstance(training, SplitTraining) or not training.nopeek:
+            return None
+        inputs = batch.to(self.config.device).inputs
+        if not isinstance(inputs, Tensor):
+            raise ValueError("train.nopeek needs inputs that are one tensor")
+        return training.nopeek * distance_correlation(inputs, smashed)
 
     def tail_gradient(self, batch_id: BatchId, message: Message) -> Encoded:
         """In a U-shape: run the tail on what the server made; returns the gradient of the loss.
@@ -241,7 +267,9 @@ class SplitClient:
             gradient = self.basis.gradient_back(gradient)
         if self.scorer is not None:
             self.scorer.watch_gradient(sent.smashed.detach(), gradient)
-        if sent.smashed.requires_grad:
+        if sent.penalty is not None:
+            torch.autograd.backward([sent.smashed, sent.penalty], [gradient, None])
+        elif sent.smashed.requires_grad:
             sent.smashed.backward(gradient)
         self._step()
 

@@ -60,6 +60,8 @@ class Compressor:
         coder: "range" codes the integers of all rounding by their frequencies, without loss; "step"
             and "dct" always do.
         error_feedback: what rounding took from a client's gradient goes into its next one.
+        noise: Gaussian noise on smashed data, relative to their standard deviation, >= 0: a defence
+            against rebuilding inputs. In training and in evaluation; run.seed decides it.
         limit: in bytes, of a message and of the dense float32 tensor it opens to, in [1, 2^40].
     """
 
@@ -75,6 +77,7 @@ class Compressor:
     stochastic: bool = False
     coder: Literal["none", "range"] = "none"
     error_feedback: bool = False
+    noise: float = Field(default=0.0, ge=0)
     limit: int = Field(default=LIMIT, ge=1, le=1 << 40)
 
     def __post_init__(self) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.channels import Basis
+from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.compress import Compressor
 from sluiceway.split.config import SplitConfig, SplitModel
+from sluiceway.split.defence import noisy
 from sluiceway.split.mask_selector import ALL
 from sluiceway.split.packing import BatchId
 
@@ -19,7 +21,7 @@ PARTS = tuple(field.name for field in fields(Basis))
 
 
 class Link(nn.Module):
-    """What crosses a cut at evaluation, as a layer: selected, rounded, packed and opened again.
+    """What crosses a cut at evaluation, as a layer: noise, selection, rounding, packing, and back.
 
     Rounding to integers takes its scales from the batch, so that an example's values depend,
     within a step of rounding, on those beside it. No gradient passes.
@@ -54,6 +56,10 @@ class Link(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape, float32, zero where nothing crossed."""
         basis = self.basis
+        if self.compressor.noise:
+            # Drawn by what crosses: the same inputs give the same outputs.
+            seed = int(values.double().sum().view(torch.int64)) & LARGEST_SEED
+            values = noisy(values, self.compressor.noise, seed)
         sent = values if basis is None else basis.forward(values)
         message, _ = self.compressor.up(sent, BatchId(0, 0, 0), mask=self.mask, training=False)
         opened = self.compressor.open(message, device=values.device).values

@@ -93,7 +93,7 @@ class Evaluator:
     def _is_exact(self, mask: Tensor | None) -> bool:
         """Whether nothing is dropped or rounded on its way."""
         links = self.config.link, self.config.tail_link
-        exact = all(link.codec == "none" and not link.elements for link in links)
+        exact = all(link.codec == "none" and not link.elements and not link.noise for link in links)
         return exact and (mask is None or bool(mask.all()))
 
     def _evaluation(self, logits: Tensor, labels: Tensor) -> Evaluation:

@@ -103,6 +103,9 @@ class SharedSetup:
         model = cut_model(network, settings.cut_at, settings.tail_at, example, method, train_front)
         if not any(p.requires_grad for part in model.parts() for p in part.parameters()):
             raise ValueError("the network has nothing to train: every parameter is frozen")
+        trained = any(p.requires_grad for p in model.front.parameters())
+        if isinstance(training, SplitTraining) and training.nopeek and not trained:
+            raise ValueError("train.nopeek needs layers before the cut that are trained")
         if training.batch_size < max(model.smallest):
             raise ValueError(
                 f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
@@ -121,7 +124,7 @@ class SharedSetup:
             model.shape,
             classes,
             settings.device,
-            any(p.requires_grad for p in model.front.parameters())
+            trained
             or (self.choice is not None and self.choice.of_gradient)
             or (self.mixing is not None and self.mixing.basis == "gradient"),
         )
