@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sluiceway.core.handshake import HandshakeError
 from sluiceway.experiment.builders import chosen_network
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run as run_here
+from sluiceway.experiment.trained import load
 
 FIRST = ["data.classes=[0,1,2,3,4]", "data.clients=1", "data.partition=iid", "run.rounds=2"]
 SECOND = ["data.classes=[9,5,6,7,8]", "run.rounds=2"]
@@ -49,6 +51,9 @@ def test_a_run_begins_with_the_layers_of_another(
     after = load_file(tmp_path / "second" / "checkpoints" / "round-00002" / "layers.safetensors")
     assert front == "true" or all(torch.equal(after[name], found[name]) for name in found)
     assert (summary["bytes_down"] < summary["bytes_up"] / 20) == (front == "false")
+    shutil.rmtree(first)  # a trained model is whole without what it began with
+    known = load(tmp_path / "second").model.state_dict()
+    assert all(torch.equal(known[f"front.{name}"], after[name]) for name in found)
 
 
 def test_of_other_layers_nothing_is_taken(first: Path, split_recipe: Path) -> None:

@@ -15,6 +15,8 @@ from sluiceway.cli import main
 from sluiceway.data.images import IMAGE_SETS
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run as run_here
+from sluiceway.experiment.session import Session
+from sluiceway.experiment.trained import load
 from sluiceway.experiment.vision import chain_of, vision_network
 from sluiceway.split.cut import cut, cut_points
 
@@ -141,6 +143,9 @@ def test_a_run_of_each_kind_and_a_second_one_from_it(
     )
     assert not any(name.startswith(("stem.", f"{cut_at}.")) for name in result.tensors)
     assert summary["bytes_down"] < summary["bytes_up"] / 5
+    _, _, test = Session().images(first.data, lambda line: None)
+    found = load(tmp_path / "second").logits(test).argmax(1)
+    assert float((found == test.labels).double().mean()) == summary["accuracy"]
 
 
 def test_weights_are_those_that_were_saved(saved: Callable[[str], Path]) -> None:

@@ -24,7 +24,7 @@ from tests.split.small import (
 from sluiceway import SplitTraining
 from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.parameters import exchanged
-from sluiceway.split import SCHEDULES, Bottleneck, Conv4
+from sluiceway.split import ACPSL, SCHEDULES, Bottleneck, Conv4
 from sluiceway.split.compress import Compressor
 from sluiceway.split.packing import message_bytes
 from sluiceway.strategies import STRATEGIES
@@ -105,6 +105,17 @@ def test_layers_that_a_method_adds_are_trained(downward: list[int]) -> None:
     assert {"narrow.weight", "narrow.bias"} <= set(result.tensors)
     assert not any(name.startswith("conv1") for name in result.tensors)
     assert downward
+
+
+@pytest.mark.parametrize("basis", ["eigen", "label", "gradient", "learned"])
+def test_a_basis_needs_gradients_only_where_it_learns_from_them(
+    basis: Any, downward: list[int]
+) -> None:
+    model = normed()
+    before = {name: value.clone() for name, value in model.conv1.state_dict().items()}
+    train(ACPSL(basis=basis), model=model, training=FROZEN)
+    assert same(model.conv1.state_dict(), before)
+    assert bool(downward) == (basis in ("gradient", "learned"))
 
 
 def test_channels_rated_by_the_gradient_need_it(downward: list[int]) -> None:
