@@ -27,7 +27,11 @@ class Ended(Exception):
 
 
 def history(
-    strategy: Strategy | str, checkpoint: Checkpoint | None, rounds: int, stop: int | None = None
+    strategy: Strategy | str,
+    checkpoint: Checkpoint | None,
+    rounds: int,
+    stop: int | None = None,
+    clients: int = 3,
 ) -> Result:
     def maybe_stop(record: Record) -> None:
         if record.round == stop:
@@ -35,7 +39,7 @@ def history(
 
     return federate(
         TinyClassifier(),
-        [TinyText(20, 1), TinyText(9, 2), TinyText(14, 3)],
+        [TinyText(size, i + 1) for i, size in enumerate((20, 9, 14, 8, 8)[:clients])],
         TinyText(40, 9),
         strategy,
         rounds=rounds,

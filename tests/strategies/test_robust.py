@@ -22,11 +22,14 @@ from sluiceway.core.checkpoints import Checkpoint
 from sluiceway.core.messages import read_update, write_update
 from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Training
+from sluiceway.errors import InputError
 from sluiceway.moe import MoELayout
 from sluiceway.strategies import (
     ROBUST,
     STRATEGIES,
     FedAvg,
+    GeometricMedian,
+    Krum,
     LocalContext,
     Median,
     NormClipping,
@@ -57,6 +60,11 @@ def flat(values: list[float]) -> tuple[dict[str, Tensor], MoELayout, list[Update
     return {"w": torch.zeros(1)}, MoELayout(()), updates
 
 
+def for_three(name: str) -> UpdateRule:
+    """A rule that can do something with the updates of three clients."""
+    return TrimmedMean(share=0.34) if name == "trimmed-mean" else ROBUST[name]()
+
+
 def combined(rule: UpdateRule, values: list[float]) -> float:
     tensors, nowhere, updates = flat(values)
     made = FedAvg().with_rules(rule)
@@ -75,6 +83,94 @@ def test_by_hand() -> None:
     assert combined(NormClipping(limit=2), [1, 50, -70]) == pytest.approx(-1 / 6)
     # the median of the norms is 50
     assert combined(NormClipping(), [1, 50, -70]) == pytest.approx(-49 / 6)
+
+
+def test_whole_updates_by_hand() -> None:
+    # Distances to the three closest: 1, 2 and 5 of 5; so on; 900 and 5 are left out.
+    assert combined(Krum(liars=1, keep=1), [3, 1, 2, 900, 5]) == 2
+    # The mean of 3, 1, 2 and 5 with 1, 2, 3 and 5 examples.
+    assert combined(Krum(), [3, 1, 2, 900, 5]) == pytest.approx((3 + 2 + 6 + 25) / 11)
+    # On a line the point is the middle value.
+    assert combined(GeometricMedian(), [3, 1, 2, 900, 5]) == pytest.approx(3, abs=1e-3)
+    assert combined(GeometricMedian(), [7, 7, 7]) == 7
+
+
+def changes(updates: list[Update]) -> list[list[float]]:
+    """Each client's whole change, in float64."""
+    return [
+        [
+            float(x)
+            for piece in LAYOUT.pieces(TENSORS)
+            for x in (
+                u.tensors.get(piece.key, piece.of(TENSORS)).double() - piece.of(TENSORS).double()
+            ).flatten()
+        ]
+        for u in updates
+    ]
+
+
+def test_krum_is_the_sum_of_the_closest_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robust, "SLICE", 50)
+    updates = [*several(), *(replace(u, client=u.client + 10) for u in several(5))]
+    made = around(Krum, FedAvg())
+    flat, count = changes(updates), len(updates)
+    scores = []
+    for i, mine in enumerate(flat):
+        others = [
+            sum((a - b) ** 2 for a, b in zip(mine, other, strict=True))
+            for j, other in enumerate(flat)
+            if j != i
+        ]
+        scores.append(sum(sorted(others)[: count - 3]))
+    found = made.rules[0](list(updates), made)
+    best = sorted(range(count), key=lambda i: scores[i])[: count - 1]
+    assert [u.client for u in found] == [updates[i].client for i in sorted(best)]
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
+    updates = [update(i, 5 * i + 1) for i in range(5)]
+    updates[4] = replace(updates[4], tensors={k: t + 1e4 for k, t in updates[4].tensors.items()})
+    made = around(GeometricMedian, FedAvg())
+    points = torch.tensor(changes(updates), dtype=torch.float64)
+    aggregate(made, updates)
+    found = torch.cat(
+        [
+            (p.of(made.tensors).double() - p.of(TENSORS).double()).flatten()
+            for p in LAYOUT.pieces(TENSORS)
+        ]
+    )
+
+    def distances(point: Tensor) -> float:
+        return float((points - point).norm(dim=1).sum())
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        step = torch.randn(len(found), generator=generator, dtype=torch.float64)
+        for size in (1e-2, 1.0):
+            assert distances(found) <= distances(found + size * step / step.norm()) + 1e-6
+    assert float(found.norm()) < 10 * float(points[:4].norm(dim=1).max())
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"),
+    [
+        (TrimmedMean(), 10),
+        (TrimmedMean(share=0.29), 4),
+        (Median(), 3),
+        (Krum(liars=2), 7),
+        (GeometricMedian(), 3),
+    ],
+)
+def test_a_rule_that_cannot_help_says_so(rule: UpdateRule, least: int) -> None:
+    assert rule.least() == least  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=f"2 clients take part in a round, .* needs {least}"):
+        federate(
+            TinyClassifier(),
+            [TinyText(8, 1), TinyText(8, 2)],
+            TinyText(8, 3),
+            FedAvg().with_rules(rule),
+            device="cpu",
+        )
 
 
 @pytest.mark.parametrize(
@@ -365,18 +461,18 @@ def test_a_fixed_limit_is_done_with_an_update_before_the_next(tmp_path: Path) ->
         assert torch.equal(made.tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("rule", ["median", *slow(*sorted({*ROBUST} - {"median"}))])
+@pytest.mark.parametrize("rule", ["median", *slow(*sorted({*ROBUST} - {"median", "krum"}))])
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
     name: str, rule: str, tmp_path: Path
 ) -> None:
     def made() -> Strategy:
-        return STRATEGIES[name]().with_rules(ROBUST[rule]())
+        return STRATEGIES[name]().with_rules(for_three(rule))
 
-    whole = history(made(), None, 3)
+    whole = history(made(), None, 3, clients=5)
     with pytest.raises(Ended):
-        history(made(), Checkpoint(tmp_path), 3, stop=2)
-    again = history(made(), Checkpoint(tmp_path, resume=True), 3)
+        history(made(), Checkpoint(tmp_path), 3, stop=2, clients=5)
+    again = history(made(), Checkpoint(tmp_path, resume=True), 3, clients=5)
     assert whole.rejected == 0
     assert again.accuracy_by_round == whole.accuracy_by_round
     for key, tensor in whole.tensors.items():
@@ -384,7 +480,7 @@ def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
         assert torch.equal(again.tensors[key], tensor), key
 
 
-@pytest.mark.parametrize("rule", sorted(ROBUST))
+@pytest.mark.parametrize("rule", sorted({*ROBUST} - {"krum"}))
 @pytest.mark.parametrize("lora", ["frozen-a", "residual", "average"])
 def test_low_rank_adapters(rule: str, lora: str) -> None:
     pytest.importorskip("peft", reason="the extra [lora] is not installed")
@@ -396,7 +492,7 @@ def test_low_rank_adapters(rule: str, lora: str) -> None:
         adapted(),
         clients,
         TinyText(40, 9),
-        inner.with_rules(ROBUST[rule]()),
+        inner.with_rules(for_three(rule)),
         rounds=2,
         training=TRAINING,
         device="cpu",
@@ -421,6 +517,8 @@ class Poisoned(FedAvg):
 def test_it_learns_though_two_of_ten_clients_send_nonsense(rule: str) -> None:
     clients = [TinyText(24 if i < 2 else 32, i) for i in range(10)]
     parameters: dict[str, float] = {"share": 0.2} if rule == "trimmed-mean" else {}
+    if rule == "krum":
+        parameters = {"liars": 2}
 
     def run(made: Strategy, rounds: int) -> Result:
         return federate(
@@ -431,6 +529,7 @@ def test_it_learns_though_two_of_ten_clients_send_nonsense(rule: str) -> None:
             rounds=rounds,
             training=replace(TRAINING, local_epochs=2),
             device="cpu",
+            max_step=0,
         )
 
     # three balanced classes

@@ -40,7 +40,7 @@ from sluiceway.core.guards import (
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
-from sluiceway.errors import line
+from sluiceway.errors import InputError, line
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies.base import PARAMETERS
 
@@ -357,7 +357,8 @@ class Loop:
         """Run the rounds that are left.
 
         Raises:
-            ValueError: too few clients hold examples.
+            ValueError: too few clients hold examples; InputError, which is one: too few for a
+                robust rule.
             RunFailed: no client gave sums for the head's start.
             TooFewUpdates: a round had too few usable updates, however often it was tried.
             StorageError: a checkpoint cannot be written.
@@ -365,6 +366,7 @@ class Loop:
         """
         sizes, eligible = self.label_counts.sum(1), self.eligible()
         self.rounds.check(eligible)
+        self.require_help(self.rounds.count(eligible))
         self.result.empty = (sizes == 0).nonzero().flatten().tolist()
         self.result.label_counts = self.label_counts.tolist()
         self.strategy.label_counts = self.label_counts
@@ -391,6 +393,16 @@ class Loop:
                 self.on_round(record)
                 self.result.forget_clients(self.checkpoint.every if self.checkpoint else 1)
         return self.result
+
+    def require_help(self, clients: int) -> None:
+        """Raise InputError if a robust rule can do nothing for rounds of so many clients."""
+        for rule in self.strategy.rules:
+            least: int = getattr(rule, "least", lambda: 1)()
+            if clients < least:
+                raise InputError(
+                    f"{type(rule).__name__} cannot help: {clients} clients take part in a round, "
+                    f"and with its parameters it needs {least}"
+                )
 
     def start_head(self, eligible: Sequence[int]) -> StartingHead | None:
         """Give the strategy a head in closed form, where that is asked for."""

@@ -319,7 +319,7 @@ class Recipe(BaseModel):
     """A whole run.
 
     `method` has `name` and the parameters of that strategy. In a federated run it may have a table
-    `robust`: `name` ("none", "median", "trimmed-mean" or "norm-clipping") and the parameters of
+    `robust`: `name` ("none" or a robust rule) and the parameters of
     that rule, which hardens the aggregation; and a table `server`: `name` ("none", "momentum",
     "adam" or "yogi") and the parameters of that server optimiser, which steps along what every
     round changed.

@@ -24,7 +24,14 @@ from sluiceway.strategies.fedprox import FedProx
 from sluiceway.strategies.fedyogi import FedYogi
 from sluiceway.strategies.frozen_gate import FrozenGate
 from sluiceway.strategies.non_expert import NonExpert
-from sluiceway.strategies.robust import ROBUST, Median, NormClipping, TrimmedMean
+from sluiceway.strategies.robust import (
+    ROBUST,
+    GeometricMedian,
+    Krum,
+    Median,
+    NormClipping,
+    TrimmedMean,
+)
 from sluiceway.strategies.scaffold import Scaffold
 from sluiceway.strategies.server import SERVER, Adam, Momentum, ServerOptimizer, Yogi
 from sluiceway.strategies.usage import Usage
@@ -82,6 +89,8 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "FrozenGate",
+    "GeometricMedian",
+    "Krum",
     "LocalContext",
     "Median",
     "Momentum",

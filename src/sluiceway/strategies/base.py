@@ -100,7 +100,11 @@ class LocalContext:
 
 
 class UpdateRule(Protocol):
-    """A function on a round's updates, called before the strategy adds them up; see `robust`."""
+    """A function on a round's updates, called before the strategy adds them up; see `robust`.
+
+    It may have a method `least()`, how many clients a round must have for it to be of use; a run
+    of fewer is refused.
+    """
 
     def streams(self) -> bool:
         """True if it changes each update by itself, so that it may be called with one at a time."""

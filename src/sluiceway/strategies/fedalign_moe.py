@@ -98,7 +98,7 @@ class FedAlignMoE(FedAvg):
     semantic: bool | None = None
     experts: Literal["region", "semantic", "mean"] | None = None
     moments: Literal["full", "low-rank", "diagonal"] = "full"
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=100_000)
     down: Literal["diagonal", "moments", "mean"] = "diagonal"
     lambda_: float = Field(
         default=0.1, ge=0, validation_alias="lambda", serialization_alias="lambda"

@@ -38,6 +38,9 @@ class Median:
         """How many of `count` >= 1 values are dropped at each end."""
         return (count - 1) // 2
 
+    def least(self) -> int:
+        return 3
+
     def streams(self) -> bool:
         return False
 
@@ -62,6 +65,10 @@ class TrimmedMean:
         """How many of `count` >= 1 values are dropped at each end, in [0, count / 2)."""
         # 0.29 * 100 is a little less than 29 in floating point
         return min(int(self.share * count + 1e-9), (count - 1) // 2)
+
+    def least(self) -> int:
+        # Without a share it drops nobody, as it was asked to.
+        return max(3, math.ceil(1 / self.share - 1e-9)) if self.share else 1
 
     def streams(self) -> bool:
         return False
@@ -133,6 +140,175 @@ class NormClipping:
             replace(update, tensors=sent.within(limits[0]), extra=besides.within(limits[1]))
             for update, sent, besides in zip(updates, tensors, extra, strict=True)
         ]
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Krum:
+    """Whole updates that are close to most others [paper: Blanchard et al., NeurIPS 2017].
+
+    The score of an update is the sum of its squared distances to the N - f - 2 updates closest to
+    it. Of the N updates those with the `keep` smallest scores are added up by the strategy, as they
+    came; the others are not (multi-Krum, and Krum with `keep = 1`). Distances are over all trained
+    tensors; what an update left out is unchanged [ours].
+
+    liars: f, how many clients of a round may lie, >= 1; N must be 2 f + 3 or more. Of a round with
+        fewer updates f is as large as N allows [ours].
+    keep: updates that are used, >= 1; None for N - f.
+    """
+
+    liars: int = Field(default=1, ge=1, le=100_000)
+    keep: int | None = Field(default=None, ge=1, le=100_000)
+
+    def least(self) -> int:
+        return 2 * self.liars + 3
+
+    def streams(self) -> bool:
+        return False
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        count = len(updates)
+        liars = min(self.liars, max(0, (count - 3) // 2))
+        scores = krum_scores(squared_distances(products(updates, strategy)), liars)
+        best = scores.argsort(stable=True)[: self.keep or count - liars].tolist()
+        return [updates[i] for i in sorted(best)]
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class GeometricMedian:
+    """The point with the least sum of distances to the updates [paper: RFA, arXiv 1912.13445].
+
+    v = argmin sum_i ||v - w_i||, over whole updates, by Weiszfeld's steps
+    v = sum_i b_i w_i / sum_i b_i, b_i = 1 / max(nu, ||v - w_i||), from the mean on. All updates
+    carry v, as for `Median`, so that clients count alike [ours]. An expert that a client left out
+    is unchanged for it; of extra tensors the same combination is taken, over those that sent them
+    [ours]. It stays near the honest updates while they are more than half.
+
+    nu: the smallest distance, as a share of the largest, in (0, 1) [ours].
+    steps: of that iteration, in [1, 10^5].
+    """
+
+    nu: float = Field(default=1e-6, gt=0, lt=1)
+    steps: int = Field(default=100, ge=1, le=100_000)
+
+    def least(self) -> int:
+        return 3
+
+    def streams(self) -> bool:
+        return False
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        if len(updates) == 1:
+            return updates
+        weights = weiszfeld(products(updates, strategy), self.nu, self.steps).tolist()
+        pieces = {piece.key: piece for piece in strategy.shared_pieces}
+
+        def received(name: str) -> Tensor | None:
+            return pieces[name].of(strategy.tensors) if name in pieces else None
+
+        tensors = Combination([update.tensors for update in updates], weights, received)
+        extra = Combination([update.extra for update in updates], weights, lambda name: None)
+        return [
+            replace(
+                update,
+                tensors=Lazily(tensors.names, tensors.of),
+                extra=Lazily(list(update.extra), extra.of),
+            )
+            for update in updates
+        ]
+
+
+def products(updates: Sequence[Update], strategy: Strategy) -> Tensor:
+    """The inner products of the updates' changes, [N, N] float64.
+
+    Memory: `SLICE` values of every client at a time.
+    """
+    gram = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for piece in strategy.shared_pieces:
+        old = piece.of(strategy.tensors)
+        values = [update.tensors.get(piece.key) for update in updates]
+        if not old.is_floating_point() or all(value is None for value in values):
+            continue
+        flat = [None if value is None else value.detach().cpu().reshape(-1) for value in values]
+        for begin in range(0, old.numel(), SLICE):
+            at = slice(begin, begin + SLICE)
+            base = old.reshape(-1)[at]
+            none = torch.zeros(len(base), dtype=torch.float64)
+            rows = [none if value is None else value[at].double() - base for value in flat]
+            changes = torch.stack(rows)
+            gram += changes @ changes.T
+    return gram
+
+
+def squared_distances(gram: Tensor) -> Tensor:
+    """||x_i - x_j||^2 from inner products, [N, N]."""
+    squares = gram.diagonal()
+    return (squares[:, None] + squares[None] - 2 * gram).clamp_min(0).fill_diagonal_(0)
+
+
+def krum_scores(distances: Tensor, liars: int) -> Tensor:
+    """The sum of each row's N - f - 2 smallest squared distances to others, at least one; [N]."""
+    count = len(distances)
+    if count < 2:
+        return torch.zeros(count, dtype=distances.dtype)
+    others = distances.clone().fill_diagonal_(math.inf).sort(1).values
+    return others[:, : max(1, count - liars - 2)].sum(1)
+
+
+def weiszfeld(gram: Tensor, nu: float, steps: int) -> Tensor:
+    """Weights of the geometric median of N points, [N], >= 0 and summing to one.
+
+    Args:
+        gram: inner products of the points, [N, N] float64.
+        nu: smallest distance, as a share of the largest of the first step.
+        steps: of Weiszfeld's iteration.
+    """
+    weights = torch.full((len(gram),), 1 / len(gram), dtype=gram.dtype)
+    least = None
+    for _ in range(steps):
+        mixed = gram @ weights
+        squares = gram.diagonal() - 2 * mixed + weights @ mixed
+        distances = squares.clamp_min(0).sqrt()
+        if least is None:
+            least = nu * distances.max()
+            if not least:  # all are alike
+                return weights
+        weights = 1 / distances.clamp_min(least)
+        weights = weights / weights.sum()
+    return weights
+
+
+class Combination:
+    """Named tensors added up with a weight for each client, made once, when asked for.
+
+    Args:
+        sent: what each client sent, by name.
+        weights: of the clients, summing to one.
+        before: what counts for a client that did not send a name; None leaves it out, and the
+            others' weights are scaled up.
+    """
+
+    def __init__(
+        self,
+        sent: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float],
+        before: Callable[[str], Tensor | None],
+    ) -> None:
+        self.sent, self.weights, self.before = sent, weights, before
+        self.names = dict.fromkeys(name for one in sent for name in one)
+        self.made: dict[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor:
+        """The combined tensor, in the type of the first that was sent."""
+        if name not in self.made:
+            like = next(one[name] for one in self.sent if name in one)
+            total, summed = torch.zeros_like(like, dtype=torch.float64), 0.0
+            for one, weight in zip(self.sent, self.weights, strict=True):
+                value = one[name] if name in one else self.before(name)
+                if value is not None:
+                    total.add_(value.to(total), alpha=weight)
+                    summed += weight
+            self.made[name] = (total / summed).to(like.dtype) if summed else like
+        return self.made[name]
 
 
 class Lazily(Mapping[str, Tensor]):
@@ -266,4 +442,6 @@ ROBUST: dict[str, type[UpdateRule]] = {
     "median": Median,
     "trimmed-mean": TrimmedMean,
     "norm-clipping": NormClipping,
+    "krum": Krum,
+    "geometric-median": GeometricMedian,
 }
