@@ -3,9 +3,12 @@
     python benchmarks/fuzz.py                          20,000 inputs, in turn of every kind
     python benchmarks/fuzz.py --only update --inputs 500 --seed 7
 
-Limits: nothing but the one error that a reader promises, with a message of one line; at most 2 s an
-input; and no allocation beyond 1 GiB, which is more than any valid input here takes by a thousand
-times. A failure is printed with what makes it again.
+Besides what is broken: updates that are well formed and lie in one number, smashed data headed as
+another batch, frames, and what sites say when they join.
+
+Limits: nothing but the one error that a reader promises, with a message of one line; at most 15 s
+an input; and no allocation beyond 1 GiB, which is more than any valid input here takes by a
+thousand times. A failure is printed with what makes it again.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,10 +61,21 @@ from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
 from sluiceway.split import BatchId, Compressor, Conv4, Quantized, TopK, split_train
 from sluiceway.split.messages import read_round_end, read_round_start
 from sluiceway.strategies import Broadcast, FedAlignMoE, Strategy, Update
+from sluiceway.transport.framing import (
+    BODY_LIMIT,
+    FACTS_LIMIT,
+    HEADER,
+    MAGIC,
+    FrameError,
+    lengths,
+    parse,
+)
 from sluiceway.transport.local import federate
+from sluiceway.transport.protocol import Response
+from sluiceway.transport.remote import COUNT_LIMIT, counts_of
 
 #: Seconds an input may take, and bytes it may allocate.
-SECONDS, BYTES = 2.0, 1 << 30
+SECONDS, BYTES = 15.0, 1 << 30
 
 #: What a hostile sender might write into a field.
 NUMBERS = (0, -1, 1, 2, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30)
@@ -87,7 +101,7 @@ class Kind:
 
     make: Callable[[random.Random], Any]
     read: Callable[[Any], object]
-    error: type[Exception]
+    error: type[Exception] | tuple[type[Exception], ...]
 
 
 # -- breaking things -------------------------------------------------------------------------------
@@ -243,6 +257,7 @@ class World:
         worker = Worker(self.model, [words(12, 1)], words(6, 2), self.strategy, Training())
         opening = self.strategy.broadcast(1)
         self.update = self.packed(write_update, worker.train(0, opening, {}, personal=True))
+        self.honest = read_update(self.file(self.update, "honest"))
         self.broadcast = self.packed(write_broadcast, opening)
         layers = {"model": {"front.weight": torch.ones(4, 3)}, "extra": {"x": torch.ones(2)}}
         mask = {"mask": {"kept": torch.tensor([True, False, True])}}
@@ -303,12 +318,39 @@ class World:
 
     def read_update(self, data: bytes) -> None:
         found = read_update(self.file(data))
-        why = fault(found, self.strategy, 1, [0, 1])
-        require(why is None or "\n" not in why, "a fault of several lines")
         require_size([*found.tensors.values(), *found.extra.values()], data)
-        if why is None:
-            strategy = copy.deepcopy(self.strategy)
-            aggregate(strategy, [found])
+        self.read_report(found)
+
+    def read_report(self, found: Update) -> None:
+        """What the schema lets through can be aggregated, and leaves the model finite."""
+        why = fault(found, self.strategy, 1, [0, 1], examples=[12, 0])
+        if why is not None:
+            raise Unfit(why)
+        require(0 < found.examples <= 12, f"{found.examples} examples of 12")
+        strategy = copy.deepcopy(self.strategy)
+        aggregate(strategy, [found])
+        for tensor in strategy.state_dict().values():
+            require(bool(tensor.isfinite().all()), "a state that is not finite")
+
+    def read_due(self, given: tuple[int, bytes]) -> None:
+        """Smashed data are opened only as the batch that is due, and with as many rows."""
+        index, data = given
+        link, ticket, _, _ = self.smashed[index]
+        found = link.open(data, (3, 4, 5, 5), ticket.batch, labels=True, classes=3)
+        require(found.context.batch == ticket.batch, f"opened as {found.context.batch}")
+        require(len(found.values) == 3, f"{len(found.values)} rows of 3")
+
+    def read_frame(self, data: bytes) -> None:
+        if len(data) < HEADER.size:
+            raise FrameError("cut")
+        text, body = lengths(data[: HEADER.size])
+        require(text <= FACTS_LIMIT and body <= BODY_LIMIT, "a frame beyond its limits")
+        parse(data[HEADER.size : HEADER.size + text])
+
+    def read_counts(self, said: Any) -> None:
+        counts = counts_of(Response({"label_counts": said}), "site", classes=3)
+        require(len(counts) <= 3, f"{len(counts)} classes of 3")
+        require(all(type(n) is int and 0 <= n <= COUNT_LIMIT for n in counts), f"{counts}")
 
     def read_smashed(self, given: tuple[int, bool, bytes]) -> None:
         index, back, data = given
@@ -330,6 +372,58 @@ class World:
         self.train(kind, 2, Checkpoint(folder, resume=True))
 
     # -- makers ------------------------------------------------------------------------------------
+
+    def lying_update(self, rng: random.Random) -> Update:
+        """A well-formed update with one or two lies: whose it is, a number, a tensor, a report."""
+        update = self.honest
+        for _ in range(rng.choice((1, 1, 2))):
+            how = rng.randrange(6)
+            number = rng.choice([x for x in VALUES if type(x) in (int, float)])
+            if how == 0:
+                name = rng.choice(("client", "round", "examples"))
+                lie: dict[str, Any] = {name: rng.choice(NUMBERS)}
+                update = replace(update, **lie)
+            elif how == 1:
+                name = rng.choice(("loss", "personal_accuracy", "\0\x1b[2J" * 99))
+                update = replace(update, metrics={**update.metrics, name: number})
+            elif how == 2:
+                key = rng.choice(list(update.tensors))
+                tensors = {**update.tensors, key: spoiled(rng, update.tensors[key], float(number))}
+                update = replace(update, tensors=tensors)
+            elif how == 3:
+                extra = {rng.choice(("x", "\x1b[31m" * 999)): torch.tensor([float(number)])}
+                update = replace(update, extra=extra)
+            else:
+                report = update.routing[0]
+                part = rng.choice(("load", "routing", "margin", "region", "tokens"))
+                value: Any = getattr(report, part)
+                if part == "tokens":
+                    value = rng.choice(NUMBERS)
+                elif part == "region" and rng.random() < 0.3:
+                    value = None
+                elif value is not None:
+                    value = spoiled(rng, value, float(number))
+                update = replace(update, routing=[replace(report, **{part: value})])
+        return update
+
+    def headed(self, rng: random.Random) -> tuple[int, bytes]:
+        """Smashed data whose header says something else, or that are broken."""
+        index = rng.randrange(len(self.smashed))
+        data = bytearray(self.smashed[index][2])
+        if rng.random() < 0.3:
+            return index, broken(rng, bytes(data))
+        at = rng.choice((12, 16, 20, 24, 28, 32, 36, 40))
+        data[at : at + 4] = (rng.choice(NUMBERS) % 2**32).to_bytes(4, "little")
+        return index, bytes(data)
+
+    def frame(self, rng: random.Random) -> bytes:
+        facts = json.dumps({"what": "send", "batch": 3, "x": rng.choice(VALUES[:-8])}).encode()
+        return broken(rng, HEADER.pack(MAGIC, len(facts), 7) + facts + bytes(7))
+
+    def counts(self, rng: random.Random) -> Any:
+        return rng.choice(
+            ([rng.choice(VALUES) for _ in range(rng.choice((0, 1, 3, 4)))], [1] * 10**5, *VALUES)
+        )
 
     def recipe_text(self, rng: random.Random) -> Path:
         text = tomli_w.dumps(read_tables(rng.choice(list(shipped_recipes()))))
@@ -367,13 +461,17 @@ class World:
             "recipe text": Kind(self.recipe_text, load_recipe, InputError),
             "override": Kind(odd_override, lambda o: load_recipe("quickstart", [o]), InputError),
             "broadcast": Kind(lambda r: message(r, self.broadcast), self.read_broadcast, WireError),
-            "update": Kind(lambda r: message(r, self.update), self.read_update, WireError),
+            "update": Kind(lambda r: message(r, self.update), self.read_update, (WireError, Unfit)),
             "opening": Kind(
                 lambda r: message(r, self.opening), lambda m: read_round_start(m, 1, 3), WireError
             ),
             "closing": Kind(
                 lambda r: message(r, self.closing), lambda m: read_round_end(m, 0, 1, 3), WireError
             ),
+            "lying update": Kind(self.lying_update, self.read_report, Unfit),
+            "header": Kind(self.headed, self.read_due, WireError),
+            "frame": Kind(self.frame, self.read_frame, FrameError),
+            "label counts": Kind(self.counts, self.read_counts, HandshakeError),
             "smashed": Kind(self.broken_smashed, self.read_smashed, WireError),
             "checkpoint": Kind(self.broken_checkpoint, self.read_checkpoint, CheckpointError),
             "card": Kind(
@@ -396,6 +494,24 @@ def odd_facts(rng: random.Random, facts: Any) -> Any:
             where[key] = rng.choice([value for value in VALUES if value != "é\udcff"])
             return facts
         where = where[key]
+
+
+class Unfit(Exception):
+    """An update that the schema refuses."""
+
+
+def spoiled(rng: random.Random, tensor: Tensor, number: float) -> Tensor:
+    """A tensor with another number in it, everywhere or once, or of another shape or type."""
+    how = rng.randrange(5)
+    if how == 0:
+        return tensor[:-1] if tensor.dim() else tensor
+    if how == 1:
+        return tensor.to(rng.choice((torch.float16, torch.float64, torch.int64)))
+    changed = tensor.clone().reshape(-1)
+    changed[slice(None) if how == 2 else rng.randrange(len(changed))] = torch.tensor(number).to(
+        tensor
+    )
+    return changed.reshape(tensor.shape)
 
 
 class Wrong(Exception):

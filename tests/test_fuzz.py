@@ -20,7 +20,7 @@ def test_broken_inputs_are_read_or_refused_in_a_line() -> None:
     )
     assert found.returncode == 0, found.stderr
     rows = [line.split("|") for line in found.stdout.splitlines()[2:]]
-    assert len(rows) == 10
+    assert len(rows) == 14
     # Most are refused, and of most kinds some are not: the limits do not refuse everything.
     assert sum(int(row[4]) for row in rows) > 400
     assert sum(int(row[3]) > 0 for row in rows) >= 7
