@@ -112,6 +112,9 @@ def run(
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
     also = f", personal {personal:.4f}" if personal is not None else ""
     also += f", with nothing dropped {full:.4f}" if full is not None else ""
+    if (name := summary["metric"]) != "accuracy" and summary["metric_value"] is not None:
+        values = summary["metric_value"], summary["metric_best"]
+        also += f", {name} {values[0]:.4f} (best {values[1]:.4f})"
     print(
         f"{summary['method']}: accuracy {summary['accuracy']:.4f} "
         f"(best {summary['best_accuracy']:.4f}{also}) "

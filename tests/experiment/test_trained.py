@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.metrics
 import torch
 from PIL import Image
 from tests.experiment.conftest import Run
@@ -192,3 +193,48 @@ def test_split_train_returns_what_was_measured(method: str) -> None:
     test_inputs, test_labels = parts[2].tensors
     right = (result.model(test_inputs).argmax(1) == test_labels).double().mean()
     assert float(right) == result.accuracy
+
+
+def test_metrics_are_in_the_summary_and_decide(
+    run: Run, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = run(recipe, "out", "run.metric=macro_f1", "run.keep=best", "run.rounds=5")
+    assert f"macro_f1 {summary['macro_f1']:.4f}" in capsys.readouterr().out
+    series = [one["macro_f1"] for one in summary["metrics_by_round"]]
+    assert summary["metric_value"] == summary["macro_f1"] == series[-1]
+    assert summary["metric_best"] == max(series)
+    model = sluiceway.load(tmp_path / "out")
+    assert model.round == series.index(max(series)) + 1
+    texts = load_own(str(load_recipe(recipe).data.path), test_fraction=0.2, seed=0).test
+    last = sluiceway.load(tmp_path / "out", "last").predict(texts.texts)
+    guessed = last.probabilities.argmax(1).numpy()
+    f1 = sklearn.metrics.f1_score(texts.labels, guessed, average="macro", zero_division=0)
+    assert summary["macro_f1"] == pytest.approx(f1, abs=1e-12)
+    matrix = sklearn.metrics.confusion_matrix(texts.labels, guessed, labels=range(3))
+    assert summary["confusion"] == matrix.tolist()
+    area = sklearn.metrics.roc_auc_score(texts.labels, last.probabilities, multi_class="ovr")
+    assert summary["auc"] == pytest.approx(area, abs=1e-6)
+    assert [row["label"] for row in summary["by_class"]] == summary["label_names"]
+    known = [value for value in summary["accuracy_by_client"] if value is not None]
+    assert summary["client_accuracy_worst"] == min(known)
+    assert summary["client_accuracy_mean"] == pytest.approx(sum(known) / len(known))
+
+
+def test_metrics_of_masks_by_client(run: Run, split_recipe: Path) -> None:
+    summary = run(
+        split_recipe, "out", "method.name=acp-sl", "method.share=0.3", "method.masks=client"
+    )
+    assert 0 < summary["macro_f1"] <= 1
+    assert sum(map(sum, summary["confusion"])) == 300  # three clients' masks, 100 examples
+    right = sum(row[i] for i, row in enumerate(summary["confusion"]))
+    assert abs(right / 300 - summary["accuracy"]) < 0.2
+
+
+def test_a_finished_run_has_its_metrics_after_resume(
+    run: Run, recipe: Path, tmp_path: Path
+) -> None:
+    before = run(recipe)
+    assert main(["run", str(recipe), "--out", str(tmp_path / "out"), "--resume"]) == 0
+    after = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert after["confusion"] == before["confusion"]
+    assert after["metrics_by_round"] == before["metrics_by_round"]

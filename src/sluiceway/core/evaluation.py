@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from sluiceway.core.batches import Batch, Examples, labels_of
 
 #: Examples a forward pass; bigger than in training, for nothing is kept for a backward.
 BATCH = 64
+#: Probabilities that are kept of an evaluation, at most (80 MB): beyond, there is no AUC.
+SCORES_LIMIT = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,16 @@ class Evaluation:
         correct: right answers by true class, [C] int64.
         total: examples by true class, [C] int64.
         loss: sum of the examples' losses.
+        confusion: examples by true and predicted class, [K, K] int64 with K >= C.
+        scores: of each batch labels [B] int64 and probabilities [B, K] float32; () where they are
+            not kept.
     """
 
     correct: Tensor
     total: Tensor
     loss: float
+    confusion: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    scores: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @staticmethod
     def nothing() -> Evaluation:
@@ -35,13 +42,26 @@ class Evaluation:
 
     @staticmethod
     def of(
-        logits: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor], classes: int
+        logits: Tensor,
+        labels: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        classes: int,
+        *,
+        scores: bool = False,
     ) -> Evaluation:
-        """Counts of one batch: logits [B, C], labels [B] below `classes`, on one device."""
+        """Counts of one batch: logits [B, K], labels [B] below `classes`, on one device."""
         summed = float(loss(logits, labels)) * len(labels)
         guessed, labels = logits.argmax(-1).cpu(), labels.cpu()
         correct = torch.bincount(labels[guessed == labels], minlength=classes)
-        return Evaluation(correct, torch.bincount(labels, minlength=classes), summed)
+        size = max(classes, logits.shape[-1])
+        confusion = torch.bincount(labels * size + guessed, minlength=size * size)
+        return Evaluation(
+            correct,
+            torch.bincount(labels, minlength=classes),
+            summed,
+            confusion.view(size, size),
+            ((labels, logits.float().softmax(-1).cpu()),) if scores else (),
+        )
 
     def __add__(self, other: Evaluation) -> Evaluation:
         classes = max(len(self.total), len(other.total))
@@ -49,6 +69,8 @@ class Evaluation:
             widened(self.correct, classes) + widened(other.correct, classes),
             widened(self.total, classes) + widened(other.total, classes),
             self.loss + other.loss,
+            squared(self.confusion, other.confusion),
+            self.scores + other.scores,
         )
 
     @property
@@ -89,6 +111,12 @@ def widened(counts: Tensor, classes: int) -> Tensor:
     return out
 
 
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two square matrices of counts, the smaller one with zeros after it."""
+    size = max(len(a), len(b))
+    return widened(widened(a.T, size).T, size) + widened(widened(b.T, size).T, size)
+
+
 def label_counts(clients: Sequence[Examples]) -> Tensor:
     """Who holds what, [clients, classes] int64."""
     found = [torch.bincount(labels_of(c)) if len(c) else torch.zeros(0).long() for c in clients]
@@ -112,5 +140,7 @@ def evaluate(
     for part in torch.as_tensor(indices, dtype=torch.int64).split(BATCH):
         if len(part):
             batch = Batch.of(examples, part, device)
-            found += Evaluation.of(batch.run(model), batch.labels, loss, classes)
+            logits = batch.run(model)
+            kept = len(examples) * logits.shape[-1] <= SCORES_LIMIT
+            found += Evaluation.of(logits, batch.labels, loss, classes, scores=kept)
     return found

@@ -38,6 +38,7 @@ from sluiceway.core.guards import (
     norm,
 )
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
+from sluiceway.core.metrics import metrics_of
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError, line
@@ -159,7 +160,7 @@ class Record:
     those that gave none. `retries` says how often the round was tried again, for want of usable
     updates or without outliers: bytes, rejected and failed are of all its attempts, clients those
     that were last drawn.
-    `metrics` are the global model's by name, on the global test set.
+    `metrics` are the global model's by name (see `metrics_of`), on the global test set.
     """
 
     round: int
@@ -210,6 +211,7 @@ class Result:
             test examples weighted as it holds labels.
         empty: clients that hold no example.
         label_counts: [clients, classes], who holds what.
+        confusion: test examples by true and predicted class, [K, K], of the last evaluation.
         model: the function whose accuracy the last record reports, with its trained values.
     """
 
@@ -218,6 +220,7 @@ class Result:
     personal_accuracy: dict[int, float] = field(default_factory=dict)
     empty: list[int] = field(default_factory=list)
     label_counts: list[list[int]] = field(default_factory=list)
+    confusion: list[list[int]] = field(default_factory=list)
     model: nn.Module | None = None
 
     @property
@@ -269,7 +272,7 @@ class Result:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, ready for JSON."""
-        return {"personal_accuracy": self.personal_accuracy}
+        return {"personal_accuracy": self.personal_accuracy, "confusion": self.confusion}
 
     def take(self, saved: Saved, kind: type[Record]) -> None:
         """Continue from what `facts` gave. Raises CheckpointError."""
@@ -281,6 +284,7 @@ class Result:
         except Exception as error:
             why = line(str(error))
             raise CheckpointError(f"{saved.folder / 'run.json'} is not ours ({why})") from error
+        self.confusion = saved.facts.get("confusion", [])
         self.records += records
         self.forget_clients(1)
         self.personal_accuracy |= personal
@@ -445,6 +449,8 @@ class Loop:
         self.result.personal_accuracy |= final.personal
         # 5. Record.
         evaluation = found if self.rounds.evaluated(number) else None
+        if evaluation:
+            self.result.confusion = evaluation.confusion.tolist()
         filters = [attempt.filter for attempt in attempts]
         return Record(
             round=number,
@@ -462,23 +468,29 @@ class Loop:
             report=self.strategy.report(),
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,
+            metrics=metrics_of(evaluation) if evaluation else {},
         )
 
     def idle_round(self, number: int) -> Record:
         """A round in which nothing changes: the model is evaluated once, and that is repeated."""
         began = time.perf_counter()
         accuracy, loss, by_client = None, None, list[float | None]()
+        metrics: dict[str, float] = {}
         if self.rounds.evaluated(number):
             known = [record for record in self.result.records if record.accuracy is not None]
             if known:
                 last = known[-1]
                 accuracy, loss, by_client = last.accuracy, last.loss, last.accuracy_by_client
+                metrics = last.metrics
             else:
                 found = self.engine.evaluate(self.strategy.tensors)
-                accuracy, loss = found.accuracy, found.mean_loss
+                accuracy, loss, metrics = found.accuracy, found.mean_loss, metrics_of(found)
+                self.result.confusion = found.confusion.tolist()
                 by_client = found.accuracy_by_client(self.label_counts)
         seconds = time.perf_counter() - began
-        return Record(number, accuracy, loss, None, 0, 0, seconds, [], {}, by_client)
+        return Record(
+            number, accuracy, loss, None, 0, 0, seconds, [], {}, by_client, metrics=metrics
+        )
 
     def attempt(self, number: int, chosen: Sequence[int], hold: bool = False) -> Attempt:
         """Broadcast, and push each usable update into the strategy as it arrives.

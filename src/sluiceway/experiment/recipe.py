@@ -122,8 +122,10 @@ class Run(BaseModel):
     """Rounds between checkpoints; the last round has one too."""
     checkpoint_keep: int = Field(default=2, ge=1, le=99_999)
     """How many checkpoints are kept, the newest."""
-    metric: Literal["accuracy"] = "accuracy"
-    """The measure on the test set by which rounds are compared: of the best model, of patience."""
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auc"] = "accuracy"
+    """The measure on the test set by which rounds are compared (the best model, patience) and that
+    is shown: balanced accuracy is the mean over classes, auc that of each class against the rest,
+    for up to 20 million probabilities."""
     keep: Literal["last", "best"] = "last"
     """Which model a run is there for: that of the last round, or of the first of the best rounds by
     run.metric. The last one is kept always."""

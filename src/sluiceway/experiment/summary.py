@@ -6,11 +6,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 
 import sluiceway
+from sluiceway.core.metrics import METRICS, by_class
 from sluiceway.core.round_loop import Result
 from sluiceway.data import ImageData
 from sluiceway.experiment.recipe import Recipe
@@ -53,6 +55,8 @@ def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> 
             "label_names": list(outcome.label_names),
             "label_counts": result.label_counts,
             "input": outcome.input,
+            "confusion": result.confusion,
+            "by_class": by_class(result.confusion, outcome.label_names),
             "engine": recipe.run.engine,
             "device": device,
             "versions": {
@@ -76,6 +80,12 @@ def summary_so_far(
     """
     accuracy = [record["accuracy"] for record in records]
     evaluated = [record for record in records if record["accuracy"] is not None] or [{}]
+    metric = recipe.get("run", {}).get("metric", "accuracy")
+    measured = [
+        {"accuracy": r["accuracy"]} | r.get("metrics", {}) if r["accuracy"] is not None else {}
+        for r in records
+    ]
+    scores = [one[metric] for one in measured if metric in one]
     return {
         "recipe": recipe,
         "method": recipe.get("method", {}).get("name", "unknown method"),
@@ -84,11 +94,28 @@ def summary_so_far(
         "accuracy": evaluated[-1].get("accuracy"),
         "best_accuracy": max((r["accuracy"] for r in evaluated if r), default=None),
         "accuracy_by_round": accuracy,
+        "metric": metric,
+        "metric_value": scores[-1] if scores else None,
+        "metric_best": max(scores, default=None),
+        **dict.fromkeys(METRICS[1:]),
+        **evaluated[-1].get("metrics", {}),
+        "metrics_by_round": measured,
         "accuracy_by_client": evaluated[-1].get("accuracy_by_client"),
+        **client_accuracy(evaluated[-1].get("accuracy_by_client") or []),
         "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
         **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
         "clients": recipe.get("data", {}).get("clients"),
         **split_facts(records),
+    }
+
+
+def client_accuracy(by_client: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, worst and standard deviation over the clients that have an accuracy."""
+    known = [value for value in by_client if value is not None and value == value]
+    return {
+        "client_accuracy_mean": fmean(known) if known else None,
+        "client_accuracy_worst": min(known, default=None),
+        "client_accuracy_std": pstdev(known) if known else None,
     }
 
 

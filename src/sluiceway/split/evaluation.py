@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sluiceway.channels import Basis
 from sluiceway.core.batches import Batch, Examples, labels_of
-from sluiceway.core.evaluation import BATCH, Evaluation
+from sluiceway.core.evaluation import BATCH, SCORES_LIMIT, Evaluation
+from sluiceway.core.metrics import METRICS, metrics_of
 from sluiceway.split.config import SplitConfig, SplitModel
 from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.mask_selector import ALL
@@ -42,6 +43,22 @@ class SplitEvaluation:
             sum(weights[c] * found.accuracy for c, found in self.deployed.items()),
             sum(weights[c] * found.mean_loss for c, found in self.deployed.items()),
         )
+
+    def metrics(self, sizes: Sequence[int]) -> dict[str, float]:
+        """`metrics_of` as deployed, the mean over clients as in `mean`."""
+        measured = {client: metrics_of(found) for client, found in self.deployed.items()}
+        names = set.intersection(*(set(values) for values in measured.values()))
+        whole = 1 if ALL in measured else sum(sizes[client] for client in measured)
+        weights = {client: 1 if ALL in measured else sizes[client] for client in measured}
+        return {
+            name: sum(weights[c] * values[name] for c, values in measured.items()) / whole
+            for name in METRICS
+            if name in names
+        }
+
+    def confusion(self) -> Tensor:
+        """Examples by true and predicted class, [K, K], as deployed with every client's mask."""
+        return sum(self.deployed.values(), Evaluation.nothing()).confusion
 
 
 class Evaluator:
@@ -97,7 +114,8 @@ class Evaluator:
         return exact and (mask is None or bool(mask.all()))
 
     def _evaluation(self, logits: Tensor, labels: Tensor) -> Evaluation:
-        return Evaluation.of(logits, labels, self.config.loss, self.classes)
+        kept = len(self.test) * logits.shape[-1] <= SCORES_LIMIT
+        return Evaluation.of(logits, labels, self.config.loss, self.classes, scores=kept)
 
 
 def key_of(mask: Tensor | None) -> bytes:

@@ -63,6 +63,7 @@ class SplitLoop:
         servers: the server's side by client, or of `ALL`.
         masks: of the channels.
         mixer: of a method that sends components of a basis, or None.
+        confusion: of the newest evaluation, see `Result`.
         traffic, rejected, losses, counts: of the current round: bytes; by client why its layers
             were not averaged; examples and summed losses at clients' tails; by name the largest of
             the clients' counts of batches.
@@ -81,6 +82,7 @@ class SplitLoop:
         self.sizes: list[int] = label_counts.sum(1).tolist()
         self.eligible = [client_id for client_id, size in enumerate(self.sizes) if size]
         self.servers = setup.servers()
+        self.confusion: list[list[int]] = []
         self.evaluator = Evaluator(test, setup.config)
         largest = sorted(self.sizes, reverse=True)[: len(plan.chosen(1, self.eligible))]
         nbytes, crossing = setup.round_bytes(largest), setup.model.shape[0]
@@ -268,6 +270,7 @@ class SplitLoop:
         masks, crossing = self.masks, self.model.shape[0]
         found = self.evaluator.evaluate(self.model, self.deployed_masks(), self.basis)
         accuracy, loss = found.mean(self.sizes)
+        self.confusion = found.confusion().tolist()
         kept = [crossing if (m := masks.mask(i)) is None else int(m.sum()) for i in chosen]
         scores = masks.merged_scores()
         mask = masks.mask(ALL) if masks.merged else None
@@ -286,6 +289,7 @@ class SplitLoop:
                 for i, held in enumerate(self.label_counts)
             ],
             report=self.strategy.report(),
+            metrics=found.metrics(self.sizes),
             accuracy_full=found.full.accuracy,
             kept=sum(kept) / len(kept),
             channels=self.model.channels,

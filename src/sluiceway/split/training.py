@@ -175,7 +175,7 @@ def run_rounds(
             tensors = trained(loop)
             require_usable(record, tensors, plan.min_clients)
             result.records.append(record)
-            result.tensors = tensors
+            result.tensors, result.confusion = tensors, loop.confusion
             if checkpoint:
                 now = Snapshot(
                     round,
