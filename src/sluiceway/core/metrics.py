@@ -59,10 +59,10 @@ def by_class(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list[d
     """
     from sklearn import metrics
 
-    counts = np.asarray(confusion, dtype=np.int64)
-    true, guessed = np.nonzero(counts)
-    if not len(true):
+    counts = np.asarray(confusion, dtype=np.int64).reshape(len(confusion), -1)
+    if not counts.any():
         return []
+    true, guessed = np.nonzero(counts)
     found = metrics.precision_recall_fscore_support(
         true,
         guessed,
