@@ -59,9 +59,9 @@ def by_class(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list[d
     """
     from sklearn import metrics
 
-    counts = np.asarray(confusion, dtype=np.int64).reshape(len(confusion), -1)
-    if not counts.any():
+    if not sum(map(sum, confusion)):
         return []
+    counts = np.asarray(confusion, dtype=np.int64)
     true, guessed = np.nonzero(counts)
     found = metrics.precision_recall_fscore_support(
         true,
