@@ -133,7 +133,9 @@ def line_of(tree: Path, name: str, out: Path) -> dict[str, object]:
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         recipe, settings = RUNS[name]
-        given = [part for setting in [*SHORT, *settings] for part in ("--set", setting)]
+        known = "head_start" in (tree / "src/sluiceway/experiment/recipe.py").read_text()
+        old = ["model.head_start=random"] if known else []  # as heads started before it was there
+        given = [part for setting in [*SHORT, *old, *settings] for part in ("--set", setting)]
         done = subprocess.run(
             [sys.executable, "-m", "sluiceway.cli", "run", recipe, *given, "--out", str(folder)],
             env={**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"},

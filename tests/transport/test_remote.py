@@ -137,12 +137,15 @@ def test_the_others_go_on_without_a_site_that_is_away(recipe: Path, tmp_path: Pa
 def test_all_sites_away(recipe: Path, tmp_path: Path) -> None:
     reach = transport(tmp_path / "sites")
 
+    def all_leave(rounds: int) -> None:
+        reach.away.update(range(3))
+
+    random = small(recipe, "model.head_start=random")
     with pytest.raises(TooFewUpdates, match="it is away"):
-        run(
-            small(recipe),
-            transport=reach,
-            progress=Progress(begin=lambda rounds: reach.away.update(range(3))),
-        )
+        run(random, transport=reach, progress=Progress(begin=all_leave))
+    reach.away.clear()
+    with pytest.raises(RunFailed, match=r"no client gave sums .* it is away"):
+        run(small(recipe), transport=reach, progress=Progress(begin=all_leave))
 
 
 class Spoiling(NearbyTransport):

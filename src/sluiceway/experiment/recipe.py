@@ -226,8 +226,8 @@ class Model(BaseModel):
     a language model gives to each ending, or to each label's word after the prompt."""
     head_start: Literal["random", "means", "ridge"] | None = None
     """Federated: how a linear head starts: random, or in closed form from sums over all examples
-    that clients send once, class means or ridge regression. By default random; where answers are
-    not scored by a head with a row for each class it can be nothing else."""
+    that clients send once: class means, the default, or ridge regression. Where no head has a row
+    for each class (likelihood, multiple choice, split) it is random."""
     prompt: str = Field(default="{text}\nTopic:", max_length=10_000)
     """With likelihood: what stands around a text, with {text} once."""
     words: list[Text] | None = Field(default=None, max_length=10_000)
@@ -387,9 +387,7 @@ class Recipe(BaseModel):
     @property
     def head_start(self) -> HeadStart:
         """How the head starts, the default included."""
-        if self.model.head_start is not None or not self.has_head:
-            return self.model.head_start or "random"
-        return "means" if self.method.get("name") == "class-means" else "random"
+        return self.model.head_start or ("means" if self.has_head else "random")
 
     def built(self) -> Strategy | Compressor:
         """What [method] names: a strategy, or in a split run a compressor. Raises InputError."""
