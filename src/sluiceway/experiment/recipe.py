@@ -416,7 +416,9 @@ class Recipe(BaseModel):
 
         tables = self.model_dump(exclude_none=True)
         if self.run.kind == "federated":
-            tables["model"]["head_start"] = self.head_start
+            model = tables["model"] | {"head_start": self.head_start}
+            # In the order of the keys, so that it reads back as it was.
+            tables["model"] = {name: model[name] for name in Model.model_fields if name in model}
         tables["method"] = method_table(self.method, self.built())
         tables["train"] = TypeAdapter(type(self.training())).dump_python(self.training())
         return tables
