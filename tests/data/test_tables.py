@@ -11,6 +11,7 @@ from sluiceway.data import (
     ImageData,
     ImageTable,
     TextTable,
+    coarse_labels,
     holdout,
     limit,
     of_classes,
@@ -176,3 +177,22 @@ def test_classes_keep_their_rows_and_names(
 def test_classes_that_are_not_there_are_refused(classes: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"expected different labels of made, 0\.\.5"):
         of_classes(pictures([0, 1], [1]), classes)
+
+
+@given(label_lists, st.integers(2, 6), st.integers(0, 9))
+def test_merged_labels_are_a_function_of_the_labels(
+    labels: list[int], classes: int, seed: int
+) -> None:
+    found = coarse_labels(pictures(labels, list(range(6))), classes, seed)
+    of = found.test.labels
+    assert found.train.labels.tolist() == [of[label] for label in labels]
+    sizes = np.bincount(of, minlength=classes)
+    assert len(sizes) == len(found.label_names) == classes
+    assert sizes.min() == 6 // classes
+    assert sizes.max() == -(-6 // classes)
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+def test_labels_that_cannot_be_merged_are_refused(classes: int) -> None:
+    with pytest.raises(DataError, match=r"made has 6 labels; expected 2\.\.6"):
+        coarse_labels(pictures([0, 1], [1]), classes, 0)

@@ -214,6 +214,32 @@ def of_classes(data: Labelled, classes: Sequence[int]) -> Labelled:
     return cast(Labelled, replace(cast(Any, data.with_tables(*parts)), label_names=names))
 
 
+def coarse_labels(data: Labelled, classes: int, seed: int) -> Labelled:
+    """The same examples with their labels merged at random into fewer classes.
+
+    Args:
+        data: C labels.
+        classes: n in 2..C; each gets C / n labels, rounded down or up.
+        seed: decides which.
+
+    Raises:
+        DataError: there are not that many labels, or they are places of endings.
+    """
+    if isinstance(data, ChoiceData):
+        raise DataError(f"{data.name}: labels are places of endings, which cannot be merged")
+    count = len(data.label_names)
+    if not 2 <= classes <= count:
+        raise DataError(f"coarse = {classes}: {data.name} has {count} labels; expected 2..{count}")
+    new = np.random.default_rng(seed).permutation(np.arange(count) % classes)
+    parts = [replace(table, labels=new[table.labels]) for table in (data.train, data.test)]
+    names = tuple(
+        " or ".join(data.label_names[label] for label in np.flatnonzero(new == each)[:2])
+        + (" or others" if (new == each).sum() > 2 else "")
+        for each in range(classes)
+    )
+    return cast(Labelled, replace(cast(Any, data.with_tables(*parts)), label_names=names))
+
+
 def limit(table: AnyTable, n: int, seed: int) -> AnyTable:
     """Cap a table at `n` rows; every label keeps its share.
 

@@ -174,6 +174,9 @@ class Data(BaseModel):
         default=None, min_length=2, max_length=65_536
     )
     """Only examples of these labels, which are numbered anew in this order; all by default."""
+    coarse: int = Field(default=0, ge=0, le=65_535)
+    """Labels merged at random (by data.seed) into this many classes, which the encoder has not seen
+    as such: there is more to learn than from a class's mean; 0 leaves them as they are."""
     limit: int = Field(default=0, ge=0, le=10**12)
     """Training examples at most, a stratified sample; 0 for all."""
     test_limit: int = Field(default=0, ge=0, le=10**12)

@@ -14,6 +14,7 @@ from sluiceway.data import (
     TextData,
     TextDataset,
     cache_folder,
+    coarse_labels,
     holdout,
     image_datasets,
     limit,
@@ -120,8 +121,10 @@ def load_pictures(wanted: Data) -> ImageData:
 
 
 def chosen_classes(found: Labelled, wanted: Data) -> Labelled:
-    """The examples of the classes that [data] names. Raises DataError."""
-    return found if wanted.classes is None else of_classes(found, wanted.classes)
+    """The examples of the classes that [data] names, merged if it says so. Raises DataError."""
+    if wanted.classes is not None:
+        found = of_classes(found, wanted.classes)
+    return coarse_labels(found, wanted.coarse, wanted.seed) if wanted.coarse else found
 
 
 def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, AnyTable]:
