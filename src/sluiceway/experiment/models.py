@@ -93,8 +93,10 @@ def load_pretrained(
         backbone = backbone.get_encoder()
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # the head takes the mean of all tokens: it would only cross unused
-    backbone.config.use_cache = False  # nothing is generated, and a cache of keys costs memory
-    return Pretrained(backbone, tokenizer, place.source, backbone.config.hidden_size)
+    texts = backbone.config.get_text_config()  # of a composite model's; else the config itself
+    for config in (backbone.config, texts):
+        config.use_cache = False  # nothing is generated, and a cache of keys costs memory
+    return Pretrained(backbone, tokenizer, place.source, texts.hidden_size)
 
 
 def loaded(name: str, place: Place, language: bool, dtype: str) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ from sluiceway.errors import BAD_INPUT, SluicewayError
 from sluiceway.moe.adapters import Adapter, find_adapters, unwrapped
 from sluiceway.moe.families import FAMILIES, Family, family_of
 from sluiceway.moe.param_slice import ParamSlice
-from sluiceway.moe.search import search
+from sluiceway.moe.search import search, unrecognised
 
 
 class NoExpertsError(SluicewayError, ValueError):
@@ -156,9 +156,11 @@ def moe_layout(model: nn.Module) -> MoELayout:
     """
     found = find_layout(model)
     if found is None:
+        seen = unrecognised(model)
         raise NoExpertsError(
             f"model {type(model).__name__} has no mixture-of-experts block: no known family "
             f"({', '.join(FAMILIES)}), and {search(model).nothing}"
+            + (f"; it has experts that are not recognised: {seen}" if seen else "")
         )
     return found
 
@@ -172,11 +174,21 @@ def find_layout(model: nn.Module) -> MoELayout | None:
         family = family_of(module)
         if family is not None:
             blocks.append(_block(len(blocks), name, module, family, params, adapters))
-    if not blocks:
-        for i, match in enumerate(search(model).matches):
-            block = _block(i, match.name, match.block, match.family, params, adapters)
+    known = [block.name for block in blocks]
+    for match in search(model).matches:
+        if not any(_overlap(match.name, name) for name in known):
+            block = _block(0, match.name, match.block, match.family, params, adapters)
             blocks.append(replace(block, found=match.found))
-    return MoELayout(tuple(blocks), adapters) if blocks else None
+    if not blocks:
+        return None
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    blocks.sort(key=lambda block: order[block.name])
+    return MoELayout(tuple(replace(b, position=i) for i, b in enumerate(blocks)), adapters)
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one module is the other or inside it."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") or not a or not b
 
 
 def _block(
@@ -202,6 +214,11 @@ def _block(
     else:
         inside = params if family.experts else _beside(params, name, router_name)
         pieces = _fused_pieces(experts_name, num_experts, inside, adapters)
+    if not any(pieces) and any(True for _ in experts.parameters()):
+        raise NoExpertsError(
+            f"{experts_name} has the experts of another layer: experts that layers share cannot be "
+            "trained as experts; model.train = 'all' with a method without experts trains them"
+        )
     if len(pieces) != num_experts or not all(pieces):
         raise ValueError(f"{experts_name}: parameters do not make {num_experts} experts")
     return Block(

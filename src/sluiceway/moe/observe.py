@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from sluiceway.fedalign.routing import routing_statistics
 from sluiceway.moe.families import RouterOutput, combine_weights
 from sluiceway.moe.layout import Block, MoELayout
+from sluiceway.moe.received import Call, hidden_of
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class BlockStep:
         selected: [T, k] int64, in the router's order. For Switch and NLLB the choice before
             dropping.
         mask: [T] bool, True for tokens that count; None if all do.
+        call: positional and keyword arguments that the router was called with.
     """
 
     hidden: Tensor
     logits: Tensor
     selected: Tensor
     mask: Tensor | None
+    call: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -281,9 +284,11 @@ class Observer:
                     f"router {block.router} ran without gradients in a training step: {REENTRANT} "
                     "(or observe under torch.no_grad() if no gradient is wanted)"
                 )
-            hidden = args[0] if args else next(iter(kwargs.values()))
             read = block.family.read(output, block.top_k)
-            self._observe(block, hidden.reshape(-1, hidden.shape[-1]), read, output)
+            hidden = hidden_of((args, kwargs), block.hidden).reshape(-1, block.hidden)
+            self._observe(block, hidden, read, output)
+            if (step := self.last[block.position]) is not None:
+                step.call = args, kwargs
 
         return hook
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from sluiceway.moe.layout import Block
 
+#: Positional and keyword arguments of a router's forward.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class _Bare(nn.Module):
     """Calls a router's forward itself, past its hooks."""
@@ -18,8 +21,21 @@ class _Bare(nn.Module):
         super().__init__()
         self.router = router
 
-    def forward(self, hidden: Tensor) -> Any:
-        return self.router.forward(hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.router.forward(*args, **kwargs)
+
+
+def hidden_of(call: Call, width: int) -> Tensor:
+    """The hidden states among a router's arguments: the first of floating point and that width.
+
+    Raises:
+        ValueError: there is none.
+    """
+    args, kwargs = call
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1:] == (width,):
+            return value
+    raise ValueError(f"the router was called with no hidden states [..., {width}]")
 
 
 def received_logits(
@@ -27,6 +43,7 @@ def received_logits(
     router_module: nn.Module,
     received_params: Mapping[str, Tensor],
     hidden: Tensor,
+    call: Call | None = None,
 ) -> Tensor:
     """The router's logits under other parameter values; no observer sees this forward.
 
@@ -38,6 +55,8 @@ def received_logits(
             parameter that is not there keeps the value it has (it is not trained), and other names
             are ignored.
         hidden: [T, d] or [B, S, d], hidden states that enter the router.
+        call: positional and keyword arguments that the router was called with, `hidden` among them;
+            None where it takes nothing else.
 
     Returns:
         Raw logits [T, E]; their graph leads to ``hidden`` only.
@@ -55,10 +74,11 @@ def received_logits(
             got = list(value.shape)
             raise ValueError(f"received {name}: expected shape {list(own.shape)}, got {got}")
         values[name.replace(block.router, "router", 1)] = value.detach().to(own)
+    args, kwargs = call or ((hidden,), {})
     training = router_module.training
     router_module.eval()
     try:
-        output = torch.func.functional_call(_Bare(router_module), values, (hidden,))
+        output = torch.func.functional_call(_Bare(router_module), values, args, kwargs)
     finally:
         router_module.train(training)
     return block.family.read_logits(output)

@@ -14,7 +14,7 @@ router, block or config. Without k there is no block, only a note for the error 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ _TOP_K = (
 _NOT_OF_CONFIGS = ("top_k", "topk", "k")
 _OUTPUT = re.compile(r"head|classif|score|logit|pool|embed|^out|^fc\d*$|^norm", re.I)
 _HINT = re.compile(r"expert|moe|mixture|rout|gate|gating|switch|sparse", re.I)
+# In a config how many experts there are, and not how many a token gets or all share.
+_COUNT = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
+_PART = re.compile(r"(Experts?|Router|MoE|Moe|MoeBlock|MoEBlock|MoeMLP|SparseMLP)$")
 _ATTENTION = re.compile(r"attention|attn", re.I)
 
 
@@ -113,6 +116,47 @@ def search(model: nn.Module) -> Search:
     return Search(tuple(matches), tuple(near))
 
 
+def without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all in it, but for PEFT's wrappers and what they add."""
+    module = unwrapped(module)
+    yield module
+    for child in module.children():
+        yield from without_adapters(child)
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters without those of adapters."""
+    return [p for inner in without_adapters(module) for p in inner.parameters(recurse=False)]
+
+
+def unrecognised(model: nn.Module) -> str | None:
+    """What says that a model in which no block was found has experts; None if nothing does.
+
+    Its configuration, or one in it, names more than one expert, or a module's class is called like
+    a mixture's part.
+    """
+    config: Any = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    seen = [f"config.{name} = {count}" for name, count in _expert_counts(values)]
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if _PART.search(kind) and not any(
+            c.__name__ == "PreTrainedModel" for c in type(module).__mro__
+        ):
+            seen.append(f"{name or 'the model'} is a {kind}")
+            break
+    return ", ".join(seen[:3]) or None
+
+
+def _expert_counts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Numbers of experts above one in a configuration and those in it."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _expert_counts(value, f"{prefix}{key}.")
+        elif _COUNT.search(str(key)) and type(value) is int and value > 1:
+            yield f"{prefix}{key}", value
+
+
 def _inside(name: str, match: Match) -> bool:
     parts = [part for part in (match.name, match.family.experts or match.family.router) if part]
     return f"{name}.".startswith(f"{'.'.join(parts)}.")
@@ -165,11 +209,12 @@ def _routers(path: str, module: nn.Module) -> Iterator[_Router]:
     """The module, or else modules inside it, with one matrix [E, H], maybe a bias [E], only."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict) or _OUTPUT.search(path.split(".")[-1]):
         return
-    shapes = [tuple(param.shape) for param in unwrapped(module).parameters()]
-    matrices = [shape for shape in shapes if len(shape) == 2]
+    shapes = [tuple(param.shape) for param in own_parameters(module)]
+    matrices = [shape for shape in shapes if len(shape) == 2 and shape[0] > 1]
     if len(matrices) == 1 and matrices[0][0] >= 2:
         experts, hidden = matrices[0]
-        if all(shape in ((experts, hidden), (experts,)) for shape in shapes) and len(shapes) <= 2:
+        small = ((experts, hidden), (experts,), (1, experts))
+        if all(shape in small for shape in shapes) and len(shapes) <= 2:
             yield _Router(path, module, experts, hidden)
             return
     if len(matrices) > 1:
@@ -183,6 +228,7 @@ def _experts_beside(block: nn.Module, router: str, count: int) -> Iterator[_Expe
     for child, module in block.named_children():
         if child == router:
             continue
+        module = unwrapped(module)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             widths = _module_widths(module, count)
             if widths:
@@ -204,29 +250,29 @@ def _module_widths(modules: nn.ModuleList | nn.ModuleDict, count: int) -> frozen
     numbered = [int(found[1]) for name in children if (found := re.search(r"(\d+)$", name))]
     if len(children) != count or sorted(numbered) != list(range(count)):
         return frozenset()
-    forms = {tuple((n, p.shape) for n, p in m.named_parameters()) for m in children.values()}
+    forms = {tuple(p.shape for p in own_parameters(m)) for m in children.values()}
     if len(forms) != 1 or not all(_is_feed_forward(m) for m in children.values()):
         return frozenset()
     first = next(iter(children.values()))
-    linear = [m.in_features for m in first.modules() if isinstance(m, nn.Linear)]
-    other = [w for param in first.parameters() if param.ndim == 2 for w in param.shape]
+    linear = [m.in_features for m in without_adapters(first) if isinstance(m, nn.Linear)]
+    other = [w for param in own_parameters(first) if param.ndim == 2 for w in param.shape]
     return frozenset(linear or other)
 
 
 def _is_feed_forward(expert: nn.Module) -> bool:
     """Matrices and vectors only, no attention, embedding, recurrence or list of layers."""
-    for module in expert.modules():
+    for module in without_adapters(expert):
         if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.RNNBase | nn.ModuleList):
             return False
         if _ATTENTION.search(type(module).__name__):
             return False
-    return all(param.ndim <= 2 for param in expert.parameters())
+    return all(param.ndim <= 2 for param in own_parameters(expert))
 
 
 def _fused_widths(module: nn.Module, count: int) -> frozenset[int]:
     """Widths of the fused parameters [count, ., .]; empty if there is something else as well."""
     widths: set[int] = set()
-    for inner in module.modules():
+    for inner in without_adapters(module):
         own = list(inner.parameters(recurse=False))
         builtin = type(inner).__module__.startswith("torch.nn.modules.")
         listed = isinstance(inner, nn.ParameterList | nn.ParameterDict)
@@ -246,9 +292,12 @@ def _fused_widths(module: nn.Module, count: int) -> frozenset[int]:
 def _top_k(router: _Router, block: nn.Module, config: Any) -> tuple[int, str] | None:
     """(k, where it stands), or None."""
     inner = unwrapped(router.module)
-    for place, origin in ((inner, router.path), (block, "block"), (config, "config")):
+    # A composite configuration has that of its texts inside.
+    texts = config.get_text_config() if hasattr(config, "get_text_config") else config
+    places = ((inner, router.path), (block, "block"), (config, "config"), (texts, "text config"))
+    for place, origin in places:
         for name in _TOP_K:
-            if place is config and name in _NOT_OF_CONFIGS:
+            if "config" in origin and name in _NOT_OF_CONFIGS:
                 continue
             value = getattr(place, name, None)
             if type(value) is int and 1 <= value <= router.experts:

@@ -100,7 +100,15 @@ def _are_probabilities(rows: Tensor) -> bool:
 
 
 def _are_sparse(rows: Tensor, top_k: int) -> bool:
-    """Whether no row has more than k values (a choice made them 0, or -inf before a softmax)."""
+    """Whether these are weights of the chosen alone: k of a row are held, none is negative.
+
+    The others are 0, or -inf before a softmax; a row of zeros is a token that was dropped. Logits
+    of a gate that began at zero may have zeros too, but in all rows, or beside negative values.
+    """
     values = rows.detach()
-    held = ((values != 0) & ~values.isneginf()).sum(-1)
-    return bool(held.any() and (held <= top_k).all())  # All zero: the logits of a zero gate.
+    masked = values.isneginf()
+    if bool(masked.any()):
+        return bool(((~masked).sum(-1) <= top_k).all())
+    held = (values != 0).sum(-1)
+    whole = (held == top_k) | (held == 0)
+    return bool(held.any() and whole.all() and (values >= 0).all())

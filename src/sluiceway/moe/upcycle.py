@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sluiceway.moe.layout import find_layout
+from sluiceway.moe.search import unrecognised
 from sluiceway.moe.upcycled import Activation, UpcycledExperts, UpcycledMoE, UpcycledRouter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,6 +81,11 @@ def upcycle(
             raise ValueError(f"{name}={value}: must be at least 0, and finite")
     if find_layout(model) is not None:
         raise ValueError(f"model {type(model).__name__} has mixture-of-experts blocks already")
+    if seen := unrecognised(model):
+        raise ValueError(
+            f"model {type(model).__name__} has experts that are not recognised ({seen}): it is not "
+            "upcycled, which would leave them frozen; experts=0 trains it as a dense model"
+        )
     found = [dense for module in model.modules() if (dense := _recognise(module)) is not None]
     if not found:
         raise ValueError(

@@ -436,7 +436,7 @@ class FedAlignMoE(FedAvg):
             return fedalign.marginal_penalty(step.logits, step.selected, r_g, alpha, step.mask)
         router = client.model.get_submodule(block.router)
         with torch.no_grad():
-            received = received_logits(block, router, client.received, step.hidden)
+            received = received_logits(block, router, client.received, step.hidden, step.call)
         return fedalign.conditional_penalty(step.logits, received, alpha, step.mask)
 
     def own_routing(self, client: LocalContext, block: Block, step: BlockStep) -> Tensor:

@@ -1,0 +1,306 @@
+"""Families of transformers that no table knows: found by structure, or refused by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.moe.conftest import DEEPSEEK, LOCAL, OLMOE, ROUTED, SMALL, as_released
+from tests.worlds import TinyText
+from torch import Tensor, nn
+
+from sluiceway.errors import InputError
+from sluiceway.experiment.heads import TextClassifier
+from sluiceway.experiment.models import load_pretrained
+from sluiceway.moe import (
+    MoELayout,
+    NoExpertsError,
+    Observer,
+    add_lora,
+    find_layout,
+    moe_layout,
+    received_logits,
+    upcycle,
+)
+from sluiceway.transport.local import federate
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+HEAD = {"head_dim": 8}
+GROUPS = DEEPSEEK | HEAD | {"n_group": 1}
+SHARED = {"shared_intermediate_size": 12}
+LINEAR = {f"linear_{n}": 2 for n in ("num_key_heads", "num_value_heads")}
+LINEAR |= {f"linear_{n}_head_dim": 8 for n in ("key", "value")}
+#: Model class and settings; each with 4 experts.
+FOUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": ("AfmoeModel", ROUTED | HEAD | {"num_dense_layers": 0, "num_local_experts": 4}),
+    "cohere2_moe": ("Cohere2MoeModel", ROUTED | HEAD | {"eos_token_id": 1}),
+    "dots1": ("Dots1Model", GROUPS),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeModel",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12}
+        | {"moe_layer_start_index": 0, "moe_layer_interval": 1},
+    ),
+    "exaone_moe": (
+        "ExaoneMoeModel",
+        ROUTED | HEAD | {"num_shared_experts": 1, "first_k_dense_replace": 0, "eos_token_id": 1},
+    ),
+    "flex_olmo": ("FlexOlmoModel", OLMOE),
+    "glm4_moe": ("Glm4MoeModel", GROUPS | {"partial_rotary_factor": 0.5}),
+    "glm4_moe_lite": ("Glm4MoeLiteModel", DEEPSEEK | {"n_group": 1, "q_lora_rank": 8}),
+    "granitemoeshared": ("GraniteMoeSharedModel", LOCAL | SHARED),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Model",
+        HEAD | {"num_experts": 4, "moe_topk": 2},
+    ),
+    "jamba": (
+        "JambaModel",
+        {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 1}
+        | {"expert_layer_offset": 0, "attn_layer_period": 1, "attn_layer_offset": 0},
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeModel",
+        ROUTED | {"num_dense_layers": 0, "layer_types": ["full_attention", "conv"]},
+    ),
+    "llama4_text": (
+        "Llama4TextModel",
+        HEAD
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 24}
+        | {"interleave_moe_layer_step": 1},
+    ),
+    "minimax": ("MiniMaxModel", LOCAL | HEAD),
+    "minimax_m2": ("MiniMaxM2Model", LOCAL | HEAD | {"bos_token_id": 0, "eos_token_id": 1}),
+    "nemotron_h": (
+        "NemotronHModel",
+        HEAD
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        | {"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 12}
+        | {"layers_block_type": ["moe", "attention"]},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextModel",
+        ROUTED
+        | HEAD
+        | {"shared_expert_intermediate_size": 12, "layer_types": ["full_attention"] * 2},
+    ),
+    "qwen3_next": (
+        "Qwen3NextModel",
+        ROUTED
+        | HEAD
+        | LINEAR
+        | {"shared_expert_intermediate_size": 12}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "qwen3_vl_moe_text": (
+        "Qwen3VLMoeTextModel",
+        ROUTED | HEAD | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+    ),
+    "solar_open": ("SolarOpenModel", GROUPS),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "longcat_flash": (
+        "LongcatFlashModel",
+        {"num_layers": 1, "ffn_hidden_size": 24, "expert_ffn_hidden_size": 12, "moe_topk": 2}
+        | {"n_routed_experts": 4, "zero_expert_num": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
+        | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8},
+    ),
+}
+
+
+def built(kind: str, settings: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    small = {k: v for k, v in SMALL.items() if kind != "LongcatFlashModel" or "layers" not in k}
+    model: nn.Module = cls(cls.config_class(**small | settings))
+    return model.eval()
+
+
+def observed(model: nn.Module, layout: MoELayout) -> tuple[Observer, dict[str, Any]]:
+    """An observer of one forward, and what each block was called with and returned."""
+    calls: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _, args, kwargs, out: calls.__setitem__(name, (args, kwargs, out))
+
+    hooks = [
+        model.get_submodule(block.name).register_forward_hook(keep(block.name), with_kwargs=True)
+        for block in layout.blocks
+    ]
+    with Observer(model, layout) as observer, observer.observing():
+        model(input_ids=torch.arange(12).view(2, 6), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return observer, calls
+
+
+@pytest.mark.parametrize("name", FOUND)
+@torch.no_grad()
+def test_found_by_structure(name: str) -> None:
+    model = built(*FOUND[name])
+    layout = moe_layout(model)
+    params = dict(model.named_parameters())
+    for param in params.values():  # some begin with zeros
+        param.add_(torch.randn_like(param) * 0.05)
+    observer, calls = observed(model, layout)
+    for block, step, seen in zip(layout.blocks, observer.last, observer.routing(), strict=True):
+        assert block.num_experts == 4
+        assert step is not None
+        router = model.get_submodule(block.router)
+        again = received_logits(block, router, params, step.hidden, step.call)
+        assert torch.equal(again, step.logits)
+        # The load of an expert: tokens for which the block gives something else without it.
+        args, kwargs, out = calls[block.name]
+        for e in range(4):
+            before = [piece.of(params).clone() for piece in block.expert(e)]
+            for piece in block.expert(e):
+                piece.of(params).zero_()
+            without = model.get_submodule(block.name)(*args, **kwargs)
+            for piece, value in zip(block.expert(e), before, strict=True):
+                piece.of(params).copy_(value)
+            changed = (first(out) != first(without)).reshape(12, -1).any(1)
+            assert int(changed.sum()) == int(seen.load[e])
+
+
+def first(out: Any) -> Tensor:
+    found: Tensor = out if isinstance(out, Tensor) else out[0]
+    return found
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_lora(name: str) -> None:
+    model = built(*FOUND[name])
+    before = moe_layout(model)
+    params = dict(model.named_parameters())
+    add_lora(model, {n: params[n] for n in before.expert_params}, 2, 4)
+    after = moe_layout(model)
+    assert [b.name for b in after.blocks] == [b.name for b in before.blocks]
+    assert len(after.adapters) >= 4 * len(before.blocks)
+    owned = {after.owner(pair.b.key) for pair in after.adapters}
+    assert owned == {(b.position, e) for b in after.blocks for e in range(4)}
+
+
+@pytest.mark.parametrize("name", ["flex_olmo", "minimax_m2"])
+def test_lora_on_attention_alone(name: str) -> None:
+    model = built(*FOUND[name])
+    before = moe_layout(model)
+    attention = {n: p for n, p in model.named_parameters() if "q_proj.weight" in n}
+    add_lora(model, attention, 2, 4)
+    assert [b.pieces for b in moe_layout(model).blocks] == [b.pieces for b in before.blocks]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unrecognised_experts_are_not_upcycled(name: str) -> None:
+    model = built(*REFUSED[name])
+    assert find_layout(model) is None
+    with pytest.raises(NoExpertsError, match=r"experts that are not recognised.*n_routed_experts"):
+        moe_layout(model)
+    with pytest.raises(ValueError, match=r"not recognised.*LongcatFlashMoE"):
+        upcycle(model, 1, 4)
+
+
+def test_dense_models_have_none_to_recognise() -> None:
+    assert find_layout(upcycle(as_released("llama"), 1, 4)) is not None
+
+
+class Mixture(nn.Module):
+    """A mixture that no table knows."""
+
+    def __init__(self, experts: nn.ModuleList | None = None) -> None:
+        super().__init__()
+        self.top_k = 2
+        self.router = nn.Linear(16, 4, bias=False)
+        self.experts = experts or nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+
+def test_an_unknown_mixture_beside_a_known_family() -> None:
+    model = nn.ModuleDict({"first": Mixture(), "body": as_released("mixtral"), "last": Mixture()})
+    found = moe_layout(model)
+    assert [block.name for block in found.blocks] == [
+        "first",
+        "body.layers.0.mlp",
+        "body.layers.1.mlp",
+        "last",
+    ]
+    assert [block.position for block in found.blocks] == [0, 1, 2, 3]
+    assert [bool(block.found) for block in found.blocks] == [True, False, False, True]
+
+
+def test_shared_experts_are_refused() -> None:
+    one = Mixture()
+    with pytest.raises(NoExpertsError, match=r"other\.experts has the experts of another layer"):
+        moe_layout(nn.ModuleDict({"one": one, "other": Mixture(one.experts)}))
+
+
+class Gate(nn.Module):
+    """A router whose output is a tuple, its matrix zero but for two rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k = 2
+        self.weight = nn.Parameter(torch.zeros(4, 16))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = hidden @ self.weight.T
+        weights, chosen = logits.softmax(-1).topk(2)
+        return logits, weights, chosen
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_a_gate_that_began_at_zero(rows: int) -> None:
+    mixture = Mixture()
+    mixture.router = Gate()  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mixture.router.weight[:rows] = torch.randn(rows, 16, generator=generator)
+    (block,) = moe_layout(nn.ModuleDict({"block": mixture})).blocks
+    hidden = torch.randn(20, 16, generator=generator)
+    output = mixture.router(hidden)
+    assert torch.equal(block.family.read(output, 2).logits, output[0])
+
+
+def test_composite_configurations(tmp_path: Path, model_folder: Path) -> None:
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=SMALL | FOUND["qwen3_vl_moe_text"][1],
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    )
+    config.text_config.vocab_size = 64
+    transformers.Qwen3VLMoeModel(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    loaded = load_pretrained(str(tmp_path))
+    assert loaded.hidden == 16
+    assert len(moe_layout(loaded.backbone).blocks) == 2
+    with pytest.raises(InputError, match="no model could be loaded"):
+        load_pretrained(str(tmp_path / "none"))
+
+
+def test_docs_list_these_families() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    listed = text.split("<!-- found by structure -->")[1].split("<!-- end -->")[0]
+    assert re.findall(r"`(\w+)`", listed) == sorted(FOUND)
+    refused = text.split("<!-- refused -->")[1].split("<!-- end -->")[0]
+    assert re.findall(r"`(\w+)`", refused) == sorted(REFUSED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedavg", "fedalign-moe"])
+@pytest.mark.parametrize("name", FOUND)
+def test_two_rounds(name: str, method: str) -> None:
+    body = built(*FOUND[name])
+    body.config.use_cache = False
+    model = TextClassifier(body, 16, 3)
+    clients = [TinyText(12, seed) for seed in range(2)]
+    result = federate(model, clients, TinyText(12, 9), method, rounds=2, device="cpu")
+    for record in result.records:
+        assert record.failed == record.rejected == {}
+    assert torch.isfinite(torch.tensor([record.loss for record in result.records])).all()
