@@ -18,6 +18,7 @@ from tests.worlds import tiny_bert
 
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
+import sluiceway
 from sluiceway.deploy.nvflare.admin import opened
 from sluiceway.deploy.nvflare.kits import Credentials, provision
 from sluiceway.deploy.nvflare.local_deployment import START_TIMEOUT, Deployment
@@ -26,6 +27,7 @@ from sluiceway.deploy.site_file import write_site_file
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe, recipe_from
 from sluiceway.experiment.run import run
+from sluiceway.experiment.session import Session
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SITES = ["north", "south"]
@@ -93,6 +95,7 @@ def test_a_run_whose_server_was_killed_gives_the_local_numbers(
     for key in ("accuracy_by_round", "personal_accuracy", "bytes_up", "bytes_down", "label_counts"):
         assert summary[key] == json.loads(json.dumps(local[key])), key
     assert (summary["engine"], summary["failed_updates"]) == ("nvflare", 0)
+    assert sluiceway.load(tmp_path / "home").round == len(summary["accuracy_by_round"])
     assert any(line.startswith("round 4:") for line in lines)
 
 
@@ -127,6 +130,10 @@ def test_a_split_run_gives_the_local_numbers(
     with opened(deployment.admin, START_TIMEOUT) as session:
         submit(session, spec_of(recipe, "split"), tmp_path / "home", print)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())
+    model = sluiceway.load(tmp_path / "home")
+    data, _, test = Session().images(recipe.data, lambda line: None)
+    guessed = model.predict(data.test.images).probabilities.argmax(1)
+    assert float((guessed == test.labels).double().mean()) == summary["accuracy"]
     for key in ("accuracy_by_round", "bytes_up", "bytes_down", "failed_updates"):
         assert summary[key] == local[key], key
 
