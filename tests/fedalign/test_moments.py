@@ -178,3 +178,53 @@ def test_no_moment_at_all_is_the_mean() -> None:
     mean = torch.tensor([[1.0, 2.0]])
     found = fedalign.region_step(torch.zeros(1, 2), torch.zeros(2, 2), mean)
     assert torch.equal(found, mean.double())
+
+
+@given(SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_a_moment_as_it_is_sent_passes_and_a_wrong_one_does_not(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scales = 10 ** (2 * torch.rand(60, generator=g) - 1)
+    rows = (torch.randn(90, 60, generator=g) + 2) * scales
+    rows[:, 7] = 0
+    weights = torch.rand(90, generator=g)
+    whole = fedalign.packed_triangle(fedalign.second_moment(rows, weights, 90)).bfloat16()
+    low = fedalign.low_rank_moment(rows, weights, 90, rank=20).bfloat16()
+    assert fedalign.moment_fault(whole) is None
+    assert fedalign.moment_fault(low) is None
+    assert fedalign.moment_fault(torch.zeros_like(whole)) is None
+    assert fedalign.moment_fault(low[-1:]) is None  # a diagonal alone
+    swapped = whole.clone()
+    swapped[1] = 3 * swapped[0].sqrt() * swapped[60].sqrt() + 1
+    assert fedalign.moment_fault(swapped) == "it is not positive semidefinite"
+    assert fedalign.moment_fault(-whole) == "a mean square below zero"
+    assert fedalign.moment_fault(torch.cat([2 * low[:-1], low[-1:]])) is not None
+
+
+@given(SEEDS, st.floats(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_a_moment_from_the_update_itself(seed: int, factor: float) -> None:
+    change = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))
+    found = fedalign.update_moment(change, 0.25, factor=factor).matrix()
+    exact = change.T @ change
+    exact = 0.25 * exact / exact.trace()
+    torch.testing.assert_close(found, factor * exact + (1 - factor) * exact.diagonal().diag())
+    assert float(found.trace()) == pytest.approx(0.25)
+    assert not fedalign.update_moment(torch.zeros(3, 5), 0.25).matrix().any()
+
+
+@given(SEEDS, st.integers(1, 60))
+@settings(max_examples=25, deadline=None)
+def test_an_estimate_of_low_rank_keeps_directions_and_is_definite(seed: int, rank: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    direction = torch.randn(6, generator=g)
+    changes = torch.randn(40, 1, generator=g) * direction  # of rank one: no sum of rows turns it
+    found = fedalign.update_moment(changes, 1.0, rank).matrix()
+    outer = torch.outer(direction, direction)
+    ratio = (found / outer).masked_select(~torch.eye(6, dtype=torch.bool))
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), atol=1e-5, rtol=1e-3)
+    noisy = fedalign.update_moment(torch.randn(40, 6, generator=g), 1.0, rank).matrix()
+    assert float(torch.linalg.eigvalsh(noisy).min()) > 0
+    if rank >= 40:
+        exact = fedalign.update_moment(changes, 1.0).matrix()
+        torch.testing.assert_close(found, exact)

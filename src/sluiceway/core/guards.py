@@ -311,6 +311,7 @@ def examined(
         routing_fault(update, strategy)
         or tensors_fault(update, strategy)
         or extra_fault(update.extra, strategy.client_extra())
+        or strategy.fault(update)
     )
     return why or measured(update, strategy)
 

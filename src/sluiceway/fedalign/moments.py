@@ -19,6 +19,7 @@ Shapes: T tokens, n inputs of a map (its bias among them, as the last), m output
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt
 from typing import Final
 
@@ -60,12 +61,32 @@ class Moment:
         return self.factors.T @ self.factors + self.diagonal.diag()
 
     def after(self, rows: Tensor) -> Tensor:
-        """rows [m, n] times the matrix: 2 m n (2 r + 1) operations where it has low rank."""
+        """rows [m, n] times the matrix."""
+        return self.add_after(rows, torch.zeros_like(rows), 1.0)
+
+    def add_to(self, total: Tensor, weight: float) -> None:
+        """Add weight times the matrix to `total`, [n, n]."""
         if self.dense is not None:
-            return rows @ self.dense
+            total.add_(self.dense, alpha=weight)
+            return
         assert self.factors is not None
         assert self.diagonal is not None
-        return (rows @ self.factors.T) @ self.factors + rows * self.diagonal
+        if len(self.factors):
+            total.addmm_(self.factors.T, self.factors, alpha=weight)
+        total.diagonal().add_(self.diagonal, alpha=weight)
+
+    def add_after(self, rows: Tensor, total: Tensor, weight: float) -> Tensor:
+        """Add weight times rows [m, n] times the matrix to `total`, [m, n], and return it.
+
+        With factors that are 4 m n r operations and a pass over the rows.
+        """
+        if self.dense is not None:
+            return total.addmm_(rows, self.dense, alpha=weight)
+        assert self.factors is not None
+        assert self.diagonal is not None
+        if len(self.factors):
+            total.addmm_(rows @ self.factors.T, self.factors, alpha=weight)
+        return total.addcmul_(rows, self.diagonal.expand_as(rows), value=weight)
 
 
 def with_one(rows: Tensor) -> Tensor:
@@ -174,6 +195,71 @@ def received_moment(packed: Tensor, size: int, factor: float = OFF_DIAGONAL) -> 
     # What is left of the diagonal; below zero only by rounding.
     diagonal = (packed[-1] - factors.square().sum(0)).clamp_min(0)
     return Moment(factors=factors, diagonal=diagonal)
+
+
+def moment_fault(packed: Tensor) -> str | None:
+    """Why a finite moment as it was sent is none: it is not positive semidefinite; else None.
+
+    What rounding to bfloat16 does is let pass: 2 % of a diagonal entry, and as much again of a
+    whole matrix scaled to a diagonal of ones, its off-diagonals times `OFF_DIAGONAL`.
+    """
+    packed = packed.float()
+    dense = unpacked_triangle(packed) if packed.ndim == 1 else None
+    diagonal = packed[-1] if dense is None else dense.diagonal()
+    if bool((diagonal < 0).any()):
+        return "a mean square below zero"
+    if dense is None:
+        over = packed[:-1].square().sum(0) > 1.02 * diagonal + 1e-5 * diagonal.mean()
+        return "factors above their diagonal" if bool(over.any()) else None
+    scale = diagonal.sqrt().clamp_min(1e-20)
+    unit = OFF_DIAGONAL * dense / scale / scale.unsqueeze(1)
+    unit.diagonal().fill_(1.02)
+    return "it is not positive semidefinite" if int(torch.linalg.cholesky_ex(unit).info) else None
+
+
+def update_moment(
+    change: Tensor, share: float, rank: int = 0, factor: float = OFF_DIAGONAL
+) -> Moment:
+    """A moment estimated from a client's change of the map alone, so that nothing more crosses::
+
+        A = share Delta^T Delta / |Delta|^2                     (as ACE-Merging; here per expert)
+
+    Gradients of a linear map are sums of outer products with its inputs, so that the rows of Delta
+    lie where the inputs did. Without a change it is zero.
+
+    With a rank below m it is F^T F off the diagonal, F [rank, n] being sums of the rows of Delta
+    with random signs that never change, which is A in expectation [ours]: rank / m of the work.
+
+    Args:
+        change: Delta, [m, n].
+        share: the trace of A, >= 0: of the client's tokens, those that the map saw.
+        rank: >= 0; 0 for all of A.
+        factor: of entries off the diagonal, in [0, 1].
+    """
+    change = change.to(torch.promote_types(change.dtype, torch.float32))
+    squares = column_squares(change)
+    scale = float(share / squares.sum().clamp_min(1e-30))
+    factors = change
+    if 0 < rank < len(change):
+        factors = _signs(rank, len(change)).to(change) @ change / rank**0.5
+    factors = factors * (factor * scale) ** 0.5
+    squares *= scale
+    # The diagonal of A as far as F^T F leaves room, and never less than what `factor` asks for.
+    diagonal = (squares - column_squares(factors)).maximum((1 - factor) * squares)
+    return Moment(factors=factors, diagonal=diagonal)
+
+
+def column_squares(rows: Tensor) -> Tensor:
+    """The sum of squares of each column, [n], of rows [m, n]."""
+    squares: Tensor = torch.linalg.vector_norm(rows, dim=0).square()
+    return squares
+
+
+@lru_cache(maxsize=64)
+def _signs(rank: int, rows: int) -> Tensor:
+    """Random signs, [rank, rows], the same at every call."""
+    start = torch.Generator().manual_seed(0)
+    return 2.0 * torch.randint(2, (rank, rows), generator=start) - 1.0
 
 
 def region_step(weighted: Tensor, total: Tensor, mean: Tensor, ridge: float = RIDGE) -> Tensor:

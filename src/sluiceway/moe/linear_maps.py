@@ -70,6 +70,22 @@ class LinearMap:
             return weight
         return torch.cat([weight, tensors[self.bias.key].unsqueeze(1).to(weight.dtype)], dim=1)
 
+    def change(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensor:
+        """[W, b] of one less that of the other, [out, n] in the type of the old, float32 or wider.
+
+        Raises:
+            KeyError: one of them lacks a piece.
+        """
+        weight, before = new[self.weight.key].to(old[self.weight.key]), old[self.weight.key]
+        if self.transposed:
+            weight, before = weight.T, before.T
+        found = before.new_empty(len(before), self.inputs)
+        torch.sub(weight, before, out=found[:, : self.width])
+        if self.bias is not None:
+            bias = old[self.bias.key]
+            torch.sub(new[self.bias.key].to(bias), bias, out=found[:, -1])
+        return found
+
 
 def linear_maps(layout: MoELayout, tensors: Mapping[str, Tensor]) -> tuple[LinearMap, ...]:
     """The maps of all experts and gates of which a matrix is among the given trained tensors.

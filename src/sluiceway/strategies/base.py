@@ -201,6 +201,10 @@ class Strategy:
         """
         return None
 
+    def fault(self, update: Update) -> str | None:
+        """What else is wrong with an update whose tensors are as they must be; None if nothing."""
+        return None
+
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         """Begin to add up the updates of round `number`, from 1; what was begun before is dropped.
 

@@ -33,7 +33,7 @@ from sluiceway.moe import (
 from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 from sluiceway.strategies.matching import reordered
-from sluiceway.strategies.region import RegionSums
+from sluiceway.strategies.region import RegionSums, usage
 
 #: `method.preset`: what is set where the recipe says nothing else.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ class FedAlignMoE(FedAvg):
         [ours]; "semantic", over clients whose updates and regions agree; "mean", by examples.
     moments: what crosses of the second moment of the hidden states that enter an expert or gate:
         "full", the matrix; "low-rank", its `rank` leading eigenvectors and its diagonal;
-        "diagonal" [ours].
+        "diagonal"; "update", nothing: the server estimates it from the update [ours].
     rank: eigenvectors of each expert with `moments = "low-rank"`, >= 1 [ours].
     down: the same of the expert's inner activation, which its projection down reads: "diagonal";
         "moments", as `moments` says; "mean", nothing [ours].
@@ -97,7 +97,7 @@ class FedAlignMoE(FedAvg):
     adaptive: bool = True
     semantic: bool | None = None
     experts: Literal["region", "semantic", "mean"] | None = None
-    moments: Literal["full", "low-rank", "diagonal"] = "full"
+    moments: Literal["full", "low-rank", "diagonal", "update"] = "full"
     rank: int = Field(default=32, ge=1, le=100_000)
     down: Literal["diagonal", "moments", "mean"] = "diagonal"
     lambda_: float = Field(
@@ -147,6 +147,8 @@ class FedAlignMoE(FedAvg):
         }
         self.sources: dict[str, tuple[LinearMap, int]] = {}
         for one in maps:
+            if self.moments == "update":
+                continue
             _, inputs = self.sources.get(one.source, (one, 0))
             self.sources[one.source] = one, max(inputs, one.inputs)
 
@@ -154,10 +156,12 @@ class FedAlignMoE(FedAvg):
         """What crosses of the moment of a map's input; None for nothing."""
         if (self.gate if one.expert is None else self.experts) != "region":
             return None
-        if one.reads == "inner" and self.down != "moments":
-            return None if self.down == "mean" else "diagonal"
-        # Of B A with A as received, the moment of A x: a small matrix.
-        return self.moments if one.pair is None or self.moments == "diagonal" else "full"
+        if one.reads == "inner" and self.down == "mean":
+            return None
+        if one.pair is not None and self.moments in ("full", "low-rank"):
+            return "full"  # of B A with A as received, the moment of A x: a small matrix
+        diagonal = one.reads == "inner" and self.down == "diagonal"
+        return "diagonal" if diagonal else self.moments
 
     def trains(self, param: str, layout: MoELayout) -> bool:
         frozen = self.gate == "frozen" and param in layout.gate_params
@@ -192,13 +196,30 @@ class FedAlignMoE(FedAvg):
             return (inputs * (inputs + 1) // 2,)
         return (min(self.rank, inputs) + 1 if form == "low-rank" else 1, inputs)
 
+    def fault(self, update: Update) -> str | None:
+        for source, (one, _) in self.sources.items():
+            packed = update.extra.get(f"moment/{source}")
+            if packed is not None:
+                why = fedalign.moment_fault(packed.cpu())
+            else:  # of an inner activation that is not known there is none
+                why = (
+                    "it is missing"
+                    if one.reads == "hidden" and usage(update.routing[one.block], one.expert)
+                    else None
+                )
+            if why is not None:
+                return f"moment/{source}: {why}"
+        return None
+
     def streams(self) -> bool:
         # Regions' likeness and update directions are of pairs of clients.
         return not (self.semantic or self.match == "meaning")
 
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         super().begin(number, updates)
-        self.regions = RegionSums(self.tensors, self.maps)
+        self.regions = RegionSums(
+            self.tensors, self.maps, self.rank if self.moments == "update" else 0
+        )
         self.shares = [torch.zeros(2, b.num_experts).double() for b in self.layout.blocks]
         self.ordered: dict[int, Update] = {}
         if not updates:
@@ -324,9 +345,8 @@ class FedAlignMoE(FedAvg):
             block, expert = owner
             if self.semantic:
                 return float(self.expert_weights[block][self.rows[update.client], expert])
-            report = update.routing[block]
-            usage = update.examples * float(report.load[expert]) / max(report.tokens, 1)
-            return self.column_weight(update, piece, usage)
+            share = usage(update.routing[block], expert)
+            return self.column_weight(update, piece, update.examples * share)
         block_of_gate = self.layout.gate_block(piece.param)
         if block_of_gate is not None:
             if self.gate == "consistency" and (self.align or self.consistency):
@@ -335,15 +355,27 @@ class FedAlignMoE(FedAvg):
         return float(update.examples)
 
     def column_weight(self, update: Update, piece: ParamSlice, usage: float) -> float | Tensor:
-        """The weight of each column of a map by its input's mean square; else `usage`."""
+        """The weight of each column of a map by its input's mean square; else `usage`.
+
+        With `moments = "update"` by the square of the column's change instead.
+        """
         one = self.columns.get(piece.key)
         packed = None if one is None else update.extra.get(f"moment/{one.source}")
-        if one is None or packed is None:
+        is_bias = one is not None and one.bias is not None and piece.key == one.bias.key
+        if one is not None and self.moments == "update" and not is_bias:
+            new = update.tensors.get(piece.key)
+            if new is None:
+                return usage
+            change = new - piece.of(self.tensors)
+            squares = fedalign.column_squares((change.T if one.transposed else change).float())
+            squares = squares * (usage / squares.sum().clamp_min(1e-30))
+        elif one is None or packed is None:
             return usage
-        squares = update.examples * packed[-1].cpu().double()
+        else:
+            squares = update.examples * packed[-1].cpu().double()
         # An input that is zero for every client's tokens is left to the plain mean.
-        squares = squares + 1e-9 * usage
-        if one.bias is not None and piece.key == one.bias.key:
+        squares = squares.double() + 1e-9 * usage
+        if is_bias:
             return float(squares[-1])
         squares = squares[: one.width]
         return squares.unsqueeze(1) if one.transposed else squares.unsqueeze(0)
@@ -366,8 +398,7 @@ class FedAlignMoE(FedAvg):
         sent: dict[str, Tensor] = {}
         for source, (one, inputs) in self.sources.items():
             sample = samples[one.block]
-            used = one.expert is None or float(report[one.block].load[one.expert]) > 0
-            if sample is None or not used:
+            if sample is None or not usage(report[one.block], one.expert):
                 continue
             rows = self.inputs_of(client, one, sample)
             if rows is not None:
