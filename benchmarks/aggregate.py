@@ -1,10 +1,13 @@
 """What aggregation costs the server: time against FedAvg and one pass, memory in updates.
 
-    python benchmarks/aggregate.py            time, 10 and 50 updates of the quickstart's model
+    python benchmarks/aggregate.py            CPU time, 10 and 100 updates of 8 experts of 192
+    python benchmarks/aggregate.py --width 1536            the same of whole experts
     python benchmarks/aggregate.py --memory   peak memory, 50 updates of 100 MB (needs 6 GB of disk)
+    python benchmarks/aggregate.py --memory --width 192 --updates 1000   many small ones (5 GB)
 
-Limits: FedAlign-MoE takes at most 1.5 times FedAvg's time plus one pass over the updates;
-FedAvg holds at most 4 updates in memory.
+Aims: FedAlign-MoE takes at most 1.5 times FedAvg's time plus one pass over the updates (its experts
+by region, the default, take about four times that, see docs/methods.md); FedAvg holds at most 4
+updates in memory, and memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -87,30 +90,30 @@ def one_pass(paths: list[Path]) -> None:
             finite(tensor)
 
 
-def timed(count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each strategy and of one pass, in turn, `rounds` times after a warm-up."""
-    tensors, found = world(1536)
+def timed(count: int, rounds: int, width: int) -> dict[str, list[float]]:
+    """CPU seconds of each strategy and of one pass, in turn, `rounds` times after a warm-up."""
+    tensors, found = world(width)
     taken: dict[str, list[float]] = {"fedavg": [], "fedalign-moe": [], "pass": []}
     with tempfile.TemporaryDirectory() as name:
         paths = files(Path(name), count, tensors, found)
         for _ in range(rounds + 1):
             for method in ("fedavg", "fedalign-moe"):
                 made = ready(method, tensors, found, count)
-                began = time.perf_counter()
+                began = time.process_time()
                 aggregate(made, map(read_update, paths))
-                taken[method].append(time.perf_counter() - began)
-            began = time.perf_counter()
+                taken[method].append(time.process_time() - began)
+            began = time.process_time()
             one_pass(paths)
-            taken["pass"].append(time.perf_counter() - began)
+            taken["pass"].append(time.process_time() - began)
     return {what: spent[1:] for what, spent in taken.items()}
 
 
-def measure_time(rounds: int) -> None:
+def measure_time(rounds: int, width: int) -> None:
     """Time both strategies and one pass in turn, on the same files."""
     print("| updates | FedAvg s | one pass s | FedAlign-MoE s | limit s | share of the limit |")
     print("|---:|---:|---:|---:|---:|---:|")
-    for count in (10, 50):
-        taken = timed(count, rounds)
+    for count in (10, 100):
+        taken = timed(count, rounds, width)
         avg, align, once = (statistics.median(taken[k]) for k in ("fedavg", "fedalign-moe", "pass"))
         ratios = [
             a / (1.5 * f + p)
@@ -147,9 +150,9 @@ def memory() -> dict[str, int]:
     }
 
 
-def measure_memory(name: str, count: int) -> None:
-    """Peak memory of one strategy over `count` updates of 100 MB, above what it began with."""
-    tensors, found = world(4064)
+def measure_memory(name: str, count: int, width: int) -> None:
+    """Peak memory of one strategy over `count` updates, above what it began with."""
+    tensors, found = world(width)
     size = sum(t.nbytes for t in tensors.values())
     with tempfile.TemporaryDirectory() as folder:
         # Made elsewhere, so that memory freed here does not hide what aggregation takes.
@@ -181,18 +184,20 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--width", type=int, help="of an expert; 192, or 4064 for memory")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if args.only:
-        measure_memory(args.only, args.updates)
+        measure_memory(args.only, args.updates, args.width or 4064)
     elif args.memory:
         print("| method | updates | MB each | allocated, in updates | mapped files, in updates |")
         print("|---|---:|---:|---:|---:|", flush=True)
         for name in ("fedavg", "fedalign-moe"):  # a process each: peaks do not mix
             command = [sys.executable, __file__, "--only", name, "--updates", str(args.updates)]
+            command += ["--width", str(args.width or 4064)]
             subprocess.run(command, check=True)
     else:
-        measure_time(args.rounds)
+        measure_time(args.rounds, args.width or 192)
 
 
 if __name__ == "__main__":

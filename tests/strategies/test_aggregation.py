@@ -275,7 +275,8 @@ def fedalign_by_loop(
 
 @pytest.mark.parametrize("weights", ["select", "smooth"])
 def test_fedalign_moe_is_what_the_documentation_says_over_two_rounds(weights: str) -> None:
-    made, updates = ready("fedalign-moe", weights=weights), several()
+    made = ready("fedalign-moe", experts="semantic", weights=weights)
+    updates = several()
     wanted, r_g = fedalign_by_loop(updates, None, weights)
     aggregate(made, iter(updates))
     assert_pieces(made, wanted)
@@ -410,7 +411,8 @@ def test_matched_by_meaning_is_as_if_nothing_had_changed_places(
     order: list[int], absent: list[int]
 ) -> None:
     honest = [with_regions(update(c, 5 + c, absent if c == 1 else ())) for c in range(5)]
-    made, wanted = ready("fedalign-moe", match="meaning"), ready("fedalign-moe")
+    made = ready("fedalign-moe", match="meaning")
+    wanted = ready("fedalign-moe", experts="semantic")
     moved = [
         reordered(u, made.layout.blocks[0], torch.tensor(order)) if u.client == 1 else u
         for u in honest
@@ -420,6 +422,6 @@ def test_matched_by_meaning_is_as_if_nothing_had_changed_places(
     aggregate(wanted, honest)
     for name, tensor in wanted.tensors.items():
         assert torch.equal(made.tensors[name], tensor), name
-    apart = ready("fedalign-moe")
+    apart = ready("fedalign-moe", experts="semantic")
     aggregate(apart, moved)
     assert any(not torch.equal(apart.tensors[name], t) for name, t in wanted.tensors.items())

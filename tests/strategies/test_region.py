@@ -36,7 +36,7 @@ FORMS = [
 
 def region(**parameters: object) -> FedAlignMoE:
     """A strategy whose experts are averaged by region, set up."""
-    made = FedAlignMoE(**{"experts": "region", **parameters})  # type: ignore[arg-type]
+    made = FedAlignMoE(**{"experts": "region", "moments": "full", **parameters})  # type: ignore[arg-type]
     made.setup(TENSORS, LAYOUT, 5)
     return made
 
@@ -231,7 +231,7 @@ def test_a_client_sends_the_moments_of_its_tokens(dtype: torch.dtype) -> None:
     model.register_forward_pre_hook(
         lambda m, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    made = FedAlignMoE(experts="region", gate="region", align=False)
+    made = FedAlignMoE(experts="region", moments="full", gate="region", align=False)
     _, update = one_round(model, made, Training(batch_size=64), personal_examples=0)
     assert fault(replace(update, client=0), made, 1, [0]) is None
     assert set(update.extra) == set(made.client_extra())
@@ -265,7 +265,7 @@ def lora_model() -> TinyClassifier:
 def test_lora_pairs_are_combined_on_their_product() -> None:
     """B minimises the error of B A x, as the loop over x in the full space says."""
     model = lora_model()
-    made = FedAlignMoE(experts="region", align=False, consistency=False)
+    made = FedAlignMoE(experts="region", moments="full", align=False, consistency=False)
     prepare(model, made, 2)
     one = next(one for one, _ in made.sources.values())
     assert one.pair is not None
@@ -304,6 +304,9 @@ def test_lora_with_a_trained_a_is_refused() -> None:
 
 
 def test_switches_and_presets() -> None:
+    assert FedAlignMoE().experts == "region"
+    assert FedAlignMoE(lora="residual").experts == "semantic"
+    assert FedAlignMoE(match="meaning").experts == "semantic"
     assert FedAlignMoE(semantic=False).experts == "mean"
     assert FedAlignMoE(semantic=True).experts == "semantic"
     assert FedAlignMoE(experts="region", semantic=False).experts == "region"

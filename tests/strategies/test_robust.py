@@ -216,7 +216,9 @@ def test_the_centre_is_over_the_clients_that_sent_a_piece(
         cut = (n - 1) // 2 if rule is Median else math.floor(0.3 * n)
         columns = zip(*(one.double().flatten().tolist() for one in sent), strict=True)
         wanted = [centre_by_loop(list(column), cut) for column in columns]
-        torch.testing.assert_close(found.double(), torch.tensor(wanted).double())
+        # Least squares of equal updates are the update, up to rounding.
+        close = {"rtol": 1e-5, "atol": 1e-6} if name == "fedalign-moe" else {}
+        torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), **close)
 
 
 @pytest.mark.parametrize("limit", [0.7, None])

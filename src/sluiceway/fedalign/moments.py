@@ -251,8 +251,7 @@ def update_moment(
 
 def column_squares(rows: Tensor) -> Tensor:
     """The sum of squares of each column, [n], of rows [m, n]."""
-    squares: Tensor = torch.linalg.vector_norm(rows, dim=0).square()
-    return squares
+    return (rows * rows).sum(0)
 
 
 @lru_cache(maxsize=64)
@@ -292,5 +291,9 @@ def region_step(weighted: Tensor, total: Tensor, mean: Tensor, ridge: float = RI
         return mean
     regular = total + lift * torch.eye(size, dtype=total.dtype, device=total.device)
     left = weighted.double() - mean @ total
-    step: Tensor = mean + torch.linalg.solve(regular, left, left=False)
-    return step
+    lower, failed = torch.linalg.cholesky_ex(regular)
+    if int(failed):  # rounding has made it indefinite
+        solved: Tensor = torch.linalg.solve(regular, left, left=False)
+    else:
+        solved = torch.cholesky_solve(left.T, lower).T
+    return mean + solved

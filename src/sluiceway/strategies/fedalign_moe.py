@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 #: Tokens of each block of which a client's moments are taken, at most.
-SAMPLE = 2048
+SAMPLE = 1024
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -66,13 +66,15 @@ class FedAlignMoE(FedAvg):
     adaptive: the pull is strong for globally consistent experts and weak for the others.
     semantic: true is `experts = "semantic"`, and false, where `experts` is not given, "mean".
     experts: how experts are combined: "region", in least squares over the tokens that enter them
-        [ours]; "semantic", over clients whose updates and regions agree; "mean", by examples.
+        [ours], which goes with `match = "index"` and `lora = "frozen-a"` and is then the default;
+        "semantic", over clients whose updates and regions agree; "mean", by examples.
     moments: what crosses of the second moment of the hidden states that enter an expert or gate:
-        "full", the matrix; "low-rank", its `rank` leading eigenvectors and its diagonal;
-        "diagonal"; "update", nothing: the server estimates it from the update [ours].
-    rank: eigenvectors of each expert with `moments = "low-rank"`, >= 1 [ours].
-    down: the same of the expert's inner activation, which its projection down reads: "diagonal";
-        "moments", as `moments` says; "mean", nothing [ours].
+        "update", nothing: the server estimates it from the update; "full", the matrix; "low-rank",
+        its `rank` leading eigenvectors and its diagonal; "diagonal" [ours].
+    rank: of each expert's moment with `moments` "update" or "low-rank", >= 0; 0 is the whole
+        estimate with "update" and the diagonal with "low-rank" [ours].
+    down: the form of the inner activation's moment, which the projection down reads: "diagonal";
+        "moments", as `moments` says; "mean", none: clients count by their tokens [ours].
     lambda: weight of the regulariser in the client's loss, >= 0 (`lambda_` in Python).
     reference: what routing is pulled to: "marginal" is the global routing distribution [paper],
         "conditional" the received gate's choice for the same token [ours].
@@ -97,8 +99,8 @@ class FedAlignMoE(FedAvg):
     adaptive: bool = True
     semantic: bool | None = None
     experts: Literal["region", "semantic", "mean"] | None = None
-    moments: Literal["full", "low-rank", "diagonal", "update"] = "full"
-    rank: int = Field(default=32, ge=1, le=100_000)
+    moments: Literal["full", "low-rank", "diagonal", "update"] = "update"
+    rank: int = Field(default=64, ge=0, le=100_000)
     down: Literal["diagonal", "moments", "mean"] = "diagonal"
     lambda_: float = Field(
         default=0.1, ge=0, validation_alias="lambda", serialization_alias="lambda"
@@ -124,7 +126,11 @@ class FedAlignMoE(FedAvg):
 
     def __post_init__(self) -> None:
         if self.experts is None:
-            self.experts = "mean" if self.semantic is False else "semantic"
+            if self.semantic is None:
+                fits = self.match == "index" and self.lora == "frozen-a"
+                self.experts = "region" if fits else "semantic"
+            else:
+                self.experts = "semantic" if self.semantic else "mean"
         if self.semantic and self.experts != "semantic":
             raise ValueError(f"semantic = true, but experts = {self.experts!r}")
         self.semantic = self.experts == "semantic"
@@ -218,7 +224,7 @@ class FedAlignMoE(FedAvg):
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         super().begin(number, updates)
         self.regions = RegionSums(
-            self.tensors, self.maps, self.rank if self.moments == "update" else 0
+            self.tensors, self.maps, self.rank if self.moments == "update" else None
         )
         self.shares = [torch.zeros(2, b.num_experts).double() for b in self.layout.blocks]
         self.ordered: dict[int, Update] = {}

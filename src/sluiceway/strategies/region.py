@@ -23,12 +23,12 @@ class RegionSums:
     Args:
         old: the tensors that the round began with, by name.
         maps: those to combine.
-        estimated: where above zero, A_i is estimated from the change itself, at this rank; no
+        estimated: where given, A_i is estimated from the change itself, at this rank; no
             moments are sent then.
     """
 
     def __init__(
-        self, old: Mapping[str, Tensor], maps: Sequence[LinearMap], estimated: int
+        self, old: Mapping[str, Tensor], maps: Sequence[LinearMap], estimated: int | None
     ) -> None:
         self.maps = maps
         self.estimated = estimated
@@ -42,16 +42,17 @@ class RegionSums:
         moments: dict[str, fedalign.Moment] = {}
         for one in self.maps:
             packed = update.extra.get(f"moment/{one.source}")
-            if one.weight.key not in update.tensors or (packed is None and not self.estimated):
+            sent = packed is not None or self.estimated is not None
+            if one.weight.key not in update.tensors or not sent:
                 continue
             change = one.change(update.tensors, self.old)
             matrix = self.matrix_of(one)
             if matrix not in moments:
-                if packed is None:
-                    share = usage(update.routing[one.block], one.expert)
-                    moments[matrix] = fedalign.update_moment(change, share, self.estimated)
-                else:
+                if packed is not None:
                     moments[matrix] = fedalign.received_moment(packed.cpu(), one.inputs)
+                else:
+                    share = usage(update.routing[one.block], one.expert)
+                    moments[matrix] = fedalign.update_moment(change, share, self.estimated or 0)
                 moments[matrix].add_to(
                     self.sum_of(self.total, matrix, one.inputs, one.inputs), update.examples
                 )
@@ -61,7 +62,7 @@ class RegionSums:
 
     def matrix_of(self, one: LinearMap) -> str:
         """Names the sum of moments that a map is solved with."""
-        return one.weight.key if self.estimated else f"{one.source}/{one.inputs}"
+        return one.weight.key if self.estimated is not None else f"{one.source}/{one.inputs}"
 
     def sum_of(self, sums: dict[str, Tensor], key: str, rows: int, columns: int) -> Tensor:
         """A sum that may not have begun, [rows, columns] float32."""
