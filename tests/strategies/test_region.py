@@ -194,14 +194,15 @@ def test_without_moments_the_mean_by_tokens_stands() -> None:
 def test_updates_with_wrong_moments_are_refused() -> None:
     made = region()
     (update, *_) = (with_moments(made, u) for u in several())
-    update = replace(update, metrics={"loss": 1.0})
+    routing = [replace(block, region=None) for block in update.routing]
+    update = replace(update, routing=routing, metrics={"loss": 1.0})
     assert fault(update, made, 1, [0]) is None
     name = "moment/0/1/hidden"
     packed = update.extra[name]
     wrong: dict[str, Mapping[str, Tensor]] = {
         "is missing": {k: v for k, v in update.extra.items() if k != name},
         "below zero": {**update.extra, name: -packed},
-        "NaN": {**update.extra, name: packed * float("nan")},
+        "not positive semidefinite": {**update.extra, name: packed * float("nan")},
         "has shape": {**update.extra, name: packed[:-1]},
         "expected bfloat16": {**update.extra, name: packed.float()},
         "not to be sent": {**update.extra, "moment/0/9/hidden": packed},
