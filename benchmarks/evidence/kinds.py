@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from pages import (
@@ -22,11 +23,11 @@ from pages import (
 from pictures import by_megabytes, panels
 
 
-def federated(runs: Runs, docs: Path) -> dict[str, str]:
+def federated(runs: Runs, docs: Path, picture: str = "federated.png") -> dict[str, str]:
     """One table and a picture for the page of results; by setting in the page of evidence."""
     names, ours = methods_of(runs), "fedalign-moe"
     rivals = [name for name in names if name != ours]
-    panels(runs, list(runs), names, docs / "federated.png")
+    panels(runs, list(runs), names, docs / picture)
     levels = levels_of(runs, "fedavg", final)
     short = [
         "Accuracy after the last round by setting, and over all settings and seeds: what "
@@ -44,7 +45,7 @@ def federated(runs: Runs, docs: Path) -> dict[str, str]:
                 "up": lambda name: upload(runs, name),
             },
         ),
-        "![accuracy by round](federated.png)",
+        f"![accuracy by round]({picture})",
     ]
     long = [
         "Accuracy after the last round; a star marks a difference to `fedavg`:",
@@ -195,4 +196,10 @@ def methods_of(runs: Runs) -> list[str]:
     return list({name: None for methods in runs.values() for name in methods})
 
 
-KINDS = {"federated": federated, "ablation": ablation, "choices": choices, "split": split}
+KINDS = {
+    "federated": federated,
+    "coarse": partial(federated, picture="coarse.png"),
+    "ablation": ablation,
+    "choices": choices,
+    "split": split,
+}
