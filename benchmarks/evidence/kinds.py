@@ -196,7 +196,7 @@ def methods_of(runs: Runs) -> list[str]:
     return list({name: None for methods in runs.values() for name in methods})
 
 
-KINDS = {
+KINDS: dict[str, Callable[[Runs, Path], dict[str, str]]] = {
     "federated": federated,
     "coarse": partial(federated, picture="coarse.png"),
     "ablation": ablation,
