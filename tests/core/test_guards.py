@@ -171,7 +171,7 @@ def test_each_fault_is_named(name: str) -> None:
     ],
 )
 def test_a_report_has_the_regions_that_the_strategy_wants(region: Tensor | None, why: str) -> None:
-    strategy, update = made(FedAlignMoE())
+    strategy, update = made(FedAlignMoE(experts="semantic"))
     assert fault(update, strategy, 1, [0]) is None
     spoiled = replace(update, routing=[replace(update.routing[0], region=region)])
     assert fault(spoiled, strategy, 1, [0]) == f"{why} in the routing report of block 0"

@@ -198,12 +198,14 @@ def received_moment(packed: Tensor, size: int, factor: float = OFF_DIAGONAL) -> 
 
 
 def moment_fault(packed: Tensor) -> str | None:
-    """Why a finite moment as it was sent is none: it is not positive semidefinite; else None.
+    """Why a moment as it was sent is none: not finite, or not positive semidefinite; else None.
 
     What rounding to bfloat16 does is let pass: 2 % of a diagonal entry, and as much again of a
     whole matrix scaled to a diagonal of ones, its off-diagonals times `OFF_DIAGONAL`.
     """
     packed = packed.float()
+    if not bool(packed.isfinite().all()):
+        return "NaN or Inf"
     dense = unpacked_triangle(packed) if packed.ndim == 1 else None
     diagonal = packed[-1] if dense is None else dense.diagonal()
     if bool((diagonal < 0).any()):
