@@ -202,7 +202,7 @@ def test_updates_with_wrong_moments_are_refused() -> None:
     wrong: dict[str, Mapping[str, Tensor]] = {
         "is missing": {k: v for k, v in update.extra.items() if k != name},
         "below zero": {**update.extra, name: -packed},
-        "not positive semidefinite": {**update.extra, name: packed * float("nan")},
+        "NaN": {**update.extra, name: packed * float("nan")},
         "has shape": {**update.extra, name: packed[:-1]},
         "expected bfloat16": {**update.extra, name: packed.float()},
         "not to be sent": {**update.extra, "moment/0/9/hidden": packed},
