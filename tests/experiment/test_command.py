@@ -208,11 +208,6 @@ def test_central_takes_the_clients_steps_on_their_examples(recipe: Path, run: Ru
         ("recipe", "run.device=tpu", "run.device = 'tpu' cannot be used here"),
         (
             "recipe",
-            "run.stacked=4",
-            "run.stacked: method fedalign-moe has a client half of its own",
-        ),
-        (
-            "recipe",
             "method.name=central run.engine=nvflare",
             "method.name = 'central' pools all examples, which run.engine = 'nvflare' never does",
         ),
