@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from tests.fedalign.loops import close, few, seeds
 from torch import Tensor
 
-from sluiceway.fedalign import consistency_weights, global_routing, mean_routing, overlap
+from sluiceway.fedalign import (
+    consistency_score,
+    consistency_weights,
+    global_routing,
+    mean_routing,
+    overlap,
+)
 
 Layer = tuple[Tensor, Tensor, Tensor]
 
@@ -106,6 +112,14 @@ def test_expert_that_nobody_chose_first_falls_back_to_overlap_then_to_uniform() 
     # A client without margin leaves the expert to the others.
     margin = torch.tensor([[0.0, 0.1], [0.2, 0.1]])
     assert consistency_weights(r, torch.ones(2), margin)[:, 0].tolist() == [0.0, 1.0]
+
+
+@given(layers)
+def test_scores_of_clients_alone_are_in_proportion_to_the_weights(layer: Layer) -> None:
+    r, _, margin = layer
+    scores = torch.stack([consistency_score(*one) for one in zip(r, margin, strict=True)])
+    w = consistency_weights(r, torch.ones(r.shape[1]), margin)
+    torch.testing.assert_close(scores / scores.sum(0), w, rtol=0, atol=1e-8)
 
 
 def test_mean_routing() -> None:

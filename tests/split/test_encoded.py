@@ -11,6 +11,7 @@ import torch
 from tests.split.small import METHODS_AND_SCHEDULES, Pictures, clients, numbers, same, train
 from torch import Tensor
 
+from sluiceway.core.round_loop import Result
 from sluiceway.split import (
     METHODS,
     BatchId,
@@ -125,24 +126,29 @@ def through_bytes(cls: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cls, name, packed)
 
 
-@pytest.mark.parametrize(("name", "schedule"), METHODS_AND_SCHEDULES)
-def test_a_run_is_the_same_through_bytes(
-    name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run() -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        method = METHODS[name](quantize="int8" if name != "sl" else "none", error_feedback=True)
-        sets = [*clients(), Pictures(9, 6)]
-        result = train(method, sets, schedule=schedule, test=Pictures(40, 99))
-        return numbers(result.records), result.tensors
-
-    records, tensors = run()
+def also_through_bytes(run: Callable[[], Result], monkeypatch: pytest.MonkeyPatch) -> Result:
+    """The result of a run, which is the same where its messages are packed."""
+    found = run()
     for method in ("smashed_data", "tail_gradient"):
         through_bytes(SplitClient, method, monkeypatch)
     for method in ("step", "step_u"):
         through_bytes(SplitServer, method, monkeypatch)
     packed = run()
-    assert packed[0] == records
-    assert same(packed[1], tensors)
+    assert numbers(packed.records) == numbers(found.records)
+    assert same(packed.tensors, found.tensors)
+    return found
+
+
+@pytest.mark.parametrize(("name", "schedule"), METHODS_AND_SCHEDULES)
+def test_a_run_is_the_same_through_bytes(
+    name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> Result:
+        method = METHODS[name](quantize="int8" if name != "sl" else "none", error_feedback=True)
+        sets = [*clients(), Pictures(9, 6)]
+        return train(method, sets, schedule=schedule, test=Pictures(40, 99))
+
+    also_through_bytes(run, monkeypatch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -17,17 +17,16 @@ from tests.split.small import (
     set_up,
     train,
 )
-from tests.split.test_encoded import through_bytes
+from tests.split.test_encoded import also_through_bytes
 from torch import Tensor
 
 from sluiceway.channels import eigenbasis
 from sluiceway.core.checkpoints import Checkpoint
+from sluiceway.core.round_loop import Result
 from sluiceway.core.settings import Optimisation
 from sluiceway.split import ACPSL, SCHEDULES, Compressor
-from sluiceway.split.client import SplitClient
 from sluiceway.split.messages import read_initial_scores
 from sluiceway.split.rounds import SplitLoop
-from sluiceway.split.server import SplitServer
 
 bases = pytest.mark.parametrize("basis", ["eigen", "label", "gradient", "learned"])
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -112,22 +111,14 @@ def test_the_basis_is_that_of_all_clients_data() -> None:
 def test_a_run_is_the_same_through_bytes(
     basis: str, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    def run() -> Result:
         method = mixer(
             basis, quantize="bits" if basis == "label" else "dct", warmup=basis == "eigen"
         )
-        result = train(method, schedule=schedule, test=Pictures(40, 99))
-        return numbers(result.records), result.tensors
+        return train(method, schedule=schedule, test=Pictures(40, 99))
 
-    found, tensors = run()
-    for method in ("smashed_data", "tail_gradient"):
-        through_bytes(SplitClient, method, monkeypatch)
-    for method in ("step", "step_u"):
-        through_bytes(SplitServer, method, monkeypatch)
-    packed = run()
-    assert packed[0] == found
-    assert same(packed[1], tensors)
-    assert all(not record["rejected"] for record in found)
+    found = also_through_bytes(run, monkeypatch)
+    assert all(not record.rejected for record in found.records)
 
 
 @bases

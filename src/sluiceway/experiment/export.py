@@ -167,14 +167,10 @@ def language_model_of(plain: Any) -> nn.Module:
 
 def add_code(out: Path) -> None:
     """The code of an exported classifier, whose files import each other."""
-    from sluiceway.moe.saved import copy_code
+    from sluiceway.moe import saved
 
-    copy_code(out, "saved", "upcycled")
-    for name in ("classifier", "heads"):
-        text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-        for package in ("sluiceway.moe.", "sluiceway.experiment."):
-            text = text.replace(f"from {package}", "from .")
-        (out / f"{name}.py").write_text(text, encoding="utf-8")
+    saved.copy_code(out, Path(saved.__file__), "saved", "upcycled")
+    saved.copy_code(out, Path(__file__), "classifier", "heads")
 
 
 def export_adapter(built: nn.Module, out: Path, prefix: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -121,10 +122,11 @@ class TrainedModel:
         found = []
         for part in rows:
             batch = Batch.of(examples, part, self.device)
-            if isinstance(training, Training):
-                with training.precision(self.device):
-                    found.append(batch.run(self.model).cpu())
-            else:
+            with (
+                training.precision(self.device)
+                if isinstance(training, Training)
+                else contextlib.nullcontext()
+            ):
                 found.append(batch.run(self.model).cpu())
         return torch.cat(found)
 

@@ -60,10 +60,6 @@ class Moment:
         assert self.diagonal is not None
         return self.factors.T @ self.factors + self.diagonal.diag()
 
-    def after(self, rows: Tensor) -> Tensor:
-        """rows [m, n] times the matrix."""
-        return self.add_after(rows, torch.zeros_like(rows), 1.0)
-
     def add_to(self, total: Tensor, weight: float) -> None:
         """Add weight times the matrix to `total`, [n, n]."""
         if self.dense is not None:

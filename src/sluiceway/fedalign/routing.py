@@ -228,6 +228,23 @@ def consistency_weights(r: Tensor, r_g: Tensor, margin: Tensor) -> Tensor:
     return scores / scores.sum(0)
 
 
+def consistency_score(r: Tensor, margin: Tensor) -> Tensor:
+    """What one client counts for each expert's routing, without the others: w_i(e) up to a factor.
+
+    The global routing in the overlap is a common factor of a column of `consistency_weights`, so
+    that scores can be added up as clients come. The small terms count where those before them are
+    zero for every client.
+
+    Args:
+        r: routing distribution of the client, [E], in [0, 1].
+        margin: its mean decision margins, [E], in [0, 1].
+
+    Returns:
+        [E], above 0.
+    """
+    return r * (margin + 1e-12) + 1e-30
+
+
 def mean_routing(r: Tensor, examples: Tensor) -> Tensor:
     """Example-weighted mean routing, the r_g of round 1  [ours]::
 

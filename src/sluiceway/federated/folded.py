@@ -19,6 +19,7 @@ from sluiceway.core.batches import Batch
 from sluiceway.moe import Observer
 from sluiceway.moe.families import RouterOutput
 from sluiceway.moe.layout import Block
+from sluiceway.moe.received import Call
 from sluiceway.moe.upcycled import UpcycledMoE
 
 Forward = Callable[..., Any]
@@ -164,7 +165,6 @@ class FoldedObserver(Observer):
     Args:
         observers: of the clients, in order; this one has the hooks and theirs are removed.
         model, layout: see `Observer`.
-
     """
 
     def __init__(self, observers: list[Observer], model: nn.Module, layout: Any) -> None:
@@ -188,7 +188,14 @@ class FoldedObserver(Observer):
         with self.observing(batch.mask, batch.decoder_mask):
             yield
 
-    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput, whole: Any) -> None:
+    def _observe(
+        self,
+        block: Block,
+        hidden: Tensor,
+        output: RouterOutput,
+        whole: Any,
+        call: Call | None,
+    ) -> None:
         mask = self._masks[self._is_decoder[block.position]]
         if self.real is not None:
             real = self.real.flatten().repeat_interleave(len(hidden) // self.real.numel())
@@ -205,4 +212,4 @@ class FoldedObserver(Observer):
             observer._masks = (masks[place], masks[place])
             read = RouterOutput(logits[place], selected[place], None)
             again = (read.logits, weights[place], read.selected)
-            observer._observe(block, own, read, again)
+            observer._observe(block, own, read, again, None)

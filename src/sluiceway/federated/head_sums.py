@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from sluiceway import fedalign
 from sluiceway.core.batches import Batch
+from sluiceway.core.evaluation import BATCH
 from sluiceway.core.head_start import HeadStart, HeadSums
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError
 from sluiceway.federated.client import Worker
-
-#: Examples a forward pass.
-BATCH = 64
 
 
 def head_sums(worker: Worker, number: int, kind: HeadStart) -> HeadSums:

@@ -286,14 +286,25 @@ class Observer:
                 )
             read = block.family.read(output, block.top_k)
             hidden = hidden_of((args, kwargs), block.hidden).reshape(-1, block.hidden)
-            self._observe(block, hidden, read, output)
-            if (step := self.last[block.position]) is not None:
-                step.call = args, kwargs
+            self._observe(block, hidden, read, output, (args, kwargs))
 
         return hook
 
-    def _observe(self, block: Block, hidden: Tensor, output: RouterOutput, whole: Any) -> None:
-        """Add a forward of a block: what entered its router, and what came out, read and whole."""
+    def _observe(
+        self,
+        block: Block,
+        hidden: Tensor,
+        output: RouterOutput,
+        whole: Any,
+        call: Call | None,
+    ) -> None:
+        """Add a forward of a block.
+
+        Args:
+            hidden: what entered its router.
+            output, whole: what came out, read and as it was.
+            call: what the router was called with; None if it takes hidden states alone.
+        """
         mask = self._masks[self._is_decoder[block.position]]
         if mask is not None:
             if mask.numel() != hidden.shape[0]:
@@ -308,7 +319,7 @@ class Observer:
             with torch.inference_mode(False):
                 sums = self._sums[block.position] = _Sums(block, self._regions, hidden.device)
         sums.add(hidden, output, mask)
-        self.last[block.position] = BlockStep(hidden, output.logits, output.selected, mask)
+        self.last[block.position] = BlockStep(hidden, output.logits, output.selected, mask, call)
         if self._sample:
             self._samplers[block.position].add(hidden, combine_weights(whole, output), mask)
 

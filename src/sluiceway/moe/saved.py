@@ -11,6 +11,7 @@ Imports nothing of Sluiceway but `upcycled.py`, beside which it is copied.
 from __future__ import annotations
 
 import importlib
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,14 +194,20 @@ def save_upcycled(model: PreTrainedModel, folder: Any, **more: Any) -> None:
     config.auto_map = {"AutoConfig": "saved.BodyConfig", **dict.fromkeys(AUTO_CLASSES, code)}
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    copy_code(Path(folder), "saved", "upcycled")
+    copy_code(Path(folder), Path(__file__), "saved", "upcycled")
 
 
-def copy_code(folder: Path, *modules: str) -> None:
-    """Copy files beside this one into a folder, where they import each other."""
+def copy_code(folder: Path, beside: Path, *modules: str) -> None:
+    """Copy files that are beside another into a folder, where all that are there import each other.
+
+    Args:
+        folder: to copy into.
+        beside: a file of the package that the modules are in.
+        modules: their names, which are different in all packages.
+    """
     for module in modules:
-        source = Path(__file__).with_name(f"{module}.py")
-        text = source.read_text(encoding="utf-8").replace("from sluiceway.moe.", "from .")
+        source = beside.with_name(f"{module}.py")
+        text = re.sub(r"from sluiceway\.\w+\.", "from .", source.read_text(encoding="utf-8"))
         (folder / source.name).write_text(text, encoding="utf-8")
 
 

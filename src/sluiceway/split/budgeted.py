@@ -97,8 +97,8 @@ class Stepped:
         """
         n, g, s = self.numbers.shape
         ordered = self.numbers.permute(1, 2, 0).cpu().numpy()[:, _order(self.sides, s)]
-        folded = np.where(ordered > 0, 2 * ordered - 1, -2 * ordered).astype(np.uint8)
-        sizes = np.tile(np.diff(_ends(self.sides, s), prepend=0) * n, g)
+        folded = coder.folded(ordered).astype(np.uint8)
+        sizes = _sizes(self.sides, (n, g, s))
         return _HEAD.pack(self.step, self.shift) + coder.encode(folded.ravel(), sizes)
 
     @classmethod
@@ -112,9 +112,8 @@ class Stepped:
         if not 0 < step < float("inf") or not np.isfinite(np.float32(step) * np.float32(128)):
             raise WireError("step: expected a finite number above 0")
         n, g, s = shape
-        sizes = np.tile(np.diff(_ends(sides, s), prepend=0) * n, g)
-        folded = coder.decode(data[_HEAD.size :], sizes).astype(np.int16)
-        ordered = np.where(folded % 2, (folded + 1) // 2, -(folded // 2)).reshape(g, s, n)
+        folded = coder.decode(data[_HEAD.size :], _sizes(sides, shape)).astype(np.int16)
+        ordered = coder.unfolded(folded).reshape(g, s, n)
         if int(folded.max()) > 2 * _LARGEST:
             raise WireError(f"integers: expected at most {_LARGEST} in magnitude")
         numbers = np.empty_like(ordered)
@@ -173,7 +172,7 @@ def _step(x: Tensor, largest: float, budget: float, sides: Sides | None) -> floa
     Found as if every group were Laplace distributed, then corrected by what a sample really takes.
     """
     n, g, s = x.shape
-    sizes = np.tile(np.diff(_ends(sides, s), prepend=0) * n, g)
+    sizes = _sizes(sides, (n, g, s))
     values = np.abs(x.permute(1, 2, 0).cpu().numpy()[:, _order(sides, s)]).ravel()
     ends = np.cumsum(sizes)
     means = np.add.reduceat(values, ends - sizes) / sizes
@@ -252,8 +251,7 @@ class Bitted:
         n, g, s = self.numbers.shape
         rows = self.numbers.transpose(0, 1).reshape(g, n * s).cpu().numpy()
         live = self.bits > 0
-        nibbles = np.append(self.bits.numpy(), [0] * (g % 2)).astype(np.uint8)
-        parts = [(nibbles[::2] | nibbles[1::2] << 4).tobytes()]
+        parts = [coder.in_halves(self.bits.numpy().astype(np.uint8))]
         parts += [_short(self.low.cpu()), _short(self.step.cpu()[live])]
         rows = rows[live.numpy()]
         if self.coded and len(rows):
@@ -276,8 +274,7 @@ class Bitted:
         head = (g + 1) // 2
         if len(data) < head + 2 * g:
             raise WireError("message: ends before its values")
-        packed = np.frombuffer(data[:head], dtype=np.uint8)
-        bits = np.stack([packed & 15, packed >> 4], 1).ravel().astype(np.int64)
+        bits = coder.from_halves(data[:head]).astype(np.int64)
         if bits[g:].any() or int(bits.max()) > 8:
             raise WireError("bits: expected 0 to 8 a component")
         bits = bits[:g]
@@ -378,9 +375,9 @@ def _unfolded(
 ) -> npt.NDArray[np.uint8]:
     """The inverse of `_folded`."""
     size = (1 << bits)[:, None].astype(np.int16)
-    numbers = folded.astype(np.int16)
-    apart = np.where(numbers % 2, (numbers + 1) // 2, -(numbers // 2))
-    found: npt.NDArray[np.int16] = (apart + centre[:, None]) % size
+    found: npt.NDArray[np.int16] = (
+        coder.unfolded(folded.astype(np.int16)) + centre[:, None]
+    ) % size
     return found.astype(np.uint8)
 
 
@@ -464,9 +461,14 @@ def _order(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
 
 
 @lru_cache(maxsize=64)
-def _ends(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
-    """Where each band of positions ends in their order: sums of 0, 1 to 2, 3 to 6, 7 to 14, ..."""
-    if not sides:
-        return np.array([count])
-    bands = np.floor(np.log2(np.indices(sides).sum(0).ravel() + 1)).astype(np.int64)
-    return np.cumsum(np.bincount(bands))
+def _sizes(sides: Sides | None, shape: tuple[int, int, int]) -> npt.NDArray[np.int64]:
+    """How many of the values [N, G, S] are in each group, component by component.
+
+    Groups are bands of frequencies, sums of 0, 1 to 2, 3 to 6, 7 to 14, ..., or all positions.
+    """
+    n, g, s = shape
+    bands = np.array([s])
+    if sides:
+        sums = np.indices(sides).sum(0).ravel()
+        bands = np.bincount(np.floor(np.log2(sums + 1)).astype(np.int64))
+    return np.tile(bands * n, g)

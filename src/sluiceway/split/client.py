@@ -213,10 +213,11 @@ class SplitClient:
     def send(self, batch_id: BatchId, batch: Batch) -> Encoded:
         """The message of what the front makes of a batch; with labels, but in a U-shape."""
         self.trained.train()
-        smashed = batch.to(self.config.device).run(self.front)
+        moved = batch.to(self.config.device)
+        smashed = moved.run(self.front)
         if self.scorer is not None:
             self.scorer.watch(smashed.detach(), batch.labels)
-        penalty = self.penalty(batch, smashed)
+        penalty = self.penalty(moved, smashed)
         labels = None if self.tail else batch.labels
         sent = smashed.detach()
         if self.config.link.noise:
@@ -230,14 +231,18 @@ class SplitClient:
         return message
 
     def penalty(self, batch: Batch, smashed: Tensor) -> Tensor | None:
-        """The client's own loss of its front, `train.nopeek`; None if it has none."""
+        """The client's own loss of its front, `train.nopeek`; None if it has none.
+
+        Args:
+            batch: on the device of the layers.
+            smashed: what the front makes of it.
+        """
         training = self.config.training
         if not isinstance(training, SplitTraining) or not training.nopeek:
             return None
-        inputs = batch.to(self.config.device).inputs
-        if not isinstance(inputs, Tensor):
+        if not isinstance(batch.inputs, Tensor):
             raise ValueError("train.nopeek needs inputs that are one tensor")
-        return training.nopeek * distance_correlation(inputs, smashed)
+        return training.nopeek * distance_correlation(batch.inputs, smashed)
 
     def tail_gradient(self, batch_id: BatchId, message: Message) -> Encoded:
         """In a U-shape: run the tail on what the server made; returns the gradient of the loss.

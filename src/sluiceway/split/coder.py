@@ -41,6 +41,28 @@ _EIGHTHS: Final = np.array(
 )
 
 
+def folded(numbers: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
+    """Integers 0, 1, -1, 2, ... as 0, 1, 2, 3, ..."""
+    return np.where(numbers > 0, 2 * numbers - 1, -2 * numbers)
+
+
+def unfolded(numbers: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
+    """The inverse of `folded`."""
+    return np.where(numbers % 2, (numbers + 1) // 2, -(numbers // 2))
+
+
+def in_halves(numbers: Integers) -> bytes:
+    """Numbers below 16, two a byte, the first in the low half; an odd last one leaves a zero."""
+    even = np.append(numbers, np.zeros(len(numbers) % 2, dtype=np.uint8))
+    return (even[::2] | even[1::2] << 4).tobytes()
+
+
+def from_halves(data: memoryview) -> Integers:
+    """What `in_halves` gave, two a byte, with the zero that may be after them."""
+    packed = np.frombuffer(data, dtype=np.uint8)
+    return np.stack([packed & 15, packed >> 4], 1).ravel()
+
+
 def classes_of(integers: Integers, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """The class of each group, [G], in [0, 15]; groups of at least one integer end at `ends`."""
     starts = np.append(0, ends[:-1])
@@ -67,8 +89,7 @@ def encode(integers: Integers, sizes: Sequence[int] | npt.NDArray[np.int64]) -> 
     """
     ends = np.cumsum(sizes)
     classes = classes_of(integers, ends)
-    nibbles = np.append(classes, np.zeros(len(classes) % 2, dtype=np.uint8))
-    parts = [(nibbles[::2] | nibbles[1::2] << 4).tobytes()]
+    parts = [in_halves(classes)]
     encoder = constriction.stream.queue.RangeEncoder()
     bounds = list(zip([0, *ends.tolist()], ends.tolist(), classes.tolist(), strict=False))
     for number in sorted(set(classes.tolist()) - {0}):
@@ -93,8 +114,7 @@ def decode(data: memoryview, sizes: Sequence[int] | npt.NDArray[np.int64]) -> In
         WireError: not what `encode` writes.
     """
     header = (len(sizes) + 1) // 2
-    packed = np.frombuffer(_taken(data, 0, header), dtype=np.uint8)
-    classes = np.stack([packed & 15, packed >> 4], 1).ravel()
+    classes = from_halves(_taken(data, 0, header))
     if classes[len(sizes) :].any():
         raise WireError("classes: expected zero in the unused half of the last byte")
     tables, at = dict[int, Integers](), header

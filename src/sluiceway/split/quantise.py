@@ -175,7 +175,7 @@ class Quantised:
         numbers = self.numbers.transpose(0, 1).flatten(1).cpu().numpy().astype(np.int16)
         numbers = numbers - self.codec.offset
         if not self.codec.affine:
-            numbers = np.where(numbers > 0, 2 * numbers - 1, -2 * numbers)
+            numbers = coder.folded(numbers)
         sizes = [numbers.shape[1]] * len(numbers)
         coded = coder.encode(numbers.astype(np.uint8).ravel(), sizes)
         return self.parameters.cpu().numpy().tobytes() + coded
@@ -235,7 +235,7 @@ def _decoded(data: memoryview, shape: tuple[int, int, int], codec: Codec) -> Ten
     if int(found.max()) > (codec.levels if codec.affine else 2 * codec.levels):
         raise WireError("integers: larger than the codec's")
     if not codec.affine:
-        found = np.where(found % 2, (found + 1) // 2, -(found // 2))
+        found = coder.unfolded(found)
     numbers = torch.from_numpy((found + codec.offset).astype(np.int8))
     return numbers.view(g, n, s).transpose(0, 1).contiguous()
 

@@ -104,7 +104,7 @@ class SplitLoop:
         self.losses, self.counts = list[tuple[int, float]](), dict[str, int]()
         # 1. Choose the channels, or a basis of them; clients whose scores are needed already rate
         # theirs first.
-        for client_id in (self.mixer or self.masks).unrated(chosen):
+        for client_id in self.selector.unrated(chosen):
             self.collect_initial_scores(self.clients[client_id])
         self.masks.choose(round, chosen)
         if self.mixer is not None:
@@ -143,9 +143,14 @@ class SplitLoop:
                 self.traffic.up += len(message)
             scores = read_initial_scores(message, client.client_id, self.measures)
             if scores is not None:
-                (self.mixer or self.masks).rate(client.client_id, scores)
+                self.selector.rate(client.client_id, scores)
         except WireError as error:
             self.rejected[client.client_id] = str(error)
+
+    @property
+    def selector(self) -> MaskSelector | BasisSelector:
+        """What takes the clients' scores."""
+        return self.mixer or self.masks
 
     @property
     def basis(self) -> Basis | None:
@@ -230,7 +235,7 @@ class SplitLoop:
             self.counts[name] = max(value, self.counts.get(name, 0))
         self.losses.append(found.loss)
         if scores is not None and client.client_id not in self.rejected:
-            (self.mixer or self.masks).rate(client.client_id, scores)
+            self.selector.rate(client.client_id, scores)
         client_id, size, nbytes = client.client_id, client.size, len(message)
         return Update(client_id, round, size, found.model, extra=found.extra, nbytes=nbytes)
 

@@ -204,15 +204,11 @@ class FedAlignMoE(FedAvg):
 
     def fault(self, update: Update) -> str | None:
         for source, (one, _) in self.sources.items():
-            packed = update.extra.get(f"moment/{source}")
+            packed, why = update.extra.get(f"moment/{source}"), None
             if packed is not None:
                 why = fedalign.moment_fault(packed.cpu())
-            else:  # of an inner activation that is not known there is none
-                why = (
-                    "it is missing"
-                    if one.reads == "hidden" and usage(update.routing[one.block], one.expert)
-                    else None
-                )
+            elif one.reads == "hidden" and usage(update.routing[one.block], one.expert):
+                why = "it is missing"  # of an inner activation that is not known there is none
             if why is not None:
                 return f"moment/{source}: {why}"
         return None
@@ -262,14 +258,10 @@ class FedAlignMoE(FedAvg):
         return mean
 
     def gate_weight(self, update: Update, block: int) -> Tensor:
-        """How much a client's routing counts for each expert, [E]; need not be normalised.
-
-        In proportion to w_i(e): the global routing in the overlap is a common factor. The small
-        terms count where those before them are zero for every client.
-        """
+        """How much a client's routing counts for each expert, [E]; need not be normalised."""
         report = update.routing[block]
         if self.consistency:
-            return report.routing * (report.margin + 1e-12) + 1e-30
+            return fedalign.consistency_score(report.routing, report.margin)
         examples = 1.0 if self.align else float(update.examples)
         return torch.full_like(report.routing, examples)
 

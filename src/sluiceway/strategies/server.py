@@ -15,13 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.moe import ParamSlice
-
-PARAMETERS = ConfigDict(extra="forbid", allow_inf_nan=False)
+from sluiceway.strategies.base import PARAMETERS
 
 
 class ServerOptimizer:
