@@ -43,7 +43,7 @@ from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError, line
 from sluiceway.strategies import Broadcast, Strategy, Update
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 #: Clients of a run from which on what each got is kept of the newest rounds alone: a list of so
 #: many numbers for each of a thousand rounds would fill the memory.

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 from torch import nn
 
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @checked(config=PARAMETERS, kw_only=True, frozen=True)

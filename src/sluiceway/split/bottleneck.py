@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sluiceway.channels import share_count
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.compress import Compressor
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 _LAYERS: Final = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
 

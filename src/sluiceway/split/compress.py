@@ -33,7 +33,7 @@ from sluiceway.split.packing import (
 )
 from sluiceway.split.quantise import Coding, is_coded
 from sluiceway.split.selection import KeptChannels, Selection, every_channel
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 Quantize = Literal["none", "fp16", "int8", "int4", "bits", "step", "dct"]
 #: Those that fill a budget of bytes.

@@ -14,7 +14,7 @@ from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.compress import Compressor
 from sluiceway.split.packing import BatchId
 from sluiceway.split.selection import KeptElements, Selection
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

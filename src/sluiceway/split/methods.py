@@ -23,7 +23,7 @@ from sluiceway.split.bottleneck import Bottleneck, one_by_one
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.scorers import ChannelScorer, FixedScores, LabelAware, MeanScore, MomentScorer
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

@@ -9,22 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, Observer, ParamSlice
-
-if TYPE_CHECKING:
-    from sluiceway.strategies.server import ServerOptimizer
-
-#: How every strategy's parameters are checked: unknown names, values out of range, and numbers
-#: that are infinite or NaN are errors.
-PARAMETERS = ConfigDict(
-    extra="forbid", validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
-)
+from sluiceway.strategies.server import ServerOptimizer
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from sluiceway.moe import (
     linear_maps,
     received_logits,
 )
-from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
+from sluiceway.strategies.base import LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 from sluiceway.strategies.matching import reordered
+from sluiceway.strategies.parameters import PARAMETERS
 from sluiceway.strategies.region import RegionSums, usage
 
 #: `method.preset`: what is set where the recipe says nothing else.

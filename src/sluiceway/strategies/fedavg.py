@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sluiceway.errors import InputError
 from sluiceway.moe import Adapter, MoELayout, ParamSlice
-from sluiceway.strategies.base import PARAMETERS, RunningMean, Strategy, Update
+from sluiceway.strategies.base import RunningMean, Strategy, Update
 from sluiceway.strategies.low_rank import RunningProducts
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

@@ -11,8 +11,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.moe import BlockRouting, ParamSlice
-from sluiceway.strategies.base import PARAMETERS, Update
+from sluiceway.strategies.base import Update
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

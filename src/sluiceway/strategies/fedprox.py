@@ -9,8 +9,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.strategies.base import PARAMETERS, LocalContext
+from sluiceway.strategies.base import LocalContext
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from sluiceway.strategies.base import PARAMETERS
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.parameters import PARAMETERS
 from sluiceway.strategies.server import Yogi
 
 

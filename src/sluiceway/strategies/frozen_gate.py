@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from sluiceway.moe import MoELayout
-from sluiceway.strategies.base import PARAMETERS
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

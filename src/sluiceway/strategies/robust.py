@@ -20,7 +20,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sluiceway.strategies.base import PARAMETERS, Strategy, Update, UpdateRule
+from sluiceway.strategies.base import Strategy, Update, UpdateRule
+from sluiceway.strategies.parameters import PARAMETERS
 
 #: Values that are worked on at a time: of one client, or of up to sixteen together.
 SLICE = 1 << 16

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sluiceway.errors import InputError
 from sluiceway.moe import BlockRouting, MoELayout, ParamSlice
-from sluiceway.strategies.base import PARAMETERS, LocalContext, Update, unprefixed
+from sluiceway.strategies.base import LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
+from sluiceway.strategies.parameters import PARAMETERS
 
 #: What `parts` may name. "other" is what is neither head nor gate nor expert.
 PARTS = ("head", "gate", "experts", "other")

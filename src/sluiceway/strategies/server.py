@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.moe import ParamSlice
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 class ServerOptimizer:
