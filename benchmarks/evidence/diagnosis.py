@@ -31,7 +31,7 @@ from sluiceway.experiment.run import run
 from sluiceway.experiment.session import Session
 from sluiceway.moe import Block, ParamSlice
 from sluiceway.strategies import STRATEGIES, FedAlignMoE, Update
-from sluiceway.strategies.base import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS
 
 MEASURES = (
     "routing overlap",
