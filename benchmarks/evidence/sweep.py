@@ -44,6 +44,7 @@ class Setting(BaseModel):
     tuned_on: the setting whose trials choose each method's; its own where this is empty.
     methods: which of the table's methods run here; all where this is empty.
     level: how much less may cross, as a key of the methods' `at`; those without it do not run.
+    seeds: its own; the table's where this is empty.
     later: runs with --later only.
     """
 
@@ -53,6 +54,7 @@ class Setting(BaseModel):
     tuned_on: str = ""
     methods: list[str] = []
     level: str = ""
+    seeds: list[int] = []
     later: bool = False
 
 
@@ -86,6 +88,10 @@ class Table(BaseModel):
     def named(name: str) -> Table:
         """The table of that name."""
         return Table(**tomllib.loads((HERE / "tables" / f"{name}.toml").read_text("utf-8")))
+
+    def seeds_of(self, setting: str) -> list[int]:
+        """The seeds that a setting is run over."""
+        return self.settings[setting].seeds or self.seeds
 
     def taking_part(self, setting: str) -> list[str]:
         """The methods that run in a setting."""
@@ -188,7 +194,7 @@ def missing(table: Table, records: Records, later: bool) -> Iterator[Job]:
             if len(table.methods[method].trials) > 1:
                 trials = itertools.chain(*trial_jobs(table, tuned_on, method))
                 yield from (job for job in trials if records.of_job(job) is None)
-        for seed, method in itertools.product(table.seeds, table.taking_part(setting)):
+        for seed, method in itertools.product(table.seeds_of(setting), table.taking_part(setting)):
             trial = chosen_trial(table, records, setting, method)
             if trial is not None:
                 job = Job(setting, method, tuple(trial), seed, False)
@@ -249,10 +255,10 @@ def runs_of(table: Table, records: Records) -> Runs:
             trial = tuple(chosen_trial(table, records, setting, method) or ())
             lines = {
                 seed: line
-                for seed in table.seeds
+                for seed in table.seeds_of(setting)
                 if (line := records.of_job(Job(setting, method, trial, seed, False)))
             }
-            if len(lines) == len(table.seeds):
+            if len(lines) == len(table.seeds_of(setting)):
                 found.setdefault(setting, {})[method] = lines
     return found
 
