@@ -23,6 +23,7 @@ from sluiceway.strategies.matching import reordered
 
 E, K, D = 4, 2, 16
 OFF = {"align": False, "consistency": False, "adaptive": False, "semantic": False}
+ALIGNED = {"align": True, "gate": "consistency"}
 
 
 def world() -> tuple[dict[str, Tensor], MoELayout]:
@@ -176,7 +177,7 @@ def test_an_expert_nobody_used_stays_as_it_was() -> None:
         ("fedprox", {}),
         ("fedmoe", {"hold": 0.0}),
         ("usage", {}),
-        ("fedalign-moe", {"gate": "consistency"}),
+        ("fedalign-moe", {"gate": "consistency", "align": True}),
         ("fedalign-moe", {"gate": "average"}),
         ("fedalign-moe", {"gate": "consistency", "consistency": False}),
     ],
@@ -275,7 +276,7 @@ def fedalign_by_loop(
 
 @pytest.mark.parametrize("weights", ["select", "smooth"])
 def test_fedalign_moe_is_what_the_documentation_says_over_two_rounds(weights: str) -> None:
-    made = ready("fedalign-moe", experts="semantic", weights=weights)
+    made = ready("fedalign-moe", **ALIGNED, experts="semantic", weights=weights)
     updates = several()
     wanted, r_g = fedalign_by_loop(updates, None, weights)
     aggregate(made, iter(updates))
@@ -290,7 +291,7 @@ def test_each_ablation_step_changes_the_aggregate() -> None:
     """Every server-side switch acts: adaptive alone lives on the client."""
     seen = []
     for on in ([], ["align"], ["align", "consistency"], ["align", "consistency", "semantic"]):
-        made = ready("fedalign-moe", **(OFF | dict.fromkeys(on, True)))
+        made = ready("fedalign-moe", **(OFF | dict.fromkeys(on, True)), gate="consistency")
         aggregate(made, several())
         seen.append(torch.cat([t.flatten() for t in made.tensors.values()]))
     for i, one in enumerate(seen):
@@ -357,7 +358,7 @@ def test_low_precision_parameters_are_averaged_in_float32() -> None:
 
 
 def test_the_gate_is_combined_row_by_row_as_the_mathematics_says() -> None:
-    made, updates = ready("fedalign-moe"), several()
+    made, updates = ready("fedalign-moe", **ALIGNED), several()
     assert isinstance(made, FedAlignMoE)
     aggregate(made, updates)
     (gate,) = LAYOUT.blocks[0].gate

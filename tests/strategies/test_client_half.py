@@ -73,7 +73,7 @@ def test_fedprox_penalty_and_gradient_by_hand(moe_model: TinyClassifier) -> None
 def test_regulariser_gradient_reaches_the_router_and_is_autograds(
     moe_model: TinyClassifier, reference: str, adaptive: bool
 ) -> None:
-    strategy = FedAlignMoE(reference=reference, adaptive=adaptive, lambda_=0.3)  # type: ignore[arg-type]
+    strategy = FedAlignMoE(align=True, reference=reference, adaptive=adaptive, lambda_=0.3)  # type: ignore[arg-type]
     r_g = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     client, _ = client_of(strategy, moe_model, r_g)
     (name,) = strategy.layout.blocks[0].gate
@@ -114,7 +114,7 @@ def test_regulariser_gradient_reaches_the_router_and_is_autograds(
 
 
 def test_marginal_reference_waits_for_a_global_routing(moe_model: TinyClassifier) -> None:
-    strategy = FedAlignMoE(reference="marginal")
+    strategy = FedAlignMoE(align=True, reference="marginal")
     client, _ = client_of(strategy, moe_model)
     assert strategy.penalty(client) is None
 
@@ -122,7 +122,7 @@ def test_marginal_reference_waits_for_a_global_routing(moe_model: TinyClassifier
 def test_conditional_reference_is_zero_where_the_gate_is_as_received(
     moe_model: TinyClassifier,
 ) -> None:
-    strategy = FedAlignMoE(reference="conditional", adaptive=False)
+    strategy = FedAlignMoE(align=True, reference="conditional", adaptive=False)
     client, _ = client_of(strategy, moe_model)
     penalty = strategy.penalty(client)
     assert penalty is not None

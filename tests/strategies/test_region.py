@@ -28,8 +28,8 @@ FORMS = [
     {"moments": "low-rank", "rank": 5, "gate": "region"},
     {"moments": "low-rank", "rank": 3, "down": "moments"},
     {"moments": "diagonal", "gate": "region"},
-    {"moments": "update", "gate": "region"},
-    {"moments": "update", "down": "moments"},
+    {"moments": "update", "rank": 0, "gate": "region"},
+    {"moments": "update", "rank": 0, "down": "moments"},
     {"moments": "full", "down": "mean"},
 ]
 
