@@ -28,6 +28,7 @@ from sluiceway.experiment.command_line import (
     overrides,
     stoppable,
 )
+from sluiceway.experiment.tables import method_label
 
 
 class Group(TyperGroup):
@@ -81,6 +82,12 @@ def top(
     """Train on data that must not leave its owners."""
 
 
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what would run, its sizes and bytes; write nothing."),
+]
+
+
 @app.command(epilog=MORE)
 def run(
     recipe: RecipeName,
@@ -90,6 +97,7 @@ def run(
     engine: Engine = None,
     resume: Resume = False,
     force: Force = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train one recipe and leave a run folder.
 
@@ -98,6 +106,13 @@ def run(
     from sluiceway.experiment.recipe import load_recipe
 
     chosen = load_recipe(recipe, overrides(settings, device, engine))
+    if dry_run:
+        from sluiceway.experiment.dry_run import described
+        from sluiceway.experiment.session import Session
+
+        with stoppable("") as progress:
+            print(*described(chosen, Session(), progress), sep="\n")
+        return
     from sluiceway.experiment.report import write_report
     from sluiceway.experiment.run import run as run_here
 
@@ -116,9 +131,10 @@ def run(
         values = summary["metric_value"], summary["metric_best"]
         also += f", {name} {values[0]:.4f} (best {values[1]:.4f})"
     print(
-        f"{summary['method']}: accuracy {summary['accuracy']:.4f} "
+        f"{method_label(summary['recipe']['method'])}: accuracy {summary['accuracy']:.4f} "
         f"(best {summary['best_accuracy']:.4f}{also}) "
-        f"after {summary['rounds']} rounds, {summary['bytes_up'] / 1e6:.1f} MB up, "
+        f"after {summary['rounds']} round{'s' if summary['rounds'] > 1 else ''}, "
+        f"{summary['bytes_up'] / 1e6:.1f} MB up, "
         f"{summary['bytes_down'] / 1e6:.1f} MB down, {summary['seconds']:.0f} s"
     )
     print(f"run folder: {out} (summary.json, report.html)")
@@ -147,6 +163,7 @@ def compare(
     out: Out = None,
     device: Device = None,
     engine: Engine = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run variants of a recipe over seeds and put them in one table.
 
@@ -155,23 +172,45 @@ def compare(
     from sluiceway.experiment.recipe import load_recipe
 
     given = overrides(settings, device, engine)
-    chosen = load_recipe(recipe, given)
+    chosen = load_recipe(recipe, given, alone=False)
     from sluiceway.experiment import compare as comparison
+
+    how = comparison.parse_vary(vary or []) or None, comparison.parse_seeds(seeds)
+    if dry_run:
+        from sluiceway.experiment.dry_run import compared
+
+        with stoppable("") as progress:
+            planned = comparison.planned_runs(recipe, given, *how)
+            print(*compared(planned, progress), sep="\n")
+        return
     from sluiceway.experiment.report import write_report
 
     out = out or new_folder(recipe, chosen)
     with stoppable(f"--out {out}") as progress:
-        table = comparison.compare(
-            recipe,
-            given,
-            comparison.parse_vary(vary or []) or None,
-            comparison.parse_seeds(seeds),
-            out,
-            progress=progress,
-        )
+        table = comparison.compare(recipe, given, *how, out, progress=progress)
     write_report([out])
     print(comparison.markdown(table))
     print(f"comparison folder: {out} (compare.json, compare.md, report.html)")
+
+
+@app.command(epilog=MORE)
+def show(
+    recipe: RecipeName,
+    settings: Settings = None,
+    device: Device = None,
+    engine: Engine = None,
+) -> None:
+    """Show a recipe as TOML with every value, and where each comes from.
+
+    RECIPE is the name of a shipped recipe, or a TOML file.
+    """
+    from sluiceway.experiment.recipe import load_recipe
+
+    given = overrides(settings, device, engine)
+    chosen = load_recipe(recipe, given)
+    from sluiceway.experiment.resolved import shown
+
+    print(shown(chosen, recipe, given), end="")
 
 
 @app.command()
@@ -204,7 +243,10 @@ def predict(
     which: Kept = None,
     client: Annotated[
         int | None,
-        typer.Option(help="Whose mask to use, where clients have masks of their own."),
+        typer.Option(
+            help="Whose mask to use, where clients have masks of their own.",
+            show_default="the mask common to all",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")] = "auto",
 ) -> None:
@@ -247,7 +289,9 @@ def inspect(
     top_k: Annotated[int, typer.Option(help="Experts a token, when upcycling.")] = 2,
     layers: Annotated[int, typer.Option(help="Last layers to upcycle.")] = 1,
     lora: Annotated[int, typer.Option(metavar="RANK", help="Show adapters too; 0: no.")] = 0,
-    gguf: Annotated[str, typer.Option(metavar="FILE", help="Of a model in a GGUF file.")] = "",
+    gguf: Annotated[
+        str, typer.Option(metavar="FILE", help="Of a model in a GGUF file.", show_default="none")
+    ] = "",
     inversion: Annotated[
         bool, typer.Option("--inversion", help="Rebuild images from what crosses, of a split run.")
     ] = False,

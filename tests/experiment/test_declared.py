@@ -10,7 +10,7 @@ from sluiceway.core.settings import SplitTraining, Training
 from sluiceway.errors import InputError
 from sluiceway.experiment.declared import (
     BESIDES,
-    class_definitions,
+    Sources,
     fields,
     require_known_keys,
 )
@@ -24,7 +24,7 @@ KINDS = {"federated": {**STRATEGIES, **BASELINES}, "split": {**METHODS}}
 
 @pytest.mark.parametrize("kind", ["federated", "split"])
 def test_fields_are_those_of_the_classes_in_their_order(kind: str) -> None:
-    classes = class_definitions(kind)
+    classes = Sources(kind)
     for cls in [*KINDS[kind].values(), *([Training] if kind == "federated" else [SplitTraining])]:
         found = fields(classes, cls.__name__)
         assert found is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, labels_of
+from sluiceway.core.waits import counted
 
 #: Examples a forward pass; bigger than in training, for nothing is kept for a backward.
 BATCH = 64
@@ -137,7 +138,8 @@ def evaluate(
     classes = int(labels_of(examples).max()) + 1 if len(examples) else 0
     none = torch.zeros(classes, dtype=torch.int64)
     found = Evaluation(none, none, 0.0)
-    for part in torch.as_tensor(indices, dtype=torch.int64).split(BATCH):
+    parts = torch.as_tensor(indices, dtype=torch.int64).split(BATCH)
+    for part in counted("evaluation", parts, len(parts)):
         if len(part):
             batch = Batch.of(examples, part, device)
             logits = batch.run(model)

@@ -41,6 +41,7 @@ from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
 from sluiceway.core.metrics import metrics_of
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
+from sluiceway.core.waits import counted
 from sluiceway.errors import InputError, line
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies.parameters import PARAMETERS
@@ -414,7 +415,8 @@ class Loop:
             return None
         held = {name: self.strategy.tensors[name] for name in self.strategy.layout.head}
         start = StartingHead(self.head_start, held, self.label_counts)
-        new = start.take(self.engine.head_sums(self.head_start, eligible))
+        sums = self.engine.head_sums(self.head_start, eligible)
+        new = start.take(counted("start of the head, clients", sums, len(eligible)))
         self.strategy.tensors = self.strategy.tensors | new
         return start
 

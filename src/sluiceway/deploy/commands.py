@@ -72,7 +72,9 @@ def provision(
 @nvflare.command()
 def start(
     kit: Annotated[Path, typer.Argument(metavar="KIT")],
-    site: Annotated[Path | None, typer.Option(metavar="FILE", help="The site's own file.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The site's own file.", show_default="none")
+    ] = None,
     runs: Annotated[
         Path | None,
         typer.Option(

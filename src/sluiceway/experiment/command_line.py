@@ -33,7 +33,12 @@ def recipe_names(incomplete: str) -> list[str]:
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", autocompletion=recipe_names)]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, as data.alpha=0.1. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key, as data.alpha=0.1. Repeatable.",
+        show_default="the recipe's",
+    ),
 ]
 Out = Annotated[
     Path | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from sluiceway.experiment.recipe import (
     Recipe,
     load_recipe,
     recipe_from,
+    require_effects,
     require_few,
 )
 from sluiceway.experiment.run import run
 from sluiceway.experiment.run_directory import write_json
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.tables import (
+    key_of,
     overridden_tables,
     parsed,
     set_key,
@@ -110,7 +113,47 @@ def compare(
     Raises:
         InputError and what `run` raises; every combination is checked before the first runs.
     """
-    base = load_recipe(recipe, overrides)
+    planned = planned_runs(recipe, overrides, vary, seeds)
+    progress = progress or Progress()
+    session = Session()
+    combinations = {variant_name(one.values): one.values for one in planned}
+    places = folder_names(list(combinations), out)
+    summaries: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, plan in enumerate(planned, start=1):
+        name, seed, one = variant_name(plan.values), plan.seed, plan.recipe
+        folder = out / places[name] / f"seed-{seed}" if out else None
+        summary = finished(folder, one)
+        known = ", known from before" if summary else ""
+        progress.say(f"run {number} of {len(planned)}: {name}, seed {seed}{known}")
+        if summary is None:
+            _, summary = run(one, folder, resume=True, session=session, progress=progress)
+        summaries.setdefault(name, {})[seed] = summary
+    table = tabulate(list(combinations.values()), summaries)
+    for entry in table["variants"]:
+        entry["folder"] = places[entry["name"]]
+    if out:
+        write_json(out / "compare.json", table)
+        write_atomically(out / "compare.md", markdown(table))
+    return table
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison: the values of what is varied, the seed, and its checked recipe."""
+
+    values: dict[str, Any]
+    seed: int
+    recipe: Recipe
+
+
+def planned_runs(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[PlannedRun]:
+    """The runs of a comparison, checked, variant by variant; see `compare`. Raises InputError."""
+    base = load_recipe(recipe, overrides, alone=False)
     vary = vary or base.compare.vary
     seeds = list(seeds or base.compare.seeds)
     if not vary:
@@ -119,30 +162,35 @@ def compare(
         require_few(vary, seeds)
     except ValueError as error:
         raise InputError(str(error)) from None
-    progress = progress or Progress()
-    session = Session()
-    combinations = [
-        dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())
-    ]
     planned = [
-        (values, seed, recipe_from(varied_tables(recipe, overrides, values, seed)))
-        for values in combinations
+        PlannedRun(values, seed, recipe_from(varied_tables(recipe, overrides, values, seed)))
+        for combination in itertools.product(*vary.values())
+        for values in [dict(zip(vary, combination, strict=True))]
         for seed in seeds
     ]
-    summaries: dict[str, dict[int, dict[str, Any]]] = {}
-    for values, seed, one in planned:
-        name = variant_name(values)
-        folder = out / name.replace("/", "_") / f"seed-{seed}" if out else None
-        progress.say(f"{name}, seed {seed}")
-        summary = finished(folder, one)
-        if summary is None:
-            _, summary = run(one, folder, resume=True, session=session, progress=progress)
-        summaries.setdefault(name, {})[seed] = summary
-    table = tabulate(combinations, summaries)
-    if out:
-        write_json(out / "compare.json", table)
-        write_atomically(out / "compare.md", markdown(table))
-    return table
+    given = [*(key_of(override) for override in overrides), *vary]
+    require_effects([one.recipe for one in planned], recipe, given)
+    return planned
+
+
+def folder_names(names: Sequence[str], out: Path | None) -> dict[str, str]:
+    """A folder's name for each variant, of letters, digits and `.=-_` alone.
+
+    Args:
+        names: of the variants.
+        out: of the comparison; a folder of an earlier release there keeps its name.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if out is not None and (out / (old := name.replace("/", "_"))).is_dir():
+            found[name] = old
+            continue
+        stem = re.sub(r"[^\w.=-]+", "_", name, flags=re.ASCII).strip("._")[:120] or "variant"
+        number = 1
+        while (one := stem if number == 1 else f"{stem}-{number}") in found.values():
+            number += 1
+        found[name] = one
+    return found
 
 
 def finished(folder: Path | None, recipe: Recipe) -> dict[str, Any] | None:
@@ -167,8 +215,12 @@ def varied_tables(
 
 
 def value(summary: Mapping[str, Any], measure: str) -> float:
-    """A measure of one run; NaN where it was not taken."""
-    found = summary[measure]
+    """A measure of one run; NaN where it was not taken.
+
+    Seconds are those of the rounds: what comes before, variants of one session share.
+    """
+    found = summary.get("round_seconds") if measure == "seconds" else None
+    found = summary[measure] if found is None else found
     return float("nan") if found is None else float(found)
 
 

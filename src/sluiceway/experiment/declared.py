@@ -7,6 +7,7 @@ from the source instead. Whatever cannot be read is left to the classes themselv
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -36,9 +37,9 @@ def require_known_keys(kind: str, method: Mapping[str, Any], train: Mapping[str,
     besides = BESIDES[kind]
     if not train and not method.keys() - set(besides):
         return
-    classes = class_definitions(kind)
+    classes = Sources(kind)
     require(train, "train", fields(classes, TRAINING[kind]), ())
-    named = [c for c, node in classes.items() if name_of(node) == method.get("name")]
+    named = classes.named(str(method.get("name")))
     if len(named) == 1:
         require(method, "method", fields(classes, named[0]), besides)
 
@@ -55,16 +56,42 @@ def require(
             raise InputError(unknown_key(where, key, allowed))
 
 
-def class_definitions(kind: str) -> dict[str, ast.ClassDef]:
-    """The classes of a kind's sources by name; none where the source is not there as files."""
-    root = Path(sluiceway.__file__).parent
-    return {
-        node.name: node
-        for pattern in SOURCES[kind]
-        for file in sorted(root.glob(pattern))
-        for node in ast.parse(file.read_text("utf-8")).body
-        if isinstance(node, ast.ClassDef)
-    }
+class Sources(Mapping[str, ast.ClassDef]):
+    """The classes of a kind's sources by name; none where the source is not there as files.
+
+    A file is parsed when one of its classes is asked for: parsing all of them takes longer than
+    everything else that a mistyped key needs.
+    """
+
+    def __init__(self, kind: str) -> None:
+        root = Path(sluiceway.__file__).parent
+        files = [file for pattern in SOURCES[kind] for file in sorted(root.glob(pattern))]
+        self.texts = [file.read_text("utf-8") for file in files]
+        self.holders = {
+            name: number
+            for number, text in enumerate(self.texts)
+            for name in re.findall(r"^class (\w+)", text, re.MULTILINE)
+        }
+        self.parsed: dict[int, dict[str, ast.ClassDef]] = {}
+
+    def __getitem__(self, name: str) -> ast.ClassDef:
+        number = self.holders[name]
+        if number not in self.parsed:
+            body = ast.parse(self.texts[number]).body
+            self.parsed[number] = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
+        return self.parsed[number][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.holders)
+
+    def __len__(self) -> int:
+        return len(self.holders)
+
+    def named(self, method: str) -> list[str]:
+        """The classes that a recipe names so."""
+        said = re.compile(rf"name: .*= ['\"]{re.escape(method)}['\"]")
+        holders = {number for number, text in enumerate(self.texts) if said.search(text)}
+        return [c for c in self if self.holders[c] in holders and name_of(self[c]) == method]
 
 
 def fields(classes: Mapping[str, ast.ClassDef], name: str) -> dict[str, str] | None:

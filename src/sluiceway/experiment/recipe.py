@@ -22,8 +22,16 @@ from pydantic import (
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
 from sluiceway.errors import InputError, line, quoted
+from sluiceway.experiment.applying import require_applying
 from sluiceway.experiment.declared import require_known_keys
-from sluiceway.experiment.tables import overridden_tables, require_shallow, with_current_keys
+from sluiceway.experiment.tables import (
+    flattened,
+    key_of,
+    overridden_tables,
+    read_tables,
+    require_shallow,
+    with_current_keys,
+)
 from sluiceway.experiment.validation import checked, first_fault
 
 if TYPE_CHECKING:  # torch is imported once the other tables are right
@@ -427,14 +435,37 @@ class Recipe(BaseModel):
         return tables
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, alone: bool = True) -> Recipe:
     """Read a shipped recipe by name or a TOML file, apply `key=value` overrides, check it.
+
+    Args:
+        recipe: the name or the file.
+        overrides: as `table.key=value`.
+        alone: it is run as it is, and not with some keys varied, so that each must have an effect.
 
     Raises:
         InputError: no such recipe, not TOML, larger than `RECIPE_LIMIT`, an unknown key, a value
-            out of range.
+            out of range, a key that has no effect.
     """
-    return recipe_from(overridden_tables(recipe, overrides))
+    loaded = recipe_from(overridden_tables(recipe, overrides))
+    if alone:
+        require_effects([loaded], recipe, [key_of(override) for override in overrides])
+    return loaded
+
+
+def require_effects(recipes: Sequence[Recipe], file: str | Path, given: Sequence[str]) -> None:
+    """Raise InputError for a key that has no effect in any of the recipes; see `applying`.
+
+    Args:
+        recipes: what is to be run, made from `file`.
+        given: dotted keys that the command line sets or varies.
+    """
+    written = flattened(with_current_keys(read_tables(file), tell=False))
+    defaults = {
+        name: {key: info.default for key, info in kind.model_fields.items()}
+        for name, kind in (("run", Run), ("data", Data), ("model", Model))
+    }
+    require_applying([one.model_dump() for one in recipes], written, given, defaults)
 
 
 def recipe_from(tables: Mapping[str, Any]) -> Recipe:

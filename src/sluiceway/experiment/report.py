@@ -36,7 +36,7 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.split_plots import at_the_cut, split_figures
 from sluiceway.experiment.summary import summary_so_far
-from sluiceway.experiment.tables import with_current_keys
+from sluiceway.experiment.tables import flattened, with_current_keys
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
 ASIDE = (
@@ -154,7 +154,8 @@ def write_comparison(folder: Path) -> Path:
     table = read_json(folder / "compare.json", "variants")
     for entry in table["variants"]:
         for seed, summary in entry["runs"].items():
-            below = folder / entry["name"].replace("/", "_") / f"seed-{seed}"
+            place = entry.get("folder") or entry["name"].replace("/", "_")
+            below = folder / place / f"seed-{seed}"
             if (below / "summary.json").is_file():
                 summary["folder"] = below
     return save_table(folder, table, paired=True)
@@ -185,15 +186,6 @@ def write_joint(runs: Sequence[Run]) -> Path:
     parents = {run.folder.resolve().parent for run in runs}
     where = parents.pop() if len(parents) == 1 else Path()
     return save_table(where, table, paired=paired, joint=True, title=f"{len(runs)} runs")
-
-
-def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a recipe by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        inner = isinstance(value, Mapping)
-        flat |= flattened(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
 
 
 def differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from sluiceway.core.batches import Batch
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.round_loop import Record, Result, Rounds
 from sluiceway.core.settings import Training
+from sluiceway.data import TextDataset
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
     chosen_compressor,
@@ -84,7 +87,10 @@ def run(
             if folder:
                 folder.open()
 
+        newest: list[Record] = []
+
         def on_round(record: Record) -> None:
+            newest.append(record)
             if folder:
                 folder.add(record)
             progress.on_round(record)
@@ -98,7 +104,9 @@ def run(
             outcome = serve_split(*given, transport, endpoint)
         else:
             outcome = serve_federated(*given, transport)
-        summary = summarise(recipe, outcome, device, time.perf_counter() - began)
+        before = outcome.result.records[: len(outcome.result.records) - len(newest)]
+        seconds = time.perf_counter() - began + sum(record.seconds for record in before)
+        summary = summarise(recipe, outcome, device, seconds)
         if folder:
             folder.finish(outcome.result, summary)
     return outcome.result, summary
@@ -138,6 +146,11 @@ def run_federated(
         f"model: {recipe.model.name} from {source}, on {device}, "
         f"{workers} worker{'s' if workers > 1 else ''}"
     )
+    if long := filled(train, recipe.data.max_tokens):
+        progress.say(
+            f"tokens: {long:,} of {len(train):,} training examples fill data.max_tokens = "
+            f"{recipe.data.max_tokens}; what is longer is cut"
+        )
     strategy, training = chosen_strategy(recipe)
     require_examples(recipe, parts)
     how = rounds_of(recipe, device, progress, checkpoint)
@@ -169,6 +182,16 @@ def run_federated(
         on_update=progress.on_update,
     )
     return Outcome(result, data.source, data.label_names)
+
+
+def filled(examples: TextDataset, max_tokens: int) -> int:
+    """How many examples have as many tokens as a text may have."""
+    count = 0
+    for part in torch.arange(len(examples)).split(1024):
+        mask = Batch.of(examples, part, torch.device("cpu")).mask
+        if mask is not None:
+            count += int(mask.sum(-1).reshape(len(part), -1).eq(max_tokens).any(1).sum())
+    return count
 
 
 def pooled_training(training: Training, plan: Rounds, parts: Sequence[Sequence[Any]]) -> Training:

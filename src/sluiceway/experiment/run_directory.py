@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,8 +16,9 @@ from filelock import FileLock, Timeout
 
 from sluiceway.core.checkpoints import StorageError
 from sluiceway.core.round_loop import Record, Result
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.recipe import Recipe, recipe_from
+from sluiceway.experiment.tables import flattened
 from sluiceway.files import write_atomically
 
 #: Seconds to wait for a folder: a run that was just killed may need a moment to be gone.
@@ -99,8 +100,8 @@ class RunDirectory:
                 f"{self.out} holds a run of {old.run.rounds} rounds; run.rounds = "
                 f"{self.recipe.run.rounds} is less"
             )
-        if deciding(old) != deciding(self.recipe):
-            raise self.refused(f"{self.out} holds a run of another recipe; see {written}")
+        if other := first_difference(deciding(old), deciding(self.recipe)):
+            raise self.refused(f"{self.out} holds a run of another recipe: {other}; see {written}")
 
     def refused(self, why: str) -> InputError:
         """The error, with the folder free again."""
@@ -154,6 +155,16 @@ def deciding(recipe: Recipe) -> dict[str, Any]:
     tables = recipe.resolved()
     run = {key: value for key, value in tables["run"].items() if key not in FREE}
     return {k: v for k, v in tables.items() if k not in ("description", "compare")} | {"run": run}
+
+
+def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first key in which two recipes differ, in words; "" if they do not."""
+    one, other = flattened(there), flattened(here)
+    for key in [*one, *other]:
+        if one.get(key) != other.get(key):
+            values = [quoted(of[key]) if key in of else "not set" for of in (one, other)]
+            return f"{key} is {values[0]} there and {values[1]} here"
+    return "" if there == here else "other tables"
 
 
 def clear_folder(out: Path) -> None:

@@ -104,6 +104,7 @@ def summary_so_far(
         **client_accuracy(evaluated[-1].get("accuracy_by_client") or []),
         "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
         **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
+        "round_seconds": sum(r["seconds"] for r in records),
         "clients": recipe.get("data", {}).get("clients"),
         **split_facts(records),
     }

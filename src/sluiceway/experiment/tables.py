@@ -22,6 +22,9 @@ OVERRIDE_LIMIT: Final = 16 << 10
 DEPTH_LIMIT: Final = 16
 DOTS_LIMIT: Final = 100
 
+#: Endings of files that hold data and are given in a recipe's place by mistake.
+DATA_FILES: Final = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
+
 #: Recipe keys that were renamed, by their old names, which are still accepted.
 OLD_KEYS: Final = {
     "run.form": "run.schedule",
@@ -83,6 +86,13 @@ def read_tables(recipe: str | Path) -> dict[str, Any]:
     path = shipped.get(str(recipe)) or Path(recipe)
     name = line(str(path))
     try:
+        if (path / "recipe.toml").is_file():
+            raise InputError(f"{name} is a run folder; its recipe is {name}/recipe.toml")
+        if path.suffix.lower() in DATA_FILES and path.is_file():
+            raise InputError(
+                f"{name} is data, not a recipe: name it in a recipe's [data], path = {name!r}, "
+                "or run one with --set data.path=..."
+            )
         if not path.is_file():
             raise InputError(
                 f"no recipe {quoted(str(recipe))}: not a file, and the shipped ones are "
@@ -124,6 +134,29 @@ def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str,
             raise bad_override(override)
         set_key(tables, key.strip(), parsed(value.strip()))
     return tables
+
+
+def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a recipe by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        inner = isinstance(value, Mapping)
+        flat |= flattened(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def method_label(method: Mapping[str, Any]) -> str:
+    """A method for people: its name, with that of its robust rule and server optimiser."""
+    inner = [method.get(key) for key in ("robust", "server")]
+    names = [one.get("name") for one in inner if isinstance(one, Mapping)]
+    parts = [name for name in names if name not in (None, "none")]
+    return " + ".join(map(str, [method.get("name", "unknown method"), *parts]))
+
+
+def key_of(override: str) -> str:
+    """The dotted key that a `key=value` sets, by its current name."""
+    key = override.partition("=")[0].strip()
+    return OLD_KEYS.get(key, key)
 
 
 def bad_override(said: str) -> InputError:

@@ -23,6 +23,7 @@ from sluiceway.core.parameters import exchanged, frozen_modules, head_of
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
+from sluiceway.core.waits import counted
 from sluiceway.federated.stepping import (
     Stepper,
     checkpointable,
@@ -186,7 +187,8 @@ class Worker:
         losses, penalties = [], []
         recomputing = checkpointed(self.model) if self.training.checkpointing else None
         with recomputing or contextlib.nullcontext():
-            for rows in self.steps(examples):
+            of = self.training.steps(len(examples))
+            for rows in counted("training of a client, steps", self.steps(examples), of):
                 check_stop()
                 terms = []
                 for part in self.parts(rows):

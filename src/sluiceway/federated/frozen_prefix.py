@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sluiceway.core.batches import FEATURES, Batch, Examples, labels_of
+from sluiceway.core.waits import counted
 from sluiceway.federated.feature_files import FeatureFiles, feature_key
 
 #: Largest difference, relative to the largest value, between a run through and one past the trunk;
@@ -194,7 +195,8 @@ class FeatureStore:
         lengths[rows] = token_counts(examples, rows)
         starts = lengths.cumsum(0) - lengths
         flat, where = torch.empty(0), ""
-        for part in rows[torch.argsort(lengths[rows], stable=True)].split(BATCH):
+        parts = rows[torch.argsort(lengths[rows], stable=True)].split(BATCH)
+        for part in counted("outputs of frozen layers", parts, len(parts)):
             batch = Batch.of(examples, part, device)
             hidden = trunk.compute(batch)
             found = (hidden if batch.mask is None else hidden[batch.mask.bool()]).cpu()

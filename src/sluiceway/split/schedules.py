@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sluiceway.core.signals import check_stop
+from sluiceway.core.waits import counted
 from sluiceway.split.client_proxy import Away, ClientProxy
 from sluiceway.split.packing import BatchId, Message, Smashed
 from sluiceway.split.server import SplitServer
@@ -67,7 +68,8 @@ def train_together(
         except errors as error:
             rejected[batch_id.client] = f"{error} (batch {batch_id.batch})"
 
-    for chosen in spread([len(sizes[client.client_id]) for client in clients]):
+    steps = list(spread([len(sizes[client.client_id]) for client in clients]))
+    for chosen in counted("training of a round, steps", steps, len(steps)):
         check_stop()
         present = [clients[i].client_id for i in chosen if clients[i].client_id not in rejected]
         batch_ids = [BatchId(client_id, round, done[client_id]) for client_id in present]
