@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -51,9 +52,10 @@ def test_each_row_is_averaged_over_those_who_hold_its_class() -> None:
         assert torch.equal(new[name], plain[name])
 
 
+@pytest.mark.parametrize("head", ["counts", "region"])
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_every_method_takes_it(name: str) -> None:
-    new, plain = combined(several(), COUNTS, name), combined(several(), COUNTS, name, "examples")
+def test_every_method_takes_it(name: str, head: str) -> None:
+    new, plain = (combined(several(), COUNTS, name, by) for by in (head, "examples"))
     assert not torch.equal(new["head.weight"], plain["head.weight"])
     others = set(new) - set(HEAD)
     assert all(torch.equal(new[other], plain[other]) for other in others)
@@ -77,11 +79,34 @@ def test_one_client_alone_gets_its_rows_back() -> None:
         assert torch.equal(new[name][1], TENSORS[name][1])
 
 
+def test_by_region_it_is_the_least_squares_of_a_loop() -> None:
+    new = combined(several(), COUNTS, head="region")
+
+    def joined(tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([tensors[HEAD[0]], tensors[HEAD[1]][:, None]], dim=1).double()
+
+    moved, total = torch.zeros(()).double(), torch.zeros(()).double()
+    for u in several():
+        change = joined(u.tensors) - joined(TENSORS)
+        moment = change.T @ change / change.square().sum()
+        moment = u.examples * (0.9 * moment + 0.1 * moment.diagonal().diag())
+        moved, total = moved + change @ moment, total + moment
+    wanted = joined(TENSORS) + moved @ torch.linalg.inv(total)
+    torch.testing.assert_close(joined(new), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_by_region_one_client_alone_gets_its_head_back() -> None:
+    alone = update(1, 9)
+    new = combined([alone], [[0, 0, 0], [2, 0, 7]], head="region")
+    assert all(torch.equal(new[name], alone.tensors[name]) for name in HEAD)
+
+
 def test_fewer_classes_at_the_clients_than_rows() -> None:
     new = combined([update(0, 9)], [[9]])
     assert torch.equal(new["head.weight"][1:], TENSORS["head.weight"][1:])
 
 
-def test_a_model_without_a_linear_head_is_refused() -> None:
-    with pytest.raises(InputError, match=r"method\.head = 'counts' needs a model whose last"):
-        strategy("fedavg", head="counts").setup(TENSORS, LAYOUT, 4)
+@pytest.mark.parametrize("head", ["counts", "region"])
+def test_a_model_without_a_linear_head_is_refused(head: str) -> None:
+    with pytest.raises(InputError, match=rf"method\.head = '{head}' needs a model whose last"):
+        strategy("fedavg", head=head).setup(TENSORS, LAYOUT, 4)

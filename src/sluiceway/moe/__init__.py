@@ -4,7 +4,7 @@ from sluiceway.moe.adapters import Adapter, add_lora, find_adapters
 from sluiceway.moe.families import FAMILIES, Family
 from sluiceway.moe.inner import inner_activation
 from sluiceway.moe.layout import Block, MoELayout, NoExpertsError, find_layout, moe_layout
-from sluiceway.moe.linear_maps import LinearMap, linear_maps
+from sluiceway.moe.linear_maps import LinearMap, head_map, linear_maps
 from sluiceway.moe.observe import BlockRouting, BlockStep, Observer, TokenSample
 from sluiceway.moe.param_slice import ParamSlice
 from sluiceway.moe.received import received_logits
@@ -31,6 +31,7 @@ __all__ = [
     "add_lora",
     "find_adapters",
     "find_layout",
+    "head_map",
     "inner_activation",
     "linear_maps",
     "moe_layout",

@@ -18,6 +18,9 @@ from sluiceway.moe.adapters import Adapter
 from sluiceway.moe.layout import Block, MoELayout
 from sluiceway.moe.param_slice import ParamSlice
 
+#: `LinearMap.block` of the head, which is in none.
+HEAD = -1
+
 _DOWN = re.compile(r"(^|[._])(down|wo|fc2|w2|out|output)", re.I)
 
 
@@ -26,9 +29,10 @@ class LinearMap:
     """y = W x + b; or of a LoRA pair whose A is not trained, y = B (A x).
 
     Attributes:
-        block: position of its block.
-        expert: its expert, or None for a gate.
-        reads: "hidden", what enters the block, or "inner", the expert's inner activation.
+        block: position of its block, or `HEAD`.
+        expert: its expert, or None for a gate and the head.
+        reads: "hidden", what enters the block, "inner", the expert's inner activation, or
+            "features", what enters the head.
         weight: W as [out, in], or B [out, r].
         bias: b, [out]; None if none is trained.
         transposed: W is stored as [in, out].
@@ -102,6 +106,13 @@ def linear_maps(layout: MoELayout, tensors: Mapping[str, Tensor]) -> tuple[Linea
         pairs = [pair for pair in layout.adapters if pair.b in gate]
         found += _of_gate(block, gate, pairs, tensors)
     return tuple(found)
+
+
+def head_map(layout: MoELayout, tensors: Mapping[str, Tensor]) -> LinearMap:
+    """The linear head of a layout that has one, as a map of the features that enter it."""
+    weight, *bias = map(ParamSlice.whole, layout.head)
+    width = weight.of(tensors).shape[1]
+    return LinearMap(HEAD, None, "features", weight, bias[0] if bias else None, False, width)
 
 
 def _of_expert(

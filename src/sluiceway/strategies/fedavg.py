@@ -10,10 +10,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.errors import InputError
-from sluiceway.moe import Adapter, MoELayout, ParamSlice
+from sluiceway.moe import Adapter, MoELayout, ParamSlice, head_map
 from sluiceway.strategies.base import RunningMean, Strategy, Update
 from sluiceway.strategies.low_rank import RunningProducts
 from sluiceway.strategies.parameters import PARAMETERS
+from sluiceway.strategies.region import RegionSums
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -30,12 +31,14 @@ class FedAvg(Strategy):
         nothing. All strategies take it.
     head: what a client counts by for a row of the linear head, and for its bias. "examples": as for
         all else. "counts": row k by n_ik, the client's examples of class k [ours]; a row of a
-        class that no client of the round holds stays. All strategies take it.
+        class that no client of the round holds stays. "region": in least squares over the features
+        that enter the head, their second moment estimated from the head's own update [ours]. All
+        strategies take it.
     """
 
     name: ClassVar[str] = "fedavg"
     lora: Literal["frozen-a", "residual", "average"] = "frozen-a"
-    head: Literal["examples", "counts"] = "examples"
+    head: Literal["examples", "counts", "region"] = "examples"
 
     def setup(self, tensors: Mapping[str, Tensor], layout: MoELayout, clients: int) -> None:
         super().setup(tensors, layout, clients)
@@ -44,24 +47,28 @@ class FedAvg(Strategy):
                 f"method.head = {self.head!r} needs a model whose last layer is linear, trained, "
                 "and gives a logit for each class"
             )
+        self.head_maps = (head_map(layout, tensors),) if self.head == "region" else ()
 
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         shared = {piece.param for piece in self.shared_pieces}
         self.mean = RunningMean({name: t for name, t in self.tensors.items() if name in shared})
         pairs = self.pairs if self.lora == "residual" else ()
         self.products = RunningProducts(self.tensors, pairs)
+        self.head_regions = RegionSums(self.tensors, self.head_maps, 0)
 
     def accumulate(self, update: Update) -> None:
         for piece in self.shared_pieces:
             self.mean.add(piece, update.tensors.get(piece.key), self.share(update, piece))
         for pair in self.products.pairs:
             self.products.add(pair, update, self.weight(update, pair.b))
+        self.head_regions.add(update)
 
     def finish(self) -> None:
         if self.mean.total:
             new = self.mean.result()
+            self.head_regions.fold(new)
             self.tensors = {**self.tensors, **self.step(new | self.products.folded(new))}
-        del self.mean, self.products
+        del self.mean, self.products, self.head_regions
 
     def share(self, update: Update, piece: ParamSlice) -> float | Tensor:
         """What a client counts for a piece: `weight`, but for the head as `head` says."""

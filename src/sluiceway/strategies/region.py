@@ -51,7 +51,8 @@ class RegionSums:
                 if packed is not None:
                     moments[matrix] = fedalign.received_moment(packed.cpu(), one.inputs)
                 else:
-                    share = usage(update.routing[one.block], one.expert)
+                    whole = one.expert is None  # of the head or a gate, which meet all tokens
+                    share = 1.0 if whole else usage(update.routing[one.block], one.expert)
                     moments[matrix] = fedalign.update_moment(change, share, self.estimated or 0)
                 moments[matrix].add_to(
                     self.sum_of(self.total, matrix, one.inputs, one.inputs), update.examples
