@@ -21,6 +21,9 @@ from sluiceway.experiment.session import Progress
 from sluiceway.transport.protocol import Request, Response, TaskFailure
 from sluiceway.transport.remote import counts_of, in_order
 
+PRIVACY = "method.privacy."
+NOISE = [f"{PRIVACY}clip=0.3", f"{PRIVACY}noise=0.5", f"{PRIVACY}noise_seed=3"]
+
 
 def small(recipe: Path, *more: str) -> Recipe:
     return load_recipe(recipe, ["run.rounds=3", "data.clients=3", *more])
@@ -38,6 +41,8 @@ def transport(place: Path, count: int = 3) -> NearbyTransport:
         ("non-expert", 1.0, ["model.head_start=random"]),
         ("fedmoe", 0.5, ["model.head_start=ridge", "method.head=counts"]),
         ("class-means", 1.0, []),
+        ("fedavg", 1.0, [f"{PRIVACY}name=gaussian", f"{PRIVACY}where=client", *NOISE]),
+        ("fedavgm", 0.5, [f"{PRIVACY}name=gaussian", f"{PRIVACY}quantile=0.5", *NOISE]),
     ],
 )
 def test_sites_give_the_local_numbers(

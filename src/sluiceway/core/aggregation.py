@@ -25,10 +25,14 @@ class Aggregation:
         self.strategy = strategy
         self.number = number
         self.held: list[Update] = []
+        #: Privacy at the server is the last of the rules, and adds its noise to the mean.
+        private = strategy.privacy
+        self.privacy = private if private and private.where == "server" else None
+        self.rules = (*strategy.rules, *([self.privacy] if self.privacy else []))
         #: Whether updates must stay readable until `finish`.
-        self.holds = hold or not (
-            strategy.streams() and all(rule.streams() for rule in strategy.rules)
-        )
+        self.holds = hold or not (strategy.streams() and all(rule.streams() for rule in self.rules))
+        if self.privacy:
+            self.privacy.begin()
         if not self.holds:
             strategy.begin(number)
 
@@ -38,7 +42,7 @@ class Aggregation:
             self.held.append(update)
             return
         updates = [update]
-        for rule in self.strategy.rules:
+        for rule in self.rules:
             updates = rule(updates, self.strategy)
         for changed in updates:
             self.strategy.accumulate(changed)
@@ -54,13 +58,17 @@ class Aggregation:
         """
         if self.holds:
             updates = [update for update in self.held if update.client not in without]
-            for rule in self.strategy.rules:
+            if self.privacy:
+                self.privacy.begin()
+            for rule in self.rules:
                 updates = rule(updates, self.strategy)
             self.strategy.begin(self.number, updates)
             for update in updates:
                 self.strategy.accumulate(update)
         old, server = self.strategy.tensors, self.strategy.server
         self.strategy.finish()
+        if self.privacy and self.privacy.count:
+            self.privacy.finish(self.strategy, self.number)
         if server is not None and self.strategy.tensors is not old:
             new = server.step(old, self.strategy.tensors, self.strategy.pieces)
             for name, tensor in new.items():

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from sluiceway.core.guards import Failure, RunFailed, tensor_fault
 from sluiceway.core.messages import Facts, integer, packed_length, read_tensors, write_tensors
 from sluiceway.errors import InputError, line
 from sluiceway.strategies import Strategy
+from sluiceway.strategies.base import Mechanism
 
 #: How the head starts: as the model has it, or in closed form.
 HeadStart = Literal["random", "means", "ridge"]
@@ -82,6 +83,9 @@ class StartingHead:
         kind: "means" or "ridge".
         head: the head's initial values by name, its weight first.
         label_counts: [clients, classes], as clients said when they joined.
+        privacy: adds noise; None for none.
+        feature_size: the mean norm of what enters the head, on examples of no client; asked for
+            under privacy, where no client tells it.
         nbytes: of all messages.
         failed: clients without usable sums, and why.
     """
@@ -89,6 +93,8 @@ class StartingHead:
     kind: HeadStart
     head: Mapping[str, Tensor]
     label_counts: Tensor
+    privacy: Mechanism | None = None
+    feature_size: Callable[[], float] = lambda: 1.0
     nbytes: int = 0
     failed: dict[int, str] = field(default_factory=dict)
 
@@ -116,7 +122,9 @@ class StartingHead:
             assert isinstance(answer, HeadSums)
             used += 1
             for name, total in self.total.items():
-                total.add_(answer.tensors[name])
+                private = self.privacy is not None and self.privacy.where == "server"
+                share = self.privacy.head_share if self.privacy and private else lambda sums: sums
+                total.add_(share(answer.tensors[name]))
         if not used:
             client, why = next(iter(self.failed.items()))
             raise RunFailed(f"no client gave sums for the head's start (client {client}: {why})")
@@ -129,6 +137,8 @@ class StartingHead:
         for name, like in self.total.items():
             if why := tensor_fault(name, sums.tensors[name], like.float()):
                 return why
+        if self.privacy is not None:  # by which clients count alike, and tell no counts
+            return None
         counts = torch.zeros(len(self.total["labels"]))
         held = self.label_counts[sums.client][: len(counts)]
         counts[: len(held)] = held.float()
@@ -139,6 +149,8 @@ class StartingHead:
     def values(self) -> dict[str, Tensor]:
         """The head from the sums so far."""
         sums = self.total["labels"]
+        if self.privacy is not None:
+            sums = self.privacy.head_total(sums, self.feature_size())
         if self.kind == "ridge":
             gram = fedalign.unpacked_triangle(self.total["gram"])
             weight, bias = fedalign.ridge_head(gram, sums)

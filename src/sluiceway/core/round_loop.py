@@ -39,6 +39,7 @@ from sluiceway.core.guards import (
 )
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
 from sluiceway.core.metrics import metrics_of
+from sluiceway.core.privacy import spent
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.core.waits import counted
@@ -139,6 +140,10 @@ class Engine(Protocol):
         """The round is final: keep the new states of these clients, and drop all others."""
         ...
 
+    def feature_size(self) -> float:
+        """The mean norm of what enters the head, on test examples."""
+        ...
+
     def broadcast_bytes(self) -> int:
         """Packed length of the last broadcast, as one client gets it."""
         ...
@@ -214,6 +219,7 @@ class Result:
         label_counts: [clients, classes], who holds what.
         confusion: test examples by true and predicted class, [K, K], of the last evaluation.
         model: the function whose accuracy the last record reports, with its trained values.
+        privacy: epsilon, delta and what they follow from, see `core.privacy.spent`; empty without.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -223,6 +229,7 @@ class Result:
     label_counts: list[list[int]] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
     model: nn.Module | None = None
+    privacy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy_by_round(self) -> list[float | None]:
@@ -389,7 +396,8 @@ class Loop:
                         failed=start.failed | record.failed,
                         seconds=time.perf_counter() - began,
                     )
-                self.result.records.append(record)
+                self.result.records.append(self.accounted(record))
+                record = self.result.records[-1]
                 self.result.tensors = self.strategy.tensors
                 if self.checkpoint:
                     self.checkpoint.after(
@@ -398,6 +406,16 @@ class Loop:
                 self.on_round(record)
                 self.result.forget_clients(self.checkpoint.every if self.checkpoint else 1)
         return self.result
+
+    def accounted(self, record: Record) -> Record:
+        """A round's record with what privacy has cost up to it, which the result has too."""
+        private = self.strategy.privacy
+        if private is None:
+            return record
+        rounds = [(one.clients, one.retries) for one in [*self.result.records, record]]
+        self.result.privacy = spent(private, rounds, self.head_start)
+        numbers = {name: float(self.result.privacy[name]) for name in ("epsilon", "clip", "noise")}
+        return replace(record, report=record.report | numbers)
 
     def require_help(self, clients: int) -> None:
         """Raise InputError if a robust rule can do nothing for rounds of so many clients."""
@@ -414,7 +432,13 @@ class Loop:
         if self.head_start == "random":
             return None
         held = {name: self.strategy.tensors[name] for name in self.strategy.layout.head}
-        start = StartingHead(self.head_start, held, self.label_counts)
+        start = StartingHead(
+            self.head_start,
+            held,
+            self.label_counts,
+            self.strategy.privacy,
+            self.engine.feature_size,
+        )
         sums = self.engine.head_sums(self.head_start, eligible)
         new = start.take(counted("start of the head, clients", sums, len(eligible)))
         self.strategy.tensors = self.strategy.tensors | new
@@ -625,7 +649,9 @@ class Loop:
     @cached_property
     def usual(self) -> Usual:
         """What is usual among the updates of this run."""
-        return Usual(self.rounds.max_step)
+        # What is usual depends on all clients, and privacy at the server bounds what one may do.
+        private = self.strategy.privacy
+        return Usual(0 if private and private.where == "server" else self.rounds.max_step)
 
     @cached_property
     def last_rounds(self) -> dict[int, int]:

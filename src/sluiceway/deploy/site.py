@@ -9,6 +9,7 @@ share = true                this client's part of the recipe's own partition, to
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from sluiceway.core.evaluation import label_counts
 from sluiceway.core.handshake import ModelSignature
+from sluiceway.core.privacy import arrange_privacy, releases_of, told
 from sluiceway.data import ChoiceData, TextData, TextDataset
 from sluiceway.deploy.site_file import Invitation, OwnData, SiteFile, invitation, toml_of
 from sluiceway.deploy.split_site import begin_split
@@ -170,6 +172,7 @@ def begin_federated(
     model, train, test = own_examples(file.data, place, recipe, invited)
     strategy, training = chosen_strategy(recipe)
     prepare(model, strategy, recipe.data.clients)
+    arrange_privacy(strategy, model, recipe.run.rounds, recipe.head_start)
     clients = [train.subset([]) for _ in range(recipe.data.clients)]
     clients[invited.client] = train
     stack = ExitStack()
@@ -186,10 +189,23 @@ def begin_federated(
             personal_examples=recipe.run.personal,
         )
     )
-    trainer = Trainer(worker, invited.client, ClientStateStore(folder / "states"))
+    store = ClientStateStore(folder / "states")
+    releases = releases_of(strategy, recipe.run.rounds, recipe.head_start)
+    # A trial on the recipe's own data gives the numbers of a run on one machine.
+    secret = b"" if file.data.share else own_secret(folder)
+    trainer = Trainer(worker, invited.client, store, secret, releases)
     signature = ModelSignature.of(strategy.tensors).to_json()
-    counts = label_counts([train])[0].tolist()
+    counts = told(label_counts([train]), strategy)[0].tolist()
     return FederatedRun(trainer, stack), {"signature": signature, "label_counts": counts}
+
+
+def own_secret(folder: Path) -> bytes:
+    """The site's secret, for noise: 32 bytes in a file that its owner alone can read."""
+    path = folder / "secret"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, secrets.token_hex(32), mode=0o600)
+    return bytes.fromhex(path.read_text())
 
 
 def own_examples(

@@ -17,7 +17,7 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.validation import unknown_key
 
 #: Tables and names inside of [method] besides a method's parameters.
-BESIDES: Final = {"federated": ("name", "robust", "server"), "split": ("name",)}
+BESIDES: Final = {"federated": ("name", "privacy", "robust", "server"), "split": ("name",)}
 #: The class that [train] makes.
 TRAINING: Final = {"federated": "Training", "split": "SplitTraining"}
 #: Where the classes are.

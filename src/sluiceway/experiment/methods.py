@@ -16,6 +16,7 @@ from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.strategies import (
     BASELINES,
+    PRIVACY,
     ROBUST,
     SERVER,
     STRATEGIES,
@@ -23,6 +24,7 @@ from sluiceway.strategies import (
     Strategy,
     UpdateRule,
 )
+from sluiceway.strategies.base import Mechanism
 
 #: Kinds of methods, and where a recipe names one.
 KINDS = {
@@ -30,10 +32,15 @@ KINDS = {
     "split": "[method] of a split run",
     "robust": "[method.robust], with any federated method",
     "server": "[method.server], with any federated method",
+    "privacy": "[method.privacy], with federated methods that weigh clients alike",
 }
 #: The tables inside of [method] of a federated run, and what their names may be besides "none",
 #: which is there so that a comparison can leave them out.
-INNER: dict[str, dict[str, type[Any]]] = {"robust": {**ROBUST}, "server": {**SERVER}}
+INNER: dict[str, dict[str, type[Any]]] = {
+    "robust": {**ROBUST},
+    "server": {**SERVER},
+    "privacy": {**PRIVACY},
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor
         found = {key: inner(key, table[key]) for key in INNER if key in table}
         if rule := found.get("robust"):
             made = made.with_rules(rule)
+        if mechanism := found.get("privacy"):
+            made = made.with_privacy(mechanism)
         if optimizer := found.get("server"):
             try:
                 made = made.with_server(optimizer)
@@ -125,7 +134,7 @@ def method_table(table: Mapping[str, Any], made: Strategy | Compressor) -> dict[
 
 
 def parameters_of(
-    made: Strategy | Compressor | UpdateRule | ServerOptimizer | None,
+    made: Strategy | Compressor | UpdateRule | ServerOptimizer | Mechanism | None,
 ) -> dict[str, Any]:
     """The parameters of a checked dataclass, by the names that a recipe uses; none of None."""
     if made is None:

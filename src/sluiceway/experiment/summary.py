@@ -57,6 +57,9 @@ def summarise(recipe: Recipe, outcome: Outcome, device: str, seconds: float) -> 
             "input": outcome.input,
             "confusion": result.confusion,
             "by_class": by_class(result.confusion, outcome.label_names),
+            "epsilon": result.privacy.get("epsilon"),
+            "delta": result.privacy.get("delta"),
+            "privacy": result.privacy or None,
             "engine": recipe.run.engine,
             "device": device,
             "versions": {

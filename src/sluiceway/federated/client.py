@@ -31,8 +31,9 @@ from sluiceway.federated.stepping import (
     master_params_of,
     refuse_reentrant,
 )
-from sluiceway.moe import MoELayout, Observer, find_adapters, find_layout, repair
+from sluiceway.moe import BlockRouting, MoELayout, Observer, find_adapters, find_layout, repair
 from sluiceway.strategies import Broadcast, LocalContext, Strategy, Update
+from sluiceway.strategies.privacy import unmeasured
 
 
 def prepare(model: nn.Module, strategy: Strategy, clients: int) -> None:
@@ -163,19 +164,35 @@ class Worker:
             )
             self.strategy.start_training(client)
             metrics = self.fit(client, examples)
-            routing = seen.routing() if seen else []
+            routing = self.reported(seen.routing() if seen else [])
             extra = dict(self.strategy.finish_training(client))
         state |= {f"private/{n}": self.exchanged[n].detach().cpu().clone() for n in self.initial}
-        if personal and self.personal_examples:
+        if personal and self.personal_examples and self.strategy.privacy is None:
             metrics["personal_accuracy"] = self.personal_accuracy(examples)
         tensors = {
             piece.key: piece.of(self.exchanged).detach()
             for piece in self.strategy.shared_pieces
             if self.strategy.sends(piece, routing)
         }
-        return Update(
+        update = Update(
             number, broadcast.round, len(examples), tensors, routing, extra=extra, metrics=metrics
         )
+        return self.sent(update, broadcast, state)
+
+    def reported(self, routing: list[BlockRouting]) -> list[BlockRouting]:
+        """The routing by which a client's tensors are chosen; under its own noise it tells none."""
+        private = self.strategy.privacy
+        if private is None or private.where == "server":
+            return routing
+        return [unmeasured(block) for block in self.layout.blocks]
+
+    def sent(self, update: Update, broadcast: Broadcast, state: dict[str, Tensor]) -> Update:
+        """What leaves a client in place of its update."""
+        if self.strategy.privacy is None:
+            return update
+        received = {p.key: p.of(broadcast.tensors) for p in self.strategy.shared_pieces}
+        received = {key: value.to(self.device) for key, value in received.items()}
+        return self.strategy.privacy.sent(update, received, self.layout.blocks, state)
 
     def fit(self, client: LocalContext, examples: Examples) -> dict[str, float]:
         """Local training, in place; returns its mean loss and penalty.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sluiceway import fedalign
-from sluiceway.core.batches import Batch
+from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.evaluation import BATCH
 from sluiceway.core.head_start import HeadStart, HeadSums
+from sluiceway.core.privacy import feature_size
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError
 from sluiceway.federated.client import Worker
@@ -27,26 +28,37 @@ def head_sums(worker: Worker, number: int, kind: HeadStart) -> HeadSums:
     size = head.in_features + 1
     labels = torch.zeros(head.out_features, size, dtype=torch.float64, device=worker.device)
     gram = torch.zeros(size, size, dtype=torch.float64, device=worker.device)
-    for features, truth in head_inputs(worker, number, head):
+    for features, truth in head_inputs(worker, worker.clients[number], head):
         labels += fedalign.label_sums(features, truth, head.out_features)
         if kind == "ridge":
             gram += fedalign.gram(features)
     tensors = {"labels": labels.float().cpu()}
+    if (privacy := worker.strategy.privacy) is not None:
+        tensors["labels"] = privacy.head_sent(tensors["labels"], number)
     if kind == "ridge":
         tensors["gram"] = fedalign.packed_triangle(gram).float().cpu()
     return HeadSums(number, tensors)
 
 
+def test_feature_size(worker: Worker) -> float:
+    """The mean norm of what enters the head, over the first test examples."""
+    head = worker.model.get_submodule(worker.layout.head[0].rpartition(".")[0])
+    assert isinstance(head, nn.Linear)
+    found = head_inputs(worker, worker.test, head, most=BATCH)
+    return feature_size(features for features, _ in found)
+
+
 @torch.no_grad()
-def head_inputs(worker: Worker, number: int, head: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
-    """What enters the head, [B, d], and the labels [B] of a client's examples, batch by batch."""
-    examples = worker.clients[number]
+def head_inputs(
+    worker: Worker, examples: Examples, head: nn.Linear, most: int = 1 << 62
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What enters the head, [B, d], and the labels [B] of the first `most` examples, by batches."""
     worker.load(worker.strategy.tensors)
     worker.model.eval()
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
-        for rows in torch.arange(len(examples)).split(BATCH):
+        for rows in torch.arange(min(most, len(examples))).split(BATCH):
             check_stop()
             batch = Batch.of(examples, rows, worker.device)
             seen.clear()

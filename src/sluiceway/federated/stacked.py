@@ -253,13 +253,14 @@ class StackedTrainer:
                 extras.append(dict(worker.strategy.finish_training(client)))
         for place, shard in enumerate(shards):
             tensors = worker.exchanged | {n: t[place] for n, t in values.items()}
-            routing = seen[place].routing() if seen else []
+            routing = worker.reported(seen[place].routing() if seen else [])
             metrics = {"loss": losses[place]}
             if penalties is not None:
                 metrics["penalty"] = penalties[place]
             kept = {n: tensors[n].detach().cpu().clone() for n in worker.initial}
             states[shard.number].update({f"private/{n}": t for n, t in kept.items()})
-            if shard.number in personal and worker.personal_examples:
+            private = worker.strategy.privacy is not None
+            if shard.number in personal and worker.personal_examples and not private:
                 worker.load({n: tensors[n] for n in values.keys() | worker.initial.keys()})
                 examples = worker.clients[shard.number]
                 metrics["personal_accuracy"] = worker.personal_accuracy(examples)
@@ -268,7 +269,7 @@ class StackedTrainer:
                 for piece in worker.strategy.shared_pieces
                 if worker.strategy.sends(piece, routing)
             }
-            yield Update(
+            update = Update(
                 shard.number,
                 broadcast.round,
                 shard.held,
@@ -277,6 +278,7 @@ class StackedTrainer:
                 extra=extras[place] if extras else {},
                 metrics=metrics,
             )
+            yield worker.sent(update, broadcast, states[shard.number])
 
     def first_values(self, states: Sequence[Mapping[str, Tensor]]) -> Tensors:
         """What is trained, as each client begins with it, [K, ...] each."""

@@ -24,6 +24,7 @@ from sluiceway.strategies.fedprox import FedProx
 from sluiceway.strategies.fedyogi import FedYogi
 from sluiceway.strategies.frozen_gate import FrozenGate
 from sluiceway.strategies.non_expert import NonExpert
+from sluiceway.strategies.privacy import PRIVACY, Gaussian
 from sluiceway.strategies.robust import (
     ROBUST,
     GeometricMedian,
@@ -73,6 +74,7 @@ def strategy(name: str, **parameters: Any) -> Strategy:
 
 __all__ = [
     "BASELINES",
+    "PRIVACY",
     "ROBUST",
     "SERVER",
     "STRATEGIES",
@@ -89,6 +91,7 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "FrozenGate",
+    "Gaussian",
     "GeometricMedian",
     "Krum",
     "LocalContext",

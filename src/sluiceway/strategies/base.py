@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from sluiceway.moe import BlockRouting, MoELayout, NoExpertsError, Observer, ParamSlice
+from sluiceway.moe import Block, BlockRouting, MoELayout, NoExpertsError, Observer, ParamSlice
 from sluiceway.strategies.server import ServerOptimizer
 
 
@@ -108,6 +108,72 @@ class UpdateRule(Protocol):
         ...
 
 
+class Mechanism(Protocol):
+    """Differential privacy of clients around a strategy; see `privacy.Gaussian`."""
+
+    where: str
+    noise_seed: int | None
+    key: bytes
+    limit: float
+    count: int
+    multiplier: float
+    delta: float
+
+    def setup(self, releases: int) -> None:
+        """Begin a run of at most so many releases in which one client has a part."""
+        ...
+
+    def spent(self, releases: int) -> float:
+        """Epsilon after so many releases."""
+        ...
+
+    def begin(self) -> None:
+        """Begin to count the updates of a round, at the server."""
+        ...
+
+    def streams(self) -> bool:
+        """True: updates are changed one at a time."""
+        ...
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        """Clipped updates, which count alike, at the server."""
+        ...
+
+    def finish(self, strategy: Strategy, number: int) -> None:
+        """Add noise to the strategy's new values of a round, at the server."""
+        ...
+
+    def sent(
+        self,
+        update: Update,
+        received: Mapping[str, Tensor],
+        blocks: Sequence[Block],
+        state: dict[str, Tensor],
+    ) -> Update:
+        """What leaves a client in place of its update."""
+        ...
+
+    def head_share(self, sums: Tensor) -> Tensor:
+        """A client's sums for the head's start as they count."""
+        ...
+
+    def head_sent(self, sums: Tensor, client: int) -> Tensor:
+        """What leaves a client of its sums."""
+        ...
+
+    def head_total(self, total: Tensor, size: float) -> Tensor:
+        """The sums of all clients, for `fedalign.means_head`."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next round depends on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a dictionary that `state_dict` is a part of."""
+        ...
+
+
 class Strategy:
     """Base of all strategies. `FedAvg` is the one to start from when writing another.
 
@@ -121,6 +187,8 @@ class Strategy:
     needs_experts: ClassVar[bool] = False
     #: Its rounds have clients that train.
     trains_clients: ClassVar[bool] = True
+    #: Clients count by what they report of their routing.
+    reads_routing: ClassVar[bool] = False
 
     tensors: dict[str, Tensor]
     layout: MoELayout
@@ -132,6 +200,8 @@ class Strategy:
     rules: tuple[UpdateRule, ...] = ()
     #: Steps along what every round changed; None takes the round's values as they are.
     server: ServerOptimizer | None = None
+    #: Clips updates and adds noise; None does neither.
+    privacy: Mechanism | None = None
 
     def with_rules(self, *rules: UpdateRule) -> Self:
         """Itself, with these rules on its updates, such as `Median()`."""
@@ -147,6 +217,11 @@ class Strategy:
         if self.server is not None:
             raise ValueError(f"{self.name} has a server optimiser of its own")
         self.server = optimizer
+        return self
+
+    def with_privacy(self, privacy: Mechanism) -> Self:
+        """Itself, with differential privacy of clients, such as `Gaussian(epsilon=4, clip=1)`."""
+        self.privacy = privacy
         return self
 
     # -- the server's half ---------------------------------------------------------------------
@@ -226,17 +301,24 @@ class Strategy:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next round depends on, as named tensors."""
         states = {} if self.server is None else self.server.state_dict()
-        return {f"tensors/{name}": tensor for name, tensor in self.tensors.items()} | states
+        private = {} if self.privacy is None else self.privacy.state_dict()
+        return {f"tensors/{n}": tensor for n, tensor in self.tensors.items()} | states | private
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` gave; call after `setup`."""
         self.tensors = unprefixed(state, "tensors/")
         if self.server is not None:
             self.server.load_state_dict(state)
+        if self.privacy is not None:
+            self.privacy.load_state_dict(state)
 
     def report(self) -> dict[str, float]:
         """Numbers about the last aggregation for metrics.jsonl."""
         return {}
+
+    def needs_sums_alone(self) -> bool:
+        """Whether the new values follow from the sum of w_i and of the clients' weighted values."""
+        return False
 
     # -- what is trained and what crosses ------------------------------------------------------
 

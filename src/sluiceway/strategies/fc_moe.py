@@ -44,6 +44,7 @@ class FCMoE(FedAvg):
 
     name: ClassVar[str] = "fc-moe"
     needs_experts: ClassVar[bool] = True
+    reads_routing: ClassVar[bool] = True
     give_back: float = Field(default=0.5, ge=0, le=1)
 
     # -- the server's half ---------------------------------------------------------------------

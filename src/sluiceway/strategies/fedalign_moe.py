@@ -96,6 +96,7 @@ class FedAlignMoE(FedAvg):
 
     name: ClassVar[str] = "fedalign-moe"
     needs_experts: ClassVar[bool] = True
+    reads_routing: ClassVar[bool] = True
     preset: Literal["paper"] | None = None
     align: bool = False
     consistency: bool = True

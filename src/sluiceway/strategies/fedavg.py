@@ -85,6 +85,11 @@ class FedAvg(Strategy):
         held = self.label_counts[client].double()
         return F.pad(held, (0, classes - len(held)))
 
+    def needs_sums_alone(self) -> bool:
+        own, kept = type(self), ("accumulate", "share", "weight", "step", "finish_training")
+        alike = all(getattr(own, name) is getattr(FedAvg, name) for name in kept)
+        return alike and self.head == "examples" and self.lora != "residual"
+
     def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
         """How much this client's value of this piece counts, >= 0; need not be normalised."""
         return float(update.examples)

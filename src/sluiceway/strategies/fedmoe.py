@@ -29,6 +29,7 @@ class FedMoE(FedAvg):
 
     name: ClassVar[str] = "fedmoe"
     needs_experts: ClassVar[bool] = True
+    reads_routing: ClassVar[bool] = True
     hold: float = Field(default=0.5, ge=0)
 
     def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:

@@ -19,6 +19,7 @@ class Usage(FedAvg):
 
     name: ClassVar[str] = "usage"
     needs_experts: ClassVar[bool] = True
+    reads_routing: ClassVar[bool] = True
 
     def weight(self, update: Update, piece: ParamSlice) -> float | Tensor:
         owner = self.layout.owner(piece.key)

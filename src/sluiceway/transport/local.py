@@ -39,13 +39,14 @@ from sluiceway.core.messages import (
     write_broadcast,
     write_update,
 )
+from sluiceway.core.privacy import arrange_privacy, told
 from sluiceway.core.round_loop import MAX_STEP, Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
 from sluiceway.errors import InputError, described, line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
-from sluiceway.federated.head_sums import head_sums
+from sluiceway.federated.head_sums import head_sums, test_feature_size
 from sluiceway.federated.stacked import StackedTrainer
 from sluiceway.files import scratch_folder
 from sluiceway.strategies import Broadcast, Strategy, Update
@@ -82,6 +83,9 @@ class EngineFolder:
 
     def broadcast_bytes(self) -> int:
         return self._down
+
+    def feature_size(self) -> float:
+        return test_feature_size(self.worker)
 
     def packed(self, broadcast: Broadcast) -> Path:
         """The file of a broadcast, in a new folder for the round. Raises StorageError."""
@@ -570,7 +574,8 @@ def federate(
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
     require_head(head_start, strategy)
-    counts = label_counts(clients)
+    arrange_privacy(strategy, model, rounds, head_start)
+    counts = told(label_counts(clients), strategy)
     with ExitStack() as stack:
         worker = stack.enter_context(
             standing(

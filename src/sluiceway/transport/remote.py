@@ -18,6 +18,7 @@ from sluiceway.core.evaluation import Evaluation, widened
 from sluiceway.core.guards import Failure, RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
 from sluiceway.core.head_start import HeadStart, HeadSums, require_head
+from sluiceway.core.privacy import arrange_privacy, told
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.errors import line
@@ -70,7 +71,8 @@ class RemoteEngine(EngineFolder):
         return self
 
     def head_sums(self, kind: HeadStart, clients: Sequence[int]) -> Iterator[HeadSums | Failure]:
-        requests = {number: Request("head-sums", {"kind": kind}) for number in clients}
+        facts = {"kind": kind, "run": (self.states / "run").read_text()}
+        requests = {number: Request("head-sums", facts) for number in clients}
         folder = self.folder / "sums"
         folder.mkdir()
         incoming = self.transport.send(requests, folder, self.timeout or ROUND_TIMEOUT)
@@ -251,7 +253,9 @@ def federate_remote(
     prepare(model, strategy, len(transport.sites))
     require_head(head_start, strategy)
     signature = ModelSignature.of(strategy.tensors)
+    arrange_privacy(strategy, model, plan.rounds, head_start)
     counts = joined(transport, facts, signature, classes_of(model, test, place))
+    counts = told(counts, strategy)
     keep = states_needed(checkpoint)
     with ExitStack() as stack:
         worker = stack.enter_context(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from sluiceway.core.head_start import write_sums
 from sluiceway.core.messages import read_broadcast, write_update
 from sluiceway.federated.client import Worker
 from sluiceway.federated.head_sums import head_sums
-from sluiceway.files import replacing
+from sluiceway.files import replacing, write_atomically
 from sluiceway.transport.protocol import Request, Response
 
 #: Runs besides the newest whose states a site keeps.
@@ -74,12 +75,48 @@ class Trainer:
         worker: model and data; the other clients' data may be empty.
         number: this client's.
         states: of this client.
+        secret: from which the noise of a private run is drawn; b"" for what the recipe says.
+        releases: answers with this client's data in one private run, at most.
     """
 
-    def __init__(self, worker: Worker, number: int, states: ClientStateStore) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        number: int,
+        states: ClientStateStore,
+        secret: bytes = b"",
+        releases: int = 0,
+    ) -> None:
         self.worker = worker
         self.number = number
         self.states = states
+        self.secret = secret
+        self.releases = releases
+
+    def draw_noise(self, run: str, what: bytes) -> None:
+        """Draw the noise of an answer from the secret and all that was asked.
+
+        So the same question is answered with the same noise, and no other is. A server that asks
+        other questions than it needs gets no more of them answered than privacy was planned for.
+
+        Raises:
+            SiteError: there were too many.
+        """
+        private = self.worker.strategy.privacy
+        if private is None or not self.secret or private.where != "client":
+            return
+        digest = hashlib.blake2b(what, key=self.secret, digest_size=32)
+        path = self.states.folder / run / "answered"
+        before = path.read_text().split() if path.exists() else []
+        if digest.hexdigest() not in before:
+            if len(before) >= self.releases:
+                raise SiteError(
+                    f"method.privacy: asked for more than the {self.releases} answers that the "
+                    "recipe's epsilon is for"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "\n".join([*before, digest.hexdigest()]))
+        private.key = digest.digest()
 
     def train(self, request: Request, folder: Path) -> Response:
         """Train from the packed broadcast to a packed update.
@@ -99,6 +136,8 @@ class Trainer:
         run, based, keep = run_name(facts), whole(facts, "based"), whole(facts, "keep")
         state = self.states.load(run, based) if based else {}
         broadcast = read_broadcast(request.message)
+        with request.message.open("rb") as file:
+            self.draw_noise(run, hashlib.file_digest(file, "sha256").digest())
         personal = bool(facts.get("personal")) and len(self.worker.test) > 0
         update = self.worker.train(self.number, broadcast, state, personal=personal)
         path = folder / "update"
@@ -111,7 +150,7 @@ class Trainer:
         """The client's sums for the head's closed-form start.
 
         Args:
-            request: facts: "kind", "means" or "ridge".
+            request: facts: "kind", "means" or "ridge"; "run", its name.
             folder: for the message.
 
         Raises:
@@ -120,6 +159,8 @@ class Trainer:
         kind = request.facts.get("kind")
         if kind not in ("means", "ridge") or not self.worker.layout.head:
             raise SiteError("asked for sums that this client cannot give")
+        if self.secret:
+            self.draw_noise(run_name(request.facts), kind.encode())
         path = folder / "sums"
         write_sums(path, head_sums(self.worker, self.number, kind))
         return Response(message=path)

@@ -79,6 +79,10 @@ class Adapter(FlowerStrategy):
                 f"method {rule.name} with these parameters needs each client's label counts, which "
                 "Flower's own loop does not ask for"
             )
+        if rule.privacy is not None:
+            raise InputError(
+                "Flower's own loop has its own mods for differential privacy; use those"
+            )
         self.rule = rule
         self.clients = clients
         self.training = training or Training()
