@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from pages import Runs
 
 from sluiceway.experiment.compare import Interval
@@ -63,6 +64,8 @@ def panels(
             place.set_xscale("log")
         place.set_title(setting, fontsize=10)
         place.set_xlabel(axis_name)
+        if axis_name == "round":
+            place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.grid(alpha=0.3)
     for place in axes.flat[len(shown) :]:
         place.axis("off")
