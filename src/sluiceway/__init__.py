@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "federate": "sluiceway.transport.local",
     "split_train": "sluiceway.split.training",
+    "chained": "sluiceway.split.traced",
     "load": "sluiceway.experiment.trained",
     "Checkpoint": "sluiceway.core.checkpoints",
     "Result": "sluiceway.core.round_loop",

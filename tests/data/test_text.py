@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def test_every_format_gives_the_same_data(tmp_path: Path, suffix: str) -> None:
     train = write(tmp_path / f"mine{suffix}", rows_of(1200))
     test = write(tmp_path / f"other{suffix}", rows_of(6)[3:])
     data = load_own(train, test_path=test)
-    assert (data.name, data.source) == ("mine", f"files {train} and {test}")
+    assert (data.name, data.source) == ("mine", f"file {train.name} and file {test.name}")
     assert data.label_names == ("no", "yes")
     assert data.train.texts[1] == "line\n1, été"
     assert data.train.labels[:4].tolist() == [0, 1, 0, 1]
@@ -215,7 +216,7 @@ def test_missing_groups_are_a_group_and_other_types_none(tmp_path: Path) -> None
 def test_without_a_test_file_rows_are_held_out(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.csv", rows_of(50))
     data = load_own(path, seed=1)
-    assert data.source == f"file {path}"
+    assert data.source == "file mine.csv"
     assert (len(data.train), len(data.test)) == (40, 10)
     assert sorted(data.train.texts + data.test.texts) == sorted(str(r["text"]) for r in rows_of(50))
     assert load_own(path, seed=1).test.texts == data.test.texts
@@ -234,9 +235,11 @@ def test_missing_columns_and_values(tmp_path: Path, suffix: str) -> None:
     for column in ("text", "label"):
         rows: Rows = [{"text": "a", "label": "x"} for _ in range(5)]
         rows[1][column], rows[3][column] = "", "  "
-        line = rf"2 of 5 rows have an empty '{column}' \(the first is row 2\)"
-        with pytest.raises(DataError, match=line):
-            load_own(write(path, rows))
+        left = load_own(write(path, rows))
+        assert (len(left.train), len(left.test), left.label_names) == (2, 1, ("x",))
+        assert left.source == f"file mine{suffix} (2 of 5 rows without text or label left out)"
+    with pytest.raises(DataError, match="no row has both 'text' and 'label'"):
+        load_own(write(path, [{"text": "", "label": "x"}]))
     with pytest.raises(DataError, match=f"there is no file .*gone{suffix}"):
         load_own(tmp_path / f"gone{suffix}")
     (tmp_path / f"folder{suffix}").mkdir()
@@ -245,12 +248,27 @@ def test_missing_columns_and_values(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_null_and_nan_are_empty(tmp_path: Path, suffix: str) -> None:
-    rows: Rows = [{"text": "a", "label": 1.0}, {"text": None, "label": float("nan")}]
-    with pytest.raises(DataError, match="1 of 2 rows have an empty 'text'"):
-        load_own(write(tmp_path / f"gaps{suffix}", rows))
-    with pytest.raises(DataError, match="1 of 2 rows have an empty 'label'"):
-        load_own(write(tmp_path / f"full{suffix}", [{**row, "text": "t"} for row in rows]))
+def test_null_and_nan_are_gaps_and_numbers_beside_them_stay_whole(
+    tmp_path: Path, suffix: str
+) -> None:
+    labels = (1.0, float("nan"), 2.0, 1.0)
+    rows: Rows = [{"text": "a", "label": label} for label in labels]
+    rows[2]["text"] = None
+    path = write(tmp_path / f"gaps{suffix}", [*rows, {"text": "b", "label": 2.0}])
+    data = load_own(path, test_path=path)
+    assert (data.label_names, data.train.labels.tolist()) == (("1", "2"), [0, 0, 1])
+    assert "2 of 5 rows without text or label left out" in data.source
+
+
+def test_a_label_nan_is_a_gap_and_a_class_of_one_row_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\na,x\nb,NaN\nc,x\nd,y\n")
+    data = load_own(path)
+    assert data.label_names == ("x", "y")
+    assert data.source == (
+        "file mine.csv (1 of 4 rows without text or label left out) "
+        "(1 class has one row, never tested)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,17 +297,23 @@ LATIN = b"text,label\n\xe9t\xe9,x\n"
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("mine.txt", b"a", r"suffix '.txt': it must be one of .parquet, .csv, .jsonl"),
+        ("mine.txt", b"a", r"suffix '.txt': it must be one of .parquet, .csv, .tsv, .jsonl, .json"),
         ("empty.csv", b"", "is empty: it needs a header line"),
         ("header.csv", b"text,label\n", "has no rows"),
-        ("short.csv", b"text,label\na,x\nb\n", "1 of 2 rows have an empty 'label'"),
+        ("short.csv", b"text,label\nb\n", "no row has both 'text' and 'label'"),
         ("wide.csv", b"text,label\na,b\na,b,c\n", "cannot be read"),
         ("shifted.csv", b"text,label\na,b,c\na,b,c\n", "more fields than its header"),
-        ("latin.csv", LATIN, "cannot be read"),
+        ("latin.csv", LATIN, r"cannot be read as utf-8: .* at byte 11; data\.encoding says"),
         ("empty.jsonl", b"\n\n", "has no rows"),
         ("bad.jsonl", b'{"text": "a"}\n{"text":\n', "line 2 of .* is not JSON"),
         ("list.jsonl", b'["a"]\n', "line 1 of .* holds list: it must be an object"),
         ("latin.jsonl", LATIN, "cannot be read"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 of .* is not JSON"),
+        ("deep.json", b"[" * 100_000, "is not JSON"),
+        ("one.json", b'{"text": "a"}', "must hold a list of objects"),
+        ("uneven.json", b'{"text": ["a"], "label": []}', "its columns differ in length"),
+        ("half.jsonl", b'{"text": "\\ud800", "label": 1}', "half a character in row 1"),
+        ("bad.csv.gz", b"text,label\n", "cannot be read"),
         ("empty.parquet", b"", "cannot be read"),
         ("bad.parquet", b"no parquet at all", "cannot be read"),
     ],
@@ -299,3 +323,47 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes, line: str) ->
     with pytest.raises(DataError, match=line) as caught:
         load_own(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+ROWS: Rows = [{"text": "caf\u00e9; a", "label": label} for label in ("x", "y", "x")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16"])
+@pytest.mark.parametrize(
+    "name", ["a.tsv", "a.csv.gz", "a.csv", "a.json", "columns.json", "a.jsonl.gz", "a.tsv.gz"]
+)
+def test_forms_and_encodings(tmp_path: Path, name: str, encoding: str) -> None:
+    kind = name.removesuffix(".gz").rpartition(".")[2]
+    lines = [f'"{row["text"]}"\t{row["label"]}' for row in ROWS]
+    content = {
+        "tsv": "\n".join(["text\tlabel", *lines]),
+        "csv": "\n".join(["text;label", *lines]).replace("\t", ";"),
+        "json": json.dumps(ROWS, ensure_ascii=False),
+        "jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+    }[kind]
+    if name == "columns.json":
+        content = json.dumps({k: [row[k] for row in ROWS] for k in ROWS[0]}, ensure_ascii=False)
+    raw = content.encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    data = load_own(path, test_path=path, encoding=encoding)
+    assert data.train.texts == ["caf\u00e9; a"] * 3
+    assert (data.label_names, data.train.labels.tolist()) == (("x", "y"), [0, 1, 0])
+    with pytest.raises(DataError, match=r"data\.encoding = 'klingon' is not known"):
+        load_own(path, encoding="klingon")
+
+
+def test_several_files_are_one_table(tmp_path: Path) -> None:
+    for number in (2, 1):
+        write(tmp_path / f"part{number}.csv", [{"text": f"t{number}", "label": f"l{number}"}])
+    write(tmp_path / "more.jsonl", [{"label": 7, "text": "t3", "site": "a"}])
+    pattern, more = str(tmp_path / "part*.csv"), tmp_path / "more.jsonl"
+    data = load_own([pattern, more], test_path=more)
+    assert data.train.texts == ["t1", "t2", "t3"]
+    assert data.label_names == ("7", "l1", "l2")
+    assert data.train.groups["site"].tolist() == [0, 0, 1]
+    assert data.source == "3 files (part1.csv, part2.csv, more.jsonl) and file more.jsonl"
+    with pytest.raises(DataError, match=r"no file matches .*x\*\.csv"):
+        load_own(tmp_path / "x*.csv")
+    with pytest.raises(DataError, match="names no file"):
+        load_own([])

@@ -125,7 +125,7 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("run.rounds=0", r"run\.rounds = 0: must be greater than or equal to 1"),
         ("run.rounds=many", r"run\.rounds = 'many': must be a valid integer"),
         ("run.kind=central", r"run\.kind = 'central': must be 'federated' or 'split'"),
-        ("data.name=cifar10", r"data\.name = 'cifar10': a federated run takes 20newsgroups"),
+        ("data.name=cifar10", r"model\.name = 'minilm': images are for conv4, resnet18"),
         ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
         ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
         ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, robust, server"),

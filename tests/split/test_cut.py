@@ -1,5 +1,6 @@
 """Cutting: the two parts are the model, whatever it is made of."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluiceway.split import Conv4, cut, cut_points, resnet18, vgg11
+from sluiceway.split import Conv4, chained, cut, cut_points, resnet18, vgg11
+from sluiceway.split.traced import Traced
 
 NETWORKS = [
     pytest.param(lambda: Conv4(3, 10, width=4), "conv2", id="conv4"),
@@ -46,16 +48,6 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
-
-
-NO_CHAINS = {
-    "other work": Residual(),
-    "another order": Odd(lambda m, x: m.first(m.second(x))),
-    "a layer skipped": Odd(lambda m, x: m.second(x) if m.first(x) is not None else x),
-    "not what the last layer made": Odd(lambda m, x: (y := m.first(x), m.second(y))[0]),
-    "a decision": Odd(lambda m, x: x if x.sum() > 0 else -x),
-    "no children": nn.Linear(2, 2),
-}
 
 
 @pytest.mark.parametrize(("make", "name"), NETWORKS)
@@ -118,16 +110,157 @@ def test_cut_again_gives_three_parts() -> None:
     assert torch.equal(end(middle(front(x))), model(x))
 
 
-@pytest.mark.parametrize("name", ["conv9", "head", "", "conv", "conv1.conv"])
+@pytest.mark.parametrize("name", ["conv9", "head", "", "conv", "conv1.nothing"])
 def test_unknown_and_last_names_list_the_others(name: str) -> None:
     with pytest.raises(ValueError, match=r"cut at: conv1, conv2, conv3, conv4$"):
         cut(Conv4(1, 10, width=4), name)
 
 
-@pytest.mark.parametrize("model", NO_CHAINS.values(), ids=NO_CHAINS)
-def test_what_is_no_chain_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be cut"):
-        cut(model, "first")
+REFUSED = {
+    "a decision": (
+        lambda m, x: x if x.sum() > 0 else -x,
+        "Odd cannot be cut: torch.fx cannot trace",
+    ),
+    "another order": (
+        lambda m, x: m.first(m.second(x)),
+        "'first' is the last layer; .* at: second",
+    ),
+    "over the cut": (lambda m, x: m.second(m.first(x)) + x, "the input x also go on there"),
+    "unused": (lambda m, x: m.second(x), "'first' is no layer of the network; .* at: nothing"),
+    "twice": (lambda m, x: m.second(m.first(m.first(x))), "'first' is used more than once"),
+    "a shape": (lambda m, x: m.second(m.first(x)).expand(x.shape), "getattr_1 also go on there"),
+}
+
+
+@pytest.mark.parametrize(("run", "line"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_cut_is_said(run: Callable[[Any, Tensor], Tensor], line: str) -> None:
+    with pytest.raises(ValueError, match=line) as caught:
+        cut(Odd(run), "first")
+    assert "\n" not in str(caught.value)
+
+
+class Skips(nn.Module):
+    """Skips on both sides of `narrow`, none over it; a parameter, a buffer and flat shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.one = nn.Conv2d(4, 4, 3, padding=1)
+        self.narrow = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+        self.two = nn.Conv2d(6, 6, 3, padding=1)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("shift", torch.tensor(0.1), persistent=False)
+        self.blocks = nn.ModuleList([nn.Linear(96, 96), nn.Linear(96, 96)])
+        self.head = nn.Linear(96, 3)
+
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:
+        count = x.shape[0]
+        x = self.stem(x)
+        x = torch.relu(x + self.one(x) * self.scale)
+        x = self.narrow(x)
+        x = x + self.two(x) + self.shift
+        x = x.view(count, -1)
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.head(x * 2 if double else x)
+        return out
+
+
+@pytest.mark.parametrize("name", ["stem", "stem.0", "narrow", "blocks.1"])
+def test_any_module_is_cut_where_one_value_crosses(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Skips(), torch.randn(5, 1, 8, 8)
+    if name == "blocks.1":
+        with pytest.raises(ValueError, match=r"more crosses than its output: add_3 also go"):
+            cut(model, name)
+        return
+    front, back = cut(model, name)
+    pieces = {**front.state_dict(), **back.state_dict()}
+    assert pieces.keys() == model.state_dict().keys()
+    assert not front.state_dict().keys() & back.state_dict().keys()
+    assert all(pieces[n].data_ptr() == t.data_ptr() for n, t in model.state_dict().items())
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    out = back(front(x))
+    out.square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    after = {n: t.clone() for n, t in model.state_dict().items()}
+    model.load_state_dict(state)
+    model.zero_grad()
+    whole = model(x)
+    whole.square().sum().backward()
+    assert torch.equal(out, whole)
+    assert all(torch.equal(grads[n], p.grad) for n, p in model.named_parameters())
+    assert all(torch.equal(after[n], t) for n, t in model.state_dict().items())
+    copies = copy.deepcopy(front).eval(), copy.deepcopy(back).eval()
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert not torch.equal(copies[1](copies[0](x)), model.eval()(x))
+
+
+def test_a_traced_half_is_cut_again_and_takes_layers() -> None:
+    model, x = Skips().eval(), torch.randn(2, 1, 8, 8)
+    front, rest = cut(model, "stem")
+    middle, end = cut(rest, "narrow")
+    assert torch.equal(end(middle(front(x))), model(x))
+    names = [n.partition(".")[0] for n in (*middle.state_dict(), *end.state_dict())]
+    assert list(dict.fromkeys(names)) == ["scale", "one", "narrow", "two", "blocks", "head"]
+    assert isinstance(middle, Traced)
+    longer = middle.with_layers({"a": nn.ReLU()}, {"b": nn.Sigmoid()})
+    assert torch.equal(longer(front(x)), torch.sigmoid(middle(front(x))))
+    assert list(longer._modules) == ["a", "one", "narrow", "b"]
+
+
+def test_a_block_is_cut_inside() -> None:
+    model, x = resnet18(4).eval(), torch.randn(2, 3, 16, 16)
+    front, back = cut(Conv4(3, 10, width=4).eval(), "conv1.bn")
+    assert len(front.state_dict()) == 6
+    assert back(front(x)).shape == (2, 10)
+    with pytest.raises(ValueError, match=r"'layer1_1\.conv1' more crosses .*: stem also go"):
+        cut(model, "layer1_1.conv1")
+
+
+def test_cut_points_of_any_module() -> None:
+    points = cut_points(Skips(), torch.randn(2, 1, 8, 8))
+    assert [(p.name, p.shape, p.front_parameters) for p in points] == [
+        ("stem.0", (4, 8, 8), 40),
+        ("stem.1", (4, 8, 8), 48),
+        ("stem.2", (4, 8, 8), 48),
+        ("narrow", (6, 4, 4), 48 + 148 + 222),
+    ]
+
+
+class Decides(Skips):
+    """A forward that torch.fx cannot trace."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.narrow(x + self.one(x) if x.sum() > 0 else x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head((x + self.two(x)).flatten(1) * self.scale)
+        return out
+
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:
+        return self.classify(self.encode(x))
+
+
+def test_functions_make_a_chain() -> None:
+    model, x = Decides(), torch.randn(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"sluiceway\.chained\(model, \.\.\.\) cuts by functions"):
+        cut(model, "narrow")
+    chain = chained(model, "encode", "classify", example=x)
+    front, back = cut(chain.eval(), "encode")
+    assert torch.equal(back(front(x)), model.eval()(x))
+    assert {n.split(".")[2] for n in front.state_dict()} == {"stem", "one", "narrow"}
+    assert {n.split(".")[2] for n in back.state_dict()} == {"two", "head", "scale"}
+    apart = copy.deepcopy(front)
+    with torch.no_grad():
+        model.narrow.weight.zero_()
+    assert not torch.equal(apart(x), front(x))
+    with pytest.raises(ValueError, match=r"narrow\.weight is used by encode and <lambda>"):
+        chained(model, "encode", lambda m, h: m.narrow(h[:, :4]), example=x)
+    with pytest.raises(ValueError, match="two functions or more"):
+        chained(model, "forward", example=x)
 
 
 def test_what_is_used_on_both_sides_is_refused() -> None:

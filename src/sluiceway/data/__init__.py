@@ -12,6 +12,7 @@ from sluiceway.data.download import cache_folder, wheel_folder, wheel_members
 from sluiceway.data.errors import DataError
 from sluiceway.data.image_files import read_image_files
 from sluiceway.data.images import IMAGE_NAMES, load_images
+from sluiceway.data.own_images import load_own_images
 from sluiceway.data.partition import partition
 from sluiceway.data.tables import (
     AnyTable,
@@ -65,6 +66,7 @@ __all__ = [
     "load_choices",
     "load_images",
     "load_own",
+    "load_own_images",
     "load_text",
     "of_classes",
     "partition",

@@ -1,12 +1,16 @@
-"""Columns of values from parquet, CSV and JSON-lines files, coded as tables of labelled texts."""
+"""Columns of values from parquet, CSV and JSON files, coded as tables of labelled texts."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,15 @@ from sluiceway.errors import first_line
 MAX_GROUPS = 1000
 # "007" and "+7" stay strings: as integers they could not be written back as they were.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+#: Half of a pair, which JSON can escape and no encoding can write.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Values = dict[str, list[object]]
+
+#: Endings of tables; all but parquet may be gzipped, as ".csv.gz".
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+#: Delimiters of a csv whose header line has no comma.
+_DELIMITERS = (";", "\t", "|")
 
 
 @dataclass(frozen=True)
@@ -59,16 +70,22 @@ class Columns:
 
 
 def read_columns(
-    path: Path, only: Sequence[str] | None = None, where: str | None = None
+    path: Path,
+    only: Sequence[str] | None = None,
+    where: str | None = None,
+    encoding: str = "utf-8",
 ) -> Columns:
-    """Read a `.parquet`, `.csv` or `.jsonl` file.
+    """Read a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file, gzipped where it ends in `.gz`.
 
-    A CSV column whose every value is an integer becomes integers; an empty CSV field is missing.
+    A CSV column whose every value is an integer becomes integers; an empty CSV field is missing. A
+    csv without a comma in its header line may be delimited by semicolons, tabs or bars. A `.json`
+    file is a list of objects, or an object of columns.
 
     Args:
         path: the file.
         only: the columns wanted, all when None; columns that are not there are left out.
         where: what messages about the columns call the file, its path by default.
+        encoding: of all but parquet.
 
     Returns:
         The columns, at least one row long.
@@ -76,25 +93,84 @@ def read_columns(
     Raises:
         DataError: unknown suffix, no such file, unreadable, or no rows.
     """
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    form = form_of(path)
+    if form not in TABLES:
         raise DataError(
-            f"{path} has the suffix {path.suffix!r}: it must be one of {', '.join(readers)}"
+            f"{path} has the suffix {path.suffix!r}: it must be one of {', '.join(TABLES)}"
         )
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     try:
-        values = reader(path)
+        values = _read_parquet(path) if form == ".parquet" else _read_text(path, form, encoding)
     except DataError:
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} cannot be read as {encoding}: {error.reason} at byte {error.start}; "
+            "data.encoding says how it is written, such as latin-1 or utf-16"
+        ) from None
+    except (OSError, EOFError, zlib.error, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
     if not values or not len(next(iter(values.values()))):
         raise DataError(f"{path} has no rows")
     if only is not None:
         values = {name: values[name] for name in only if name in values}
     return Columns(values, where or str(path))
+
+
+def form_of(path: Path) -> str:
+    """The ending of a table without `.gz`, in lower case."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
+
+
+def read_all(paths: Sequence[Path], encoding: str = "utf-8") -> Columns:
+    """The rows of several tables, one after another; a column that one lacks is missing there.
+
+    Raises:
+        DataError: as `read_columns`.
+    """
+    parts = [read_columns(path, encoding=encoding) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(chain.from_iterable(part.values for part in parts))
+    sizes = [len(next(iter(part.values.values()))) for part in parts]
+    values: Values = {
+        name: [
+            value
+            for part, size in zip(parts, sizes, strict=True)
+            for value in part.values.get(name, [None] * size)
+        ]
+        for name in names
+    }
+    return Columns(values, title_of(paths))
+
+
+def title_of(paths: Sequence[Path]) -> str:
+    """Files by their names, without their folders, as part of a sentence."""
+    names = ", ".join(path.name for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+    return f"file {names}" if len(paths) == 1 else f"{len(paths)} files ({names})"
+
+
+def without_gaps(columns: Columns, text: str, label: str) -> tuple[Columns, str]:
+    """The rows that have a text (or image) and a label, and a note on the others, "" if none.
+
+    Whole numbers that a gap had made floats become integers again. A label NaN is a gap.
+
+    Raises:
+        DataError: a column is not there, or no row has both.
+    """
+    texts, labels = columns[text], columns[label]
+    labels = [int(v) if isinstance(v, float) and v.is_integer() else v for v in labels]
+    full = [
+        not (is_missing(value) or is_missing(mark) or str(mark).strip().lower() == "nan")
+        for value, mark in zip(texts, labels, strict=True)
+    ]
+    if not any(full):
+        raise DataError(f"{columns.where}: no row has both {text!r} and {label!r}")
+    gaps = len(full) - sum(full)
+    note = f"{gaps} of {len(full)} rows without {text} or {label} left out" if gaps else ""
+    return columns.having(label, labels).rows(full), note
 
 
 def class_names(path: Path, column: str) -> tuple[str, ...] | None:
@@ -170,17 +246,20 @@ def code_tables(
     texts: list[list[str]] = [
         _full_column(split, text_column, str, "texts must be strings") for split in splits
     ]
-    labels = [
-        _full_column(split, label_column, str | int, "labels must be strings or integers")
-        for split in splits
-    ]
-    names = _sorted_names(labels[0]) if label_names is None else tuple(label_names)
+    codes, names = code_labels(splits, label_column, label_names)
     groups = _groups(splits, {text_column, label_column})
-    tables = [
-        TextTable(texts[i], _codes(labels[i], names, split.where), groups[i])
-        for i, split in enumerate(splits)
-    ]
-    return tables, names
+    return [TextTable(*columns) for columns in zip(texts, codes, groups, strict=True)], names
+
+
+def code_labels(
+    splits: Sequence[Columns], column: str, label_names: Sequence[str] | None = None
+) -> tuple[list[IntArray], tuple[str, ...]]:
+    """The labels of each split as codes, and their names; see `code_tables`. Raises DataError."""
+    rule = "labels must be strings or integers"
+    labels = [_full_column(split, column, str | int, rule) for split in splits]
+    names = _sorted_names(labels[0]) if label_names is None else tuple(label_names)
+    codes = [_codes(each, names, split.where) for each, split in zip(labels, splits, strict=True)]
+    return codes, names
 
 
 def _read_parquet(path: Path) -> Values:
@@ -188,12 +267,33 @@ def _read_parquet(path: Path) -> Values:
         return dict(file.read().to_pydict())
 
 
-def _read_csv(path: Path) -> Values:
+def _read_text(path: Path, form: str, encoding: str) -> Values:
+    """The values of a csv, tsv, jsonl or json file. Raises what opening and parsing raise."""
+    try:
+        if codecs.lookup(encoding).name == "utf-8":
+            encoding = "utf-8-sig"  # a mark at the beginning is no text
+    except LookupError:
+        raise DataError(f"data.encoding = {encoding!r} is not known; utf-8, latin-1, ...") from None
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding=encoding, newline="") as file:
+        if form == ".jsonl":
+            return _read_jsonl(path, file)
+        if form == ".json":
+            return _read_json(path, file)
+        return _read_csv(path, file, "\t" if form == ".tsv" else None)
+
+
+def _read_csv(path: Path, file: Any, delimiter: str | None) -> Values:
     import pandas as pd
 
+    if delimiter is None:
+        header = file.readline()
+        file.seek(0)
+        others = [mark for mark in _DELIMITERS if mark in header]
+        delimiter = others[0] if others and "," not in header else ","
     try:
         # As strings and with no "missing" words: a text "null" or a label "NA" is a value.
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        frame = pd.read_csv(file, sep=delimiter, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path} is empty: it needs a header line and rows") from error
     if not isinstance(frame.index, pd.RangeIndex):
@@ -207,21 +307,41 @@ def _csv_values(values: list[object]) -> list[object]:
     return [kind(value) if isinstance(value, str) and value else None for value in values]
 
 
-def _read_jsonl(path: Path) -> Values:
+def _read_jsonl(path: Path, lines: Any) -> Values:
     rows: list[dict[str, object]] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"line {number} of {path} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"line {number} of {path} holds {type(row).__name__}: it must be an object"
-                )
-            rows.append(row)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = first_line(error)
+            raise DataError(f"line {number} of {path} is not JSON: {why}") from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"line {number} of {path} holds {type(row).__name__}: it must be an object"
+            )
+        rows.append(row)
+    return _of_rows(rows)
+
+
+def _read_json(path: Path, file: Any) -> Values:
+    try:
+        found = json.load(file)
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {first_line(error)}") from error
+    if isinstance(found, list) and all(isinstance(row, dict) for row in found):
+        return _of_rows(found)
+    if isinstance(found, dict) and all(isinstance(column, list) for column in found.values()):
+        if len({len(column) for column in found.values()}) > 1:
+            raise DataError(f"{path}: its columns differ in length")
+        return found
+    raise DataError(f"{path} must hold a list of objects, or an object of columns (lists)")
+
+
+def _of_rows(rows: Sequence[dict[str, object]]) -> Values:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -237,6 +357,9 @@ def _full_column(columns: Columns, name: str, kind: Any, rule: str) -> list[Any]
     others = sorted({type(value).__name__ for value in values if not isinstance(value, kind)})
     if others:
         raise DataError(f"{columns.where}: column {name!r} holds {', '.join(others)}: {rule}")
+    for row, value in enumerate(values, start=1):
+        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+            raise DataError(f"{columns.where}: {name!r} has half a character in row {row}")
     return values
 
 

@@ -89,6 +89,38 @@ def read_image_files(paths: Sequence[Path], shape: Shape) -> ByteArray:
     return images
 
 
+def read_own_image(data: bytes, shape: Shape) -> ByteArray:
+    """A PNG or JPEG of any size and kind as uint8 [C, H, W].
+
+    It is turned as its camera says, its grey or colour is made what C says, 16 bits become the
+    upper 8, transparency is dropped, and it is resized (bilinear) where it has another size.
+
+    Raises:
+        Exception: whatever Pillow raises for what it cannot decode.
+    """
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
+        image: Any = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "I;16", "I;16B"):
+            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def shape_of(data: bytes) -> Shape:
+    """(C, H, W) of a PNG or JPEG, C being 1 for grey. Raises whatever Pillow raises."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        width, height = ImageOps.exif_transpose(image).size
+        return (1 if image.mode in ("1", "L", "I", "I;16", "I;16B", "LA") else 3), height, width
+
+
 def read_csv_images(path: Path, shape: Shape) -> ImageTable:
     """Read lines of C*H*W pixels 0..255 and a label, separated by commas; gzipped if named so.
 

@@ -191,8 +191,8 @@ def endings_per_row(contexts: Sequence[str], endings: Sequence[Sequence[str]]) -
     return choices
 
 
-def of_classes(data: Labelled, classes: Sequence[int]) -> Labelled:
-    """The examples of some classes; `classes[i]` becomes label i.
+def of_classes(data: Labelled, classes: Sequence[int | str]) -> Labelled:
+    """The examples of some classes, by number or name; `classes[i]` becomes label i.
 
     Raises:
         DataError: a class that the data set has not, or one that is named twice.
@@ -200,17 +200,21 @@ def of_classes(data: Labelled, classes: Sequence[int]) -> Labelled:
     if isinstance(data, ChoiceData):
         raise DataError(f"{data.name}: labels are places of endings, of which none can be chosen")
     count = len(data.label_names)
-    if len(set(classes)) != len(classes) or not all(0 <= label < count for label in classes):
+    known = {name: label for label, name in enumerate(data.label_names)}
+    chosen = [known.get(each, -1) if isinstance(each, str) else each for each in classes]
+    if len(set(chosen)) != len(chosen) or not all(0 <= label < count for label in chosen):
+        shown = ", ".join(data.label_names[:10]) + (", ..." if count > 10 else "")
         raise DataError(
-            f"classes {list(classes)}: expected different labels of {data.name}, 0..{count - 1}"
+            f"classes {list(classes)}: expected different labels of {data.name}, 0..{count - 1} "
+            f"or their names ({shown})"
         )
     new = np.full(count, -1)
-    new[list(classes)] = np.arange(len(classes))
+    new[chosen] = np.arange(len(chosen))
     parts = []
     for table in (data.train, data.test):
-        rows = np.flatnonzero(np.isin(table.labels, classes))
+        rows = np.flatnonzero(np.isin(table.labels, chosen))
         parts.append(replace(table.take(rows), labels=new[table.labels[rows]]))
-    names = tuple(data.label_names[label] for label in classes)
+    names = tuple(data.label_names[label] for label in chosen)
     return cast(Labelled, replace(cast(Any, data.with_tables(*parts)), label_names=names))
 
 

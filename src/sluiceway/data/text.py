@@ -14,12 +14,16 @@ from sluiceway.data.columns import (
     code_tables,
     is_missing,
     name_integers,
+    read_all,
     read_columns,
+    title_of,
+    without_gaps,
 )
 from sluiceway.data.download import cache_folder
 from sluiceway.data.errors import DataError
+from sluiceway.data.own import Paths, found_files, own_parts
 from sluiceway.data.sources import Folder, Hub, Wheel, first_found, known_name, parquet_parts
-from sluiceway.data.tables import TextData, holdout
+from sluiceway.data.tables import TextData
 from sluiceway.errors import first_line
 from sluiceway.files import replacing
 
@@ -129,40 +133,46 @@ def load_text(name: str) -> TextData:
 
 
 def load_own(
-    path: str | Path,
+    path: Paths,
     text_column: str = "text",
     label_column: str = "label",
-    test_path: str | Path | None = None,
+    test_path: Paths | None = None,
     test_fraction: float = 0.2,
     seed: int = 0,
     label_names: Sequence[str] | None = None,
+    encoding: str = "utf-8",
 ) -> TextData:
-    """Load labelled texts from a `.parquet`, `.csv` (with a header line) or `.jsonl` file.
+    """Load labelled texts from tables: `.parquet`, `.csv`, `.tsv`, `.jsonl`, `.json`.
 
-    Labels are coded 0..C-1 in sorted order of the train file's labels (integers sort as numbers);
-    `label_names` keeps the originals as strings. Every other column of integers or strings with at
-    most 1000 distinct values becomes a group column for a natural partition.
+    All but parquet may be gzipped (`.csv.gz`). Labels are coded 0..C-1 in sorted order of the train
+    file's labels (integers sort as numbers); `label_names` keeps the originals as strings. Every
+    other column of integers or strings with at most 1000 distinct values becomes a group column for
+    a natural partition. Rows without a text or label are left out, and `source` counts them.
 
     Args:
-        path: the rows to train on.
+        path: the rows to train on: a file, a pattern as `notes/*.csv`, or several of them.
         text_column: column of non-empty strings.
         label_column: column of strings or integers.
         test_path: the rows to evaluate on; without it they are held out of `path`.
         test_fraction: share held out, above 0 and below 1; used only without `test_path`.
         seed: decides which rows are held out, 0 or more.
         label_names: the names in the order of their codes, where they are given in advance.
+        encoding: of all files but parquet.
 
     Raises:
         DataError: unknown suffix; a file that is missing, unreadable or empty; a missing column
-            (the line lists the columns there are); empty texts or labels (the line counts them);
-            labels in the test file that the train file lacks; a fraction out of range.
+            (the line lists the columns there are); no row with text and label; labels in the test
+            file that the train file lacks; a fraction out of range.
     """
-    paths = [Path(each) for each in (path, test_path) if each is not None]
-    splits = [read_columns(each) for each in paths]
+    files = [found_files(each) for each in (path, test_path) if each is not None]
+    splits, notes = [], []
+    for each in files:
+        columns, note = without_gaps(read_all(each, encoding), text_column, label_column)
+        splits.append(columns)
+        notes.append(title_of(each) + (f" ({note})" if note else ""))
     tables, names = code_tables(splits, text_column, label_column, label_names)
-    train, test = tables if test_path is not None else holdout(tables[0], test_fraction, seed)
-    source = f"file {path}" if test_path is None else f"files {path} and {test_path}"
-    return TextData(paths[0].stem, source, train, test, names)
+    train, test, note = own_parts(tables, test_fraction, seed)
+    return TextData(files[0][0].stem, " and ".join(notes) + note, train, test, names)
 
 
 def _named(

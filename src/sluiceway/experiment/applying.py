@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sluiceway.errors import InputError, quoted
+from sluiceway.experiment.own_code import is_code
 
 #: The tables of a checked recipe.
 Tables = Mapping[str, Mapping[str, Any]]
@@ -60,11 +61,17 @@ KINDS: Final = (
         of_kind("federated"),
     ),
     Condition(
-        "run.schedule run.client_aggregation data.augment model.width model.pretrained "
-        "model.channels_last model.cut model.tail model.image_size",
+        "run.schedule run.client_aggregation data.augment model.cut model.tail",
         "run.kind = 'split'",
         of_kind("split"),
     ),
+)
+NETWORKS: Final = ("conv4", "resnet18", "vgg11", "huggingface")
+#: Keys of networks for images.
+IMAGES: Final = Condition(
+    "model.width model.pretrained model.channels_last model.image_size",
+    'a network for images: model.name = "conv4", ..., or your own',
+    lambda tables: tables["model"]["name"] in NETWORKS or is_code(tables["model"]["name"]),
 )
 #: Keys that another key makes idle.
 OTHERS: Final = (
@@ -78,7 +85,8 @@ OTHERS: Final = (
     ),
     Condition("data.group", "data.partition = 'natural'", has("data.partition", "natural")),
     Condition(
-        "data.text_column data.label_column data.test_path data.test_fraction",
+        "data.text_column data.label_column data.test_path data.test_fraction data.encoding "
+        "data.image_column data.image_shape data.mean data.std",
         "data.path",
         has("data.path"),
     ),
@@ -121,7 +129,7 @@ def require_applying(
         given: dotted keys that the command line sets or varies.
         defaults: the tables of a recipe that says nothing.
     """
-    for conditions, keys in ((KINDS, {*written, *given}), (OTHERS, {*given})):
+    for conditions, keys in (((*KINDS, IMAGES), {*written, *given}), (OTHERS, {*given})):
         for condition in conditions:
             for key in condition.keys.split():
                 table, _, name = key.partition(".")

@@ -15,23 +15,32 @@ from sluiceway.core.settings import Training
 from sluiceway.data import (
     ChoiceData,
     ImageData,
+    ImageDataset,
     TextData,
     TextDataset,
     partition,
     word_tokens,
 )
-from sluiceway.data.images import IMAGE_SETS
+from sluiceway.data.augment import Augmentation
+from sluiceway.data.images import IMAGE_SETS, ImageSet
+from sluiceway.data.own_images import by_channel
+from sluiceway.data.sources import ALIASES
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import Endings, TextClassifier, Words, is_encoder_decoder
 from sluiceway.experiment.models import Pretrained, assembled, load_pretrained
-from sluiceway.experiment.pretrained import load_front
-from sluiceway.experiment.recipe import Model, Recipe
+from sluiceway.experiment.own_code import is_code
+from sluiceway.experiment.own_model import own_language_model, own_network
+from sluiceway.experiment.pretrained import load_front, load_tensors
+from sluiceway.experiment.recipe import Data, Model, Recipe
 from sluiceway.experiment.session import Say, Session
 from sluiceway.experiment.vision import vision_network
 from sluiceway.split.compress import Compressor
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.strategies import Strategy
 from sluiceway.transport.local import chosen_device
+
+#: Examples of either kind.
+AnyDataset = TextDataset | ImageDataset
 
 
 def parts_of(recipe: Recipe, found: TextData | ChoiceData | ImageData) -> Sequence[Any]:
@@ -48,6 +57,24 @@ def parts_of(recipe: Recipe, found: TextData | ChoiceData | ImageData) -> Sequen
     )
 
 
+def federated_model(
+    recipe: Recipe, session: Session, say: Say
+) -> tuple[TextData | ChoiceData | ImageData, nn.Module, AnyDataset, AnyDataset, str]:
+    """The data of a federated recipe, its model, train and test examples, and the model's source.
+
+    Raises:
+        InputError, DataError: there are no such data or model, or they do not fit.
+    """
+    if not recipe.images:
+        texts = session.data(recipe.data, say)
+        return texts, *language_model(recipe, texts, session)
+    # Training in federated runs augments nothing.
+    pictures, train, test = session.images(recipe.data, say, augment=False)
+    model = chosen_network(recipe, train.shape, len(pictures.label_names), say)
+    source = "own code" if is_code(recipe.model.name) else "Sluiceway"
+    return pictures, model, train, test, source
+
+
 def language_model(
     recipe: Recipe, data: TextData | ChoiceData, session: Session
 ) -> tuple[nn.Module, TextDataset, TextDataset, str]:
@@ -57,6 +84,10 @@ def language_model(
         InputError, DataError: there is no such model, or it does not fit the data.
     """
     chosen = recipe.model
+    if is_code(chosen.name):
+        loaded = own_language_model(chosen, len(data.label_names), recipe.run.seed)
+        train, test = session.encoded(recipe.data, data, loaded, chosen)
+        return loaded.backbone, train, test, loaded.source
     loaded = pretrained_of(chosen)
     train, test = session.encoded(recipe.data, data, loaded, chosen)
     head = head_for(data.label_names, isinstance(data, ChoiceData), loaded, chosen)
@@ -127,8 +158,8 @@ def chosen_network(
     say: Say = lambda line: None,
     *,
     filled: bool = True,
-) -> nn.Sequential:
-    """The network of a split recipe, for images of shape (C, H, W).
+) -> nn.Module:
+    """The network of a recipe, for images of shape (C, H, W).
 
     Args:
         say: told where pretrained layers come from.
@@ -140,8 +171,14 @@ def chosen_network(
     """
     chosen = recipe.model
     place, seed = chosen.pretrained, recipe.run.seed
-    if chosen.name == "huggingface":
-        data = IMAGE_SETS[str(recipe.data.name)]
+    built: nn.Module
+    if is_code(chosen.name):
+        built = own_network(chosen, classes, shape, seed, filled=filled)
+        if place is not None and filled:
+            say(f"pretrained: {load_tensors(built, place)}")
+        place = None
+    elif chosen.name == "huggingface":
+        data = image_set(recipe.data, shape)
         side = chosen.image_size
         built, said = vision_network(str(place), data, classes, side=side, seed=seed)
         say(f"pretrained: {said}")
@@ -153,6 +190,15 @@ def chosen_network(
     if chosen.channels_last:
         built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return built
+
+
+def image_set(data: Data, shape: Sequence[int]) -> ImageSet:
+    """What is known of the images of [data] besides their shape (C, H, W)."""
+    if data.name is not None:
+        return IMAGE_SETS[ALIASES.get(data.name, data.name)]
+    channels, height, width = shape
+    mean, std = (by_channel(values, channels) for values in (data.mean, data.std))
+    return ImageSet((), (channels, height, width), mean, std, Augmentation(0, False), ())
 
 
 def chosen_strategy(recipe: Recipe) -> tuple[Strategy, Training]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.tables import shipped_recipes
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def overrides(settings: list[str] | None, device: str | None, engine: str | None
 
 def new_folder(name: str, recipe: Recipe) -> Path:
     """A folder below runs/ that does not exist yet."""
-    stem = f"{Path(name).stem}-{recipe.method['name']}-seed{recipe.run.seed}"
+    stem = f"{Path(name).stem}-{short_name(recipe.method['name'])}-seed{recipe.run.seed}"
     number = 1
     while (path := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1

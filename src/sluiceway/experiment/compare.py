@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from sluiceway.errors import InputError, quoted
+from sluiceway.experiment.own_code import placed, short_name
 from sluiceway.experiment.recipe import (
     Recipe,
     load_recipe,
@@ -68,7 +69,8 @@ def parse_vary(given: Sequence[str]) -> dict[str, list[Any]]:
         key, sign, values = text.partition("=")
         if not sign or "." not in key or not values:
             raise InputError(f"cannot vary {quoted(text)}; write table.key=a,b,c")
-        vary[key.strip()] = [parsed(value.strip()) for value in values.split(",")]
+        key = key.strip()
+        vary[key] = [placed(key, parsed(value.strip()), Path()) for value in values.split(",")]
     return vary
 
 
@@ -163,7 +165,9 @@ def planned_runs(
     except ValueError as error:
         raise InputError(str(error)) from None
     planned = [
-        PlannedRun(values, seed, recipe_from(varied_tables(recipe, overrides, values, seed)))
+        PlannedRun(
+            values, seed, recipe_from(varied_tables(recipe, overrides, values, seed), code=True)
+        )
         for combination in itertools.product(*vary.values())
         for values in [dict(zip(vary, combination, strict=True))]
         for seed in seeds
@@ -226,7 +230,8 @@ def value(summary: Mapping[str, Any], measure: str) -> float:
 
 def variant_name(values: Mapping[str, Any]) -> str:
     """A variant by its values: "fedavg" for one method, "data.alpha=0.1" for other keys."""
-    parts = [str(v) if key == "method.name" else f"{key}={v}" for key, v in values.items()]
+    said = {key: short_name(v) if isinstance(v, str) else v for key, v in values.items()}
+    parts = [str(v) if key == "method.name" else f"{key}={v}" for key, v in said.items()]
     return ", ".join(parts)
 
 

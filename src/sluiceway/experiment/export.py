@@ -4,7 +4,8 @@
 |---|---|
 | texts, `model.answer = "head"` | a transformers folder with its code: body, experts, head |
 | texts, `model.answer = "likelihood"` | the language model; plain transformers, unless upcycled |
-| split, images | `model.safetensors` and `manifest.json` |
+| images | `model.safetensors` and `manifest.json` |
+| own code | the same, and the files of the code |
 
 With LoRA the folder has the base (with what was trained whole, as head and routers), and `adapter/`
 is a PEFT adapter on it; merged, the folder has it all. `sluiceway.json` says what labels, prompt
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from sluiceway.core.checkpoints import unshared
 from sluiceway.errors import InputError
 from sluiceway.experiment.heads import TextClassifier
+from sluiceway.experiment.own_code import copy_code, is_code, without_folders
 from sluiceway.experiment.trained import EXPORTED, TrainedModel
 from sluiceway.files import write_atomically
 from sluiceway.moe import find_adapters
@@ -50,12 +52,15 @@ def export(model: TrainedModel, out: Path, *, merge: bool = False) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    if model.pretrained is None:
+    if model.pretrained is None or is_code(model.recipe.model.name):
         lines = export_network(model, out)
     else:
         lines = export_transformer(model, out, merge)
         model.pretrained.tokenizer.save_pretrained(out)
-    (out / "recipe.toml").write_text(tomli_w.dumps(model.recipe.resolved()), encoding="utf-8")
+    tables = model.recipe.resolved()
+    for name in copy_code(tables, out):
+        lines.append(f"your own code is beside it: {name}")
+    (out / "recipe.toml").write_text(tomli_w.dumps(without_folders(tables)), encoding="utf-8")
     facts = {"label_names": list(model.label_names), "input": model.input, "round": model.round}
     write_atomically(out / EXPORTED, json.dumps(facts, indent=1))
     return lines
@@ -67,9 +72,11 @@ def export_network(model: TrainedModel, out: Path) -> list[str]:
     save_file(unshared(state), out / "model.safetensors", {"round": str(model.round)})
     recipe = model.recipe
     manifest = {
-        "network": recipe.model.model_dump(include={"name", "width", "cut", "tail"}),
+        "network": without_folders(
+            {"model": recipe.model.model_dump(include={"name", "width", "cut", "tail"})}
+        )["model"],
         "classes": len(model.label_names),
-        "method": recipe.resolved()["method"],
+        "method": without_folders(recipe.resolved())["method"],
         "input": model.input,
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in state.items()},
     }

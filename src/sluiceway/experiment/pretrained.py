@@ -112,6 +112,34 @@ def tensors_of_file(path: Path) -> tuple[Mapping[str, Tensor], str]:
 
 
 @torch.no_grad()
+def load_tensors(built: nn.Module, place: str) -> str:
+    """Write the tensors of a safetensors file into a model by name; its others stay as they are.
+
+    Returns:
+        One line about what was taken.
+
+    Raises:
+        InputError: no such file, it has no tensor of the model, or one of another shape.
+    """
+    where = f"model.pretrained = {quoted(place)}"
+    try:
+        found, said = tensors_of_file(Path(place))
+        own = {n: t for n, t in built.state_dict().items() if n in found}
+        if not own:
+            wanted, there = next(iter(built.state_dict()), "none"), next(iter(found), "none")
+            raise ValueError(f"it has no tensor of the model ({wanted}, ...) but {there}, ...")
+        for name, tensor in own.items():
+            if found[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} is {list(found[name].shape)} there, the model's {list(tensor.shape)}"
+                )
+            tensor.copy_(found[name])
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{where}: {first_line(error)}") from None
+    return f"{said}, {len(own)} of {len(built.state_dict())} tensors"
+
+
+@torch.no_grad()
 def fill(front: nn.Module, found: Mapping[str, Tensor]) -> None:
     """Copy float tensors into the layers by name. Raises ValueError for one that does not fit."""
     for name, own in front.state_dict().items():

@@ -21,9 +21,11 @@ from pydantic import (
 
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.data import CHOICE_NAMES, IMAGE_NAMES, TEXT_NAMES
+from sluiceway.data.own_images import MEAN, STD, is_table
 from sluiceway.errors import InputError, line, quoted
 from sluiceway.experiment.applying import require_applying
 from sluiceway.experiment.declared import require_known_keys
+from sluiceway.experiment.own_code import is_code, refuse_code
 from sluiceway.experiment.tables import (
     flattened,
     key_of,
@@ -55,6 +57,10 @@ TABLE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribu
 #: A name, a path, a word: at most 4,096 characters.
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+#: One file or several.
+Files = Text | Annotated[tuple[Text, ...], Field(min_length=1, max_length=10_000)]
+#: Of pixels, one number or one for each channel.
+Pixels = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
 
 def schedule_of(value: Any) -> Any:
@@ -71,7 +77,7 @@ class Run(BaseModel):
 
     model_config = TABLE
     kind: Literal["federated", "split"] = "federated"
-    """Federated fine-tuning of a model of texts, or split learning of an image classifier."""
+    """Federated training, of a model of texts or images, or split learning of images."""
     rounds: int = Field(default=10, ge=1, le=99_999)
     """Rounds to train. Times data.clients it is at most 20 million."""
     seed: Seed = 0
@@ -165,23 +171,42 @@ class Data(BaseModel):
     model_config = TABLE
     name: Text | None = Field(
         default=None,
-        description=f"A known data set. Federated: {', '.join(TEXT_NAMES + CHOICE_NAMES)}. Split: "
+        description=f"A known data set. Texts: {', '.join(TEXT_NAMES + CHOICE_NAMES)}. Images: "
         f"{', '.join(IMAGE_NAMES)}.",
     )
-    path: Text | None = None
-    """A file of your own texts instead (parquet, csv or jsonl)."""
-    test_path: Text | None = None
-    """Test examples of `path`, in a file of the same form; else a part is held out."""
+    path: Files | None = None
+    """Your own data instead, relative to the recipe: tables of texts (parquet, csv, tsv, jsonl,
+    json, also gzipped); a folder of PNG and JPEG files with a folder for each class; a parquet
+    table with their bytes, or a table with their paths. A pattern as notes/*.csv, or a list, names
+    several. Rows without a text, image or label are left out and counted."""
+    test_path: Files | None = None
+    """Test examples of `path`, in the same form; else a part is held out."""
+    encoding: Text = "utf-8"
+    """How the tables of `path` are written, but for parquet: utf-8, latin-1, utf-16, ..."""
     text_column: Text = "text"
     """Column of `path` with the texts."""
     label_column: Text = "label"
     """Column of `path` with the labels."""
+    image_column: Text | None = None
+    """Column of the tables of `path` with the images; by default img or image. In a federated run
+    it says that `path` has images."""
+    image_shape: (
+        Annotated[str, StringConstraints(pattern=r"^[13](x[1-9][0-9]{0,3}){2}$")] | None
+    ) = None
+    """What images of `path` are made to be, as 3x64x64: channels (1 for grey), height, width; by
+    default they must all be like the first. In a federated run it says that `path` has images."""
+    mean: Pixels = (MEAN,)
+    """Of images of `path`: subtracted from pixels that are scaled to 0..1, one number or one for
+    each channel. The same for all clients, so that nobody's pixels decide another's input."""
+    std: Annotated[Pixels, Field(min_length=1)] = (STD,)
+    """Of images of `path`: what they are divided by then, above 0."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of `path` that is held out as the test set where there is no `test_path`."""
-    classes: tuple[Annotated[int, Field(ge=0, le=65_535)], ...] | None = Field(
+    classes: tuple[Annotated[int, Field(ge=0, le=65_535)] | Text, ...] | None = Field(
         default=None, min_length=2, max_length=65_536
     )
-    """Only examples of these labels, which are numbered anew in this order; all by default."""
+    """Only examples of these labels, by number or name, which are numbered anew in this order; all
+    by default."""
     coarse: int = Field(default=0, ge=0, le=65_535)
     """Labels merged at random (by data.seed) into this many classes, which the encoder has not seen
     as such: there is more to learn than from a class's mean; 0 leaves them as they are."""
@@ -204,7 +229,8 @@ class Data(BaseModel):
     max_tokens: int = Field(default=64, ge=3, le=1 << 20)
     """Tokens of a text; longer ones are cut."""
     augment: bool = True
-    """Random crops and mirror images of training images, where the data set allows."""
+    """Split: random crops and mirror images of training images, where the data set allows; of
+    `path` shifts by up to an eighth."""
     validation: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training examples that is held out and tested on in place of the test set, for
     tuning; 0 for none."""
@@ -218,7 +244,22 @@ class Data(BaseModel):
             raise ValueError(f"give either data.name (one of {names}) or data.path (a file)")
         if self.partition == "dirichlet" and self.alpha is None:
             raise ValueError("data.partition = 'dirichlet' needs data.alpha, a number above 0")
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std = {list(self.std)}: must be above 0")
         return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What `path` names."""
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a federated run takes these for images: by name, or as the keys say."""
+        if self.name is not None:
+            return self.name in IMAGE_NAMES
+        told = self.image_shape or self.image_column
+        return told is not None or not all(is_table(file) for file in self.files)
 
 
 class Model(BaseModel):
@@ -227,7 +268,8 @@ class Model(BaseModel):
     model_config = TABLE
     name: Text = "minilm"
     """Texts: minilm, smollm2, a folder, or a name on the Hugging Face hub. Images: conv4, resnet18,
-    vgg11, or huggingface, the model that `pretrained` names."""
+    vgg11, or huggingface, the model that `pretrained` names. Or your own: "file.py:make", relative
+    to the recipe, or "module:make", a function that makes it (docs/data.md)."""
     gguf: Text | None = None
     """The file, where the model is in a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -255,7 +297,8 @@ class Model(BaseModel):
     """Split: where the layers before the cut come from: the folder of an earlier split run (of the
     same network and width, its newest checkpoint), or a safetensors file with their names. With
     name = "huggingface" a ResNet, MobileNet or ViT, a folder or a name on the hub, all layers of
-    which but the head are pretrained; or the folder of an earlier run of it."""
+    which but the head are pretrained; or the folder of an earlier run of it. With a model of your
+    own, split or federated: a safetensors file, whose tensors are taken by their names."""
     image_size: int = Field(default=0, ge=0, le=4096)
     """Images are resized to so many pixels a side, with name = "huggingface"; 0 leaves them."""
     channels_last: bool = False
@@ -349,25 +392,30 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def one_kind(self) -> Recipe:
-        split = self.run.kind == "split"
-        names = IMAGE_NAMES if split else TEXT_NAMES + CHOICE_NAMES
+        split, own = self.run.kind == "split", is_code(self.model.name)
+        names = IMAGE_NAMES if split else TEXT_NAMES + CHOICE_NAMES + IMAGE_NAMES
         if self.data.name is not None and self.data.name not in names:
             raise ValueError(
                 f"data.name = {quoted(self.data.name)}: a {self.run.kind} run takes "
                 f"{', '.join(names)}"
             )
-        if split and self.data.path is not None:
-            raise ValueError("data.path takes texts; a split run takes data.name")
         pretrained = self.model.name == "huggingface" and self.model.pretrained is not None
-        if split and self.model.name not in NETWORKS and not pretrained:
+        if self.images and self.model.name not in NETWORKS and not pretrained and not own:
+            what = "a split run takes" if split else "images are for"
             raise ValueError(
-                f"model.name = {quoted(self.model.name)}: a split run takes "
-                f"{', '.join(NETWORKS)}, or huggingface with model.pretrained"
+                f"model.name = {quoted(self.model.name)}: {what} "
+                f"{', '.join(NETWORKS)}, huggingface with model.pretrained, or a network of your "
+                'own, "file.py:make"'
+            )
+        if not self.images and self.model.name in (*NETWORKS, "huggingface"):
+            raise ValueError(
+                f"model.name = {quoted(self.model.name)} takes images, and the data are texts; "
+                "data.image_shape or data.image_column says that data.path has images"
             )
         if self.model.image_size and self.model.name != "huggingface":
             raise ValueError("model.image_size needs model.name = 'huggingface'")
-        if self.model.pretrained is not None and not split:
-            raise ValueError("model.pretrained is for split runs; others take model.name")
+        if self.model.pretrained is not None and not self.images and not own:
+            raise ValueError("model.pretrained is for images; others take model.name")
         if split and self.model.cut is None:
             raise ValueError("a split run needs model.cut, the last layer that clients hold")
         if (self.run.schedule == "u") != (self.model.tail is not None):
@@ -392,8 +440,13 @@ class Recipe(BaseModel):
     @property
     def has_head(self) -> bool:
         """Whether answers are scored by a linear head that has a row for each class."""
-        texts = self.run.kind == "federated" and self.data.name not in CHOICE_NAMES
-        return texts and self.model.answer == "head"
+        texts = not self.images and self.data.name not in CHOICE_NAMES
+        return texts and self.model.answer == "head" and not is_code(self.model.name)
+
+    @property
+    def images(self) -> bool:
+        """Whether the examples are images."""
+        return self.run.kind == "split" or self.data.has_images
 
     @property
     def head_start(self) -> HeadStart:
@@ -435,19 +488,22 @@ class Recipe(BaseModel):
         return tables
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, alone: bool = True) -> Recipe:
+def load_recipe(
+    recipe: str | Path, overrides: Sequence[str] = (), *, alone: bool = True, code: bool = True
+) -> Recipe:
     """Read a shipped recipe by name or a TOML file, apply `key=value` overrides, check it.
 
     Args:
         recipe: the name or the file.
         overrides: as `table.key=value`.
         alone: it is run as it is, and not with some keys varied, so that each must have an effect.
+        code: see `recipe_from`.
 
     Raises:
         InputError: no such recipe, not TOML, larger than `RECIPE_LIMIT`, an unknown key, a value
             out of range, a key that has no effect.
     """
-    loaded = recipe_from(overridden_tables(recipe, overrides))
+    loaded = recipe_from(overridden_tables(recipe, overrides), code=code)
     if alone:
         require_effects([loaded], recipe, [key_of(override) for override in overrides])
     return loaded
@@ -468,11 +524,21 @@ def require_effects(recipes: Sequence[Recipe], file: str | Path, given: Sequence
     require_applying([one.model_dump() for one in recipes], written, given, defaults)
 
 
-def recipe_from(tables: Mapping[str, Any]) -> Recipe:
-    """Check the tables of a recipe. Raises InputError."""
+def recipe_from(tables: Mapping[str, Any], *, code: bool = False) -> Recipe:
+    """Check the tables of a recipe.
+
+    Args:
+        tables: as TOML has them.
+        code: it may name code, which is run: it was written here, not sent by somebody.
+
+    Raises:
+        InputError: see `load_recipe`; it names code and must not.
+    """
     if not isinstance(tables, Mapping):
         raise InputError(f"a recipe is made of tables, not of {quoted(tables)}")
     require_shallow(tables)
+    if not code:
+        refuse_code(tables)
     try:
         recipe = Recipe.model_validate(with_current_keys(tables))
     except ValidationError as error:

@@ -9,14 +9,16 @@ import torch.nn.functional as F
 
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.handshake import HandshakeError
+from sluiceway.data import ImageData
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
     chosen_compressor,
     chosen_network,
     chosen_strategy,
-    language_model,
+    federated_model,
     plan_of,
 )
+from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome, image_input
@@ -46,10 +48,11 @@ def serve_federated(
     sites = required_sites(recipe, transport)
     if recipe.method["name"] == "central":
         raise InputError("method central pools all examples, which a deployment never does")
-    data = session.data(recipe.data, progress.say)
-    model, _, test, source = language_model(recipe, data, session)
+    data, model, _, test, source = federated_model(recipe, session, progress.say)
     strategy, training = chosen_strategy(recipe)
-    progress.say(f"model: {recipe.model.name} from {source}, on {device}; sites: {sites}")
+    progress.say(
+        f"model: {short_name(recipe.model.name)} from {source}, on {device}; sites: {sites}"
+    )
     result = federate_remote(
         model,
         transport,
@@ -66,7 +69,8 @@ def serve_federated(
         on_update=progress.on_update,
         checkpoint=checkpoint,
     )
-    return Outcome(result, data.source, data.label_names)
+    given = image_input(data) if isinstance(data, ImageData) else None
+    return Outcome(result, data.source, data.label_names, given)
 
 
 def serve_split(
@@ -92,7 +96,9 @@ def serve_split(
     pictures, train, test = session.images(recipe.data, progress.say)
     model = chosen_network(recipe, train.shape, len(pictures.label_names), progress.say)
     cut = recipe.model.cut
-    progress.say(f"model: {recipe.model.name} cut at {cut}, on {device}; sites: {sites}")
+    progress.say(
+        f"model: {short_name(recipe.model.name)} cut at {cut}, on {device}; sites: {sites}"
+    )
     try:
         threads = recipe.run.threads if device == "cpu" else None
         with torch_threads(threads):
@@ -113,7 +119,7 @@ def serve_split(
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    given = image_input(pictures, train.shape)
+    given = image_input(pictures)
     return Outcome(result, pictures.source, pictures.label_names, given)
 
 

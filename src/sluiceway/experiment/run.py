@@ -16,18 +16,20 @@ from sluiceway.core.batches import Batch
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.round_loop import Record, Result, Rounds
 from sluiceway.core.settings import Training
-from sluiceway.data import TextDataset
+from sluiceway.data import ImageData
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
+    AnyDataset,
     chosen_compressor,
     chosen_network,
     chosen_strategy,
-    language_model,
+    federated_model,
     parts_of,
     plan_of,
     usable_device,
     worker_count,
 )
+from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.remote_runs import serve_federated, serve_split
 from sluiceway.experiment.run_directory import RunDirectory
@@ -137,16 +139,16 @@ def run_federated(
     progress: Progress,
     checkpoint: Checkpoint | None,
 ) -> Outcome:
-    """Fine-tune a language model or a classifier of texts across clients."""
-    data = session.data(recipe.data, progress.say)
+    """Train a model of texts or images across clients."""
+    data, model, train, test, source = federated_model(recipe, session, progress.say)
     parts = parts_of(recipe, data)
-    model, train, test, source = language_model(recipe, data, session)
     workers = worker_count(recipe, device)
     progress.say(
-        f"model: {recipe.model.name} from {source}, on {device}, "
+        f"model: {short_name(recipe.model.name)} from {source}, on {device}, "
         f"{workers} worker{'s' if workers > 1 else ''}"
     )
-    if long := filled(train, recipe.data.max_tokens):
+    long = 0 if recipe.images else filled(train, recipe.data.max_tokens)
+    if long:
         progress.say(
             f"tokens: {long:,} of {len(train):,} training examples fill data.max_tokens = "
             f"{recipe.data.max_tokens}; what is longer is cut"
@@ -181,10 +183,11 @@ def run_federated(
         features=session.feature_cache(recipe.run.feature_memory_mb, recipe.run.feature_disk_mb),
         on_update=progress.on_update,
     )
-    return Outcome(result, data.source, data.label_names)
+    given = image_input(data) if isinstance(data, ImageData) else None
+    return Outcome(result, data.source, data.label_names, given)
 
 
-def filled(examples: TextDataset, max_tokens: int) -> int:
+def filled(examples: AnyDataset, max_tokens: int) -> int:
     """How many examples have as many tokens as a text may have."""
     count = 0
     for part in torch.arange(len(examples)).split(1024):
@@ -214,7 +217,9 @@ def run_split(
     model = chosen_network(recipe, train.shape, len(data.label_names), progress.say)
     assert recipe.model.cut is not None
     still = "" if recipe.trains_front() else ", layers before the cut frozen: no gradients cross"
-    progress.say(f"model: {recipe.model.name} cut at {recipe.model.cut}, on {device}{still}")
+    progress.say(
+        f"model: {short_name(recipe.model.name)} cut at {recipe.model.cut}, on {device}{still}"
+    )
     try:
         result = split_train(
             model,
@@ -233,7 +238,7 @@ def run_split(
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Outcome(result, data.source, data.label_names, image_input(data, train.shape))
+    return Outcome(result, data.source, data.label_names, image_input(data))
 
 
 def rounds_of(

@@ -92,7 +92,7 @@ class RunDirectory:
     def require_same(self, written: Path) -> None:
         """Check that the run in the folder is one that this recipe continues."""
         try:
-            old = recipe_from(tomllib.loads(written.read_text(encoding="utf-8")))
+            old = recipe_from(tomllib.loads(written.read_text(encoding="utf-8")), code=True)
         except (ValueError, OSError) as error:
             raise self.refused(f"{written} cannot be read ({error}); --force begins anew") from None
         if old.run.rounds > self.recipe.run.rounds:

@@ -21,9 +21,11 @@ from sluiceway.data import (
     load_choices,
     load_images,
     load_own,
+    load_own_images,
     load_text,
     of_classes,
 )
+from sluiceway.data.own_images import Form
 from sluiceway.data.tables import AnyTable, Labelled
 from sluiceway.experiment.encoding import encoded
 from sluiceway.experiment.models import Pretrained
@@ -63,12 +65,15 @@ class Session:
             say(described(self.texts[key]))
         return self.texts[key]
 
-    def images(self, wanted: Data, say: Say) -> tuple[ImageData, ImageDataset, ImageDataset]:
+    def images(
+        self, wanted: Data, say: Say, *, augment: bool = True
+    ) -> tuple[ImageData, ImageDataset, ImageDataset]:
         """The images of [data], limited as it says, also as data sets. Raises DataError."""
-        key = without_partition(wanted)
+        augment = augment and wanted.augment
+        key = without_partition(wanted).model_copy(update={"augment": augment})
         if key not in self.pictures:
             found = load_pictures(wanted)
-            self.pictures[key] = (found, *image_datasets(found, wanted.augment))
+            self.pictures[key] = (found, *image_datasets(found, augment))
             say(described(found))
         return self.pictures[key]
 
@@ -109,15 +114,42 @@ def load_texts(wanted: Data) -> TextData | ChoiceData:
             test_path=wanted.test_path,
             test_fraction=wanted.test_fraction,
             seed=wanted.seed,
+            encoding=wanted.encoding,
         )
     texts = chosen_classes(texts, wanted)
     return texts.with_tables(*capped(texts.train, texts.test, wanted))
 
 
 def load_pictures(wanted: Data) -> ImageData:
-    """Images by name, limited. Raises DataError."""
-    found = chosen_classes(load_images(str(wanted.name)), wanted)
+    """Images by name, or the user's own, limited. Raises DataError."""
+    if wanted.path is None:
+        found = load_images(str(wanted.name))
+    else:
+        found = load_own_images(
+            wanted.path,
+            image_form(wanted),
+            test_path=wanted.test_path,
+            test_fraction=wanted.test_fraction,
+            seed=wanted.seed,
+        )
+    found = chosen_classes(found, wanted)
     return found.with_tables(*capped(found.train, found.test, wanted))
+
+
+def image_form(wanted: Data) -> Form:
+    """How own images are to be read."""
+    shape = None
+    if wanted.image_shape is not None:
+        channels, height, width = map(int, wanted.image_shape.split("x"))
+        shape = channels, height, width
+    return Form(
+        shape,
+        wanted.image_column,
+        wanted.label_column,
+        wanted.encoding,
+        wanted.mean,
+        wanted.std,
+    )
 
 
 def chosen_classes(found: Labelled, wanted: Data) -> Labelled:

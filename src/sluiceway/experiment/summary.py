@@ -15,6 +15,7 @@ import sluiceway
 from sluiceway.core.metrics import METRICS, by_class
 from sluiceway.core.round_loop import Result
 from sluiceway.data import ImageData
+from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.tables import with_old_keys
 
@@ -29,8 +30,9 @@ class Outcome:
     input: Mapping[str, Any] | None = None
 
 
-def image_input(data: ImageData, shape: Sequence[int]) -> dict[str, Any]:
+def image_input(data: ImageData) -> dict[str, Any]:
     """What a model of these images takes: shape (C, H, W), and by channel mean and std of 0..1."""
+    shape = data.train.images.shape[1:]
     return {"shape": list(shape), "mean": list(data.mean), "std": list(data.std)}
 
 
@@ -91,7 +93,7 @@ def summary_so_far(
     scores = [one[metric] for one in measured if metric in one]
     return {
         "recipe": recipe,
-        "method": recipe.get("method", {}).get("name", "unknown method"),
+        "method": short_name(recipe.get("method", {}).get("name", "unknown method")),
         "seed": recipe.get("run", {}).get("seed", 0),
         "rounds": len(records),
         "accuracy": evaluated[-1].get("accuracy"),

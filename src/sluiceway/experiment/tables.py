@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sluiceway.errors import InputError, line, quoted
+from sluiceway.experiment.own_code import CODE_KEYS, MAYBE_PATH_KEYS, PATH_KEYS, placed
 
 #: Largest recipe file and largest `key=value`, in bytes and characters.
 RECIPE_LIMIT: Final = 256 << 10
@@ -107,9 +108,23 @@ def read_tables(recipe: str | Path) -> dict[str, Any]:
     if any(part.count(b".") > DOTS_LIMIT for part in content.splitlines()):
         raise InputError(f"{name} has a line with more than {DOTS_LIMIT} dots")
     try:
-        return parsed_toml(content.decode())
+        tables = parsed_toml(content.decode())
     except ValueError as error:
         raise InputError(f"{name} is not TOML: {line(str(error))}") from None
+    return tables if str(recipe) in shipped else anchored(tables, path.parent)
+
+
+def anchored(tables: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The tables of a recipe with the files that it names found relative to its folder."""
+    for key in dict.fromkeys((*PATH_KEYS, *CODE_KEYS, *MAYBE_PATH_KEYS)):
+        table, _, name = key.partition(".")
+        if isinstance(held := tables.get(table), dict) and name in held:
+            held[name] = placed(key, held[name], base)
+    compare = tables.get("compare")
+    vary = compare.get("vary") if isinstance(compare, dict) else None
+    if isinstance(vary, dict):
+        vary |= {key: placed(key, values, base) for key, values in vary.items()}
+    return tables
 
 
 def parsed_toml(text: str) -> dict[str, Any]:
@@ -132,7 +147,7 @@ def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str,
         key, sign, value = override.partition("=")
         if not sign:
             raise bad_override(override)
-        set_key(tables, key.strip(), parsed(value.strip()))
+        set_key(tables, key.strip(), placed(key.strip(), parsed(value.strip()), Path()))
     return tables
 
 

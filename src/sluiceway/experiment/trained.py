@@ -30,7 +30,10 @@ from sluiceway.experiment.builders import (
 )
 from sluiceway.experiment.encoding import encoded
 from sluiceway.experiment.models import Pretrained, assembled
+from sluiceway.experiment.own_code import is_code
+from sluiceway.experiment.own_model import own_language_model
 from sluiceway.experiment.recipe import Recipe, recipe_from
+from sluiceway.experiment.tables import anchored
 from sluiceway.moe import repair, skip_padding
 from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.setup import cut_model, tail_compressor
@@ -168,10 +171,14 @@ def load(run: str | Path, which: str | None = None, *, device: str = "cpu") -> T
     split = recipe.run.kind == "split"
     try:
         tensors, round = read_model(path)
-        pretrained = None if split else pretrained_of(recipe.model)
-        if pretrained is None:
-            model: nn.Module = split_network(recipe, summary["input"], len(names), tensors)
+        pretrained = None
+        if recipe.images:
+            model = image_network(recipe, summary["input"], len(names), tensors)
+        elif is_code(recipe.model.name):
+            pretrained = own_language_model(recipe.model, len(names), recipe.run.seed)
+            model = pretrained.backbone
         else:
+            pretrained = pretrained_of(recipe.model)
             choices = recipe.data.name in CHOICE_NAMES
             head = head_for(names, choices, pretrained, recipe.model)
             model = assembled(pretrained, recipe.model, head, recipe.run.seed)
@@ -186,13 +193,18 @@ def load_exported(folder: Path, place: torch.device) -> TrainedModel:
     """The model that `sluiceway export` wrote. Raises InputError."""
     pretrained = None
     try:
-        recipe = recipe_from(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
+        tables = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        recipe = recipe_from(anchored(tables, folder), code=True)
         facts = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
         names = tuple(facts["label_names"])
-        if recipe.run.kind == "split":
+        if recipe.images:
             tensors = load_file(folder / "model.safetensors")
-            model: nn.Module = split_network(recipe, facts["input"], len(names), tensors)
+            model = image_network(recipe, facts["input"], len(names), tensors)
             model.load_state_dict(tensors)
+        elif is_code(recipe.model.name):
+            pretrained = own_language_model(recipe.model, len(names), recipe.run.seed)
+            model = pretrained.backbone
+            model.load_state_dict(load_file(folder / "model.safetensors"))
         else:
             pretrained, model = exported_transformer(folder, recipe, names)
     except Exception as error:
@@ -247,7 +259,8 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     if not (folder / "summary.json").exists():
         raise InputError(f"the run in {folder} has not ended; run it with --out {folder} --resume")
     try:
-        recipe = recipe_from(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
+        tables = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        recipe = recipe_from(tables, code=True)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         summary["label_names"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -266,6 +279,15 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], int]:
             )
     except Exception as error:
         raise InputError(f"{path} cannot be read ({first_line(error)})") from None
+
+
+def image_network(
+    recipe: Recipe, given: Mapping[str, Any], classes: int, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """The network of a recipe for images, whose values are to be loaded; see `split_network`."""
+    if recipe.run.kind == "split":
+        return split_network(recipe, given, classes, tensors)
+    return chosen_network(recipe, given["shape"], classes, filled=False)
 
 
 def split_network(

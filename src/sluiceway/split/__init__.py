@@ -37,6 +37,7 @@ from sluiceway.split.packing import (
 )
 from sluiceway.split.schedules import SCHEDULES
 from sluiceway.split.selection import KeptChannels, KeptElements
+from sluiceway.split.traced import chained
 from sluiceway.split.training import SplitRecord, split_train
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "TaylorChannels",
     "TopK",
     "WireError",
+    "chained",
     "cut",
     "cut_points",
     "message_bytes",

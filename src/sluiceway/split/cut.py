@@ -1,17 +1,21 @@
 """Cutting a network in two at a named layer.
 
-A network that can be cut is a chain: an `nn.Sequential`, nested ones included ("features.3"), or a
-module whose forward calls its children one after another and does nothing else. The halves keep
-the model's names and share its parameters, so that their state dicts together are the model's.
+A chain is cut between its layers: an `nn.Sequential`, nested ones included ("features.3"), or a
+module whose forward calls its children one after another and does nothing else. Any other module
+is cut by the graph of its forward (see `traced`). The halves keep the model's names and share its
+parameters, so that their state dicts together are the model's.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+
+from sluiceway.split.traced import Traced, ancestors, cut_nodes, graph_of, traced_cut
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def cut(model: nn.Module, name: str) -> tuple[nn.Sequential, nn.Sequential]:
     """The two halves of a network.
 
     Args:
-        model: a chain of layers; not changed.
+        model: not changed.
         name: the last layer of the front: a layer's name, or that of a nested `nn.Sequential` for
             the last layer in it.
 
@@ -44,10 +48,19 @@ def cut(model: nn.Module, name: str) -> tuple[nn.Sequential, nn.Sequential]:
         under the model's names.
 
     Raises:
-        ValueError: the model is no chain, the name is unknown or that of its last layer (the
-            message lists those that can be cut at), or a parameter is used on both sides.
+        ValueError: the name is unknown or that of the last layer, or more than that layer's output
+            crosses (the message lists where it can be cut); the forward cannot be traced; a
+            parameter is used on both sides.
     """
     chain = _as_chain(model)
+    inside = chain is not None and any(
+        name.startswith(f"{layer}.") and name in dict(model.named_modules())
+        for layer, _ in _layers(chain)
+    )
+    if chain is None or inside:
+        halves = traced_cut(model, name)
+        _require_apart(*halves)
+        return halves
     names = [layer for layer, _ in _layers(chain)]
     known = names[:-1]
     last = next((layer for layer in reversed(names) if f"{layer}.".startswith(f"{name}.")), None)
@@ -66,22 +79,23 @@ def cut_points(model: nn.Module, example: Tensor) -> list[CutPoint]:
     Runs the network once, in evaluation mode; the model is left as it was.
 
     Args:
-        model: a chain of layers.
+        model: of any kind; of one that is no chain only its own children are looked at.
         example: a batch as the network takes it, [B, ...], B at least 1.
 
     Returns:
         One point per layer whose output is [B, C], [B, C, L] or [B, C, H, W], but for the last.
 
     Raises:
-        ValueError: the model is no chain.
+        ValueError: the model's forward cannot be traced.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    points, seen, value = [], set[nn.Parameter](), example
+    chain = _as_chain(model)
+    points, seen = [], set[nn.Parameter]()
     try:
-        for name, layer in list(_layers(_as_chain(model)))[:-1]:
-            value = layer(value)
-            seen |= set(layer.parameters())
+        values = _values(model, example) if chain is None else _chain_values(chain, example)
+        for name, layers, value in values:
+            seen = {p for layer in layers for p in layer.parameters()}
             if not isinstance(value, Tensor) or not 2 <= value.dim() <= 4:
                 continue
             shape = tuple(value.shape[1:])
@@ -91,6 +105,43 @@ def cut_points(model: nn.Module, example: Tensor) -> list[CutPoint]:
         for module, training in modes.items():
             module.training = training
     return points
+
+
+#: A layer to cut behind, the layers of the front, and what the front gives.
+_Value = tuple[str, list[nn.Module], object]
+
+
+def _chain_values(chain: nn.Sequential, value: Tensor) -> Iterator[_Value]:
+    """Of every layer of a chain but the last."""
+    front = []
+    for name, layer in list(_layers(chain))[:-1]:
+        value = layer(value)
+        front.append(layer)
+        yield name, front, value
+
+
+def _values(model: nn.Module, example: Tensor) -> Iterator[_Value]:
+    """Of every layer behind which nothing but its output crosses."""
+    graph = graph_of(model)
+    places = {node.name: node for node in cut_nodes(graph)}
+
+    class Values(fx.Interpreter):
+        held: ClassVar[dict[str, object]] = {}
+
+        def run_node(self, n: fx.Node) -> object:
+            found = super().run_node(n)
+            if n.name in places:
+                self.held[n.name] = found
+            return found
+
+    run = Values(model, graph=graph)
+    run.held.clear()
+    run.run(example)
+    for name, node in places.items():
+        front = [
+            model.get_submodule(str(n.target)) for n in ancestors(node) if n.op == "call_module"
+        ]
+        yield str(node.target), front, run.held[name]
 
 
 def _is_chain(module: nn.Module) -> bool:
@@ -116,8 +167,8 @@ class _Calls(fx.Tracer):
         return not _is_chain(m)
 
 
-def _as_chain(model: nn.Module) -> nn.Sequential:
-    """The model as a chain under its own names, which share its layers.
+def _as_chain(model: nn.Module) -> nn.Sequential | None:
+    """The model as a chain under its own names, which share its layers; None if it is none.
 
     Its forward is traced, since the order of children and what is done between them is only known
     from there.
@@ -128,24 +179,21 @@ def _as_chain(model: nn.Module) -> nn.Sequential:
     children = OrderedDict((k, child) for k, child in model._modules.items() if child is not None)
     chain = nn.Sequential(children)
     chain.training = model.training
-    refused = (
-        f"{type(model).__name__} cannot be cut: expected an nn.Sequential, or a module whose "
-        "forward calls its children one after another and does nothing else"
-    )
+    if isinstance(model, Traced):
+        return None
     try:
         nodes = list(_Calls().trace(model).nodes)
-    except Exception as error:
-        raise ValueError(f"{refused} ({error})") from error
+    except Exception:  # said by graph_of
+        return None
     calls = nodes[1:-1]
     in_line = all(
         node.op == "call_module" and node.args == (before,) and not node.kwargs
         for before, node in zip(nodes, calls, strict=False)
     )
     if not calls or not in_line or nodes[-1].args != (calls[-1],):
-        raise ValueError(refused)
-    if [node.target for node in calls] != [name for name, _ in _layers(chain)]:
-        raise ValueError(refused)
-    return chain
+        return None
+    names = [name for name, _ in _layers(chain)]
+    return chain if [node.target for node in calls] == names else None
 
 
 def _halves(chain: nn.Module, path: list[str]) -> tuple[nn.Sequential, nn.Sequential]:

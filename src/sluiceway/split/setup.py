@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +26,7 @@ from sluiceway.split.methods import ACPSL, ChannelChoice
 from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
 from sluiceway.split.scorers import ChannelScorer
 from sluiceway.split.server import SplitServer
+from sluiceway.split.traced import Traced
 from sluiceway.strategies import FedAvg, Strategy
 
 
@@ -241,7 +242,7 @@ def cut_model(
     if smashed.dtype != torch.float32:
         raise ValueError(f"the network gives {smashed.dtype} at the cut; expected torch.float32")
     channels = smashed.shape[1]
-    front, back = method.attach(front, back, channels, smashed.dim())
+    front, back = attached(method, front, back, channels, smashed.dim())
     values = output_of(front, example)
     at_cut = Batch(values, example.labels)
     onward = output_of(back, at_cut)
@@ -257,6 +258,31 @@ def cut_model(
         () if tail is None else tuple(onward.shape[1:]),
         (at_client, smallest_batch(back, at_cut)),
     )
+
+
+def attached(
+    method: Compressor, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """The halves with the layers that the method adds at the cut."""
+    if not isinstance(front, Traced) and not isinstance(back, Traced):
+        return method.attach(front, back, channels, dims)
+    last, first = method.attach(nn.Sequential(), nn.Sequential(), channels, dims)
+    return with_layers(front, last=last), with_layers(back, first=first)
+
+
+def with_layers(
+    half: nn.Sequential, first: nn.Module | None = None, last: nn.Module | None = None
+) -> nn.Sequential:
+    """A half with the layers of others at its ends."""
+    before, behind = (layers_of(each) if each is not None else {} for each in (first, last))
+    if isinstance(half, Traced):
+        return half.with_layers(before, behind)
+    return nn.Sequential(OrderedDict([*before.items(), *layers_of(half).items(), *behind.items()]))
+
+
+def layers_of(chain: nn.Module) -> dict[str, nn.Module]:
+    """All layers of a chain by name, one that is in it twice under both."""
+    return {name: layer for name, layer in chain._modules.items() if layer is not None}
 
 
 @torch.no_grad()

@@ -118,5 +118,5 @@ def recipe_and_folder(config: Mapping[str, UserConfigValue]) -> tuple[Recipe, Pa
         if not config[key]:
             raise InputError(f"give {key} in --run-config")
     settings = [text for text in str(config["set"]).splitlines() if text.strip()]
-    recipe = load_recipe(str(config["recipe"]), [*settings, "run.engine=flower"])
+    recipe = load_recipe(str(config["recipe"]), [*settings, "run.engine=flower"], code=False)
     return recipe, Path(str(config["out"]))
