@@ -58,7 +58,16 @@ from sluiceway.experiment.recipe import load_recipe, recipe_from
 from sluiceway.experiment.tables import read_tables, shipped_recipes
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.moe.upcycled import UpcycledExperts, UpcycledMoE, UpcycledRouter
-from sluiceway.split import BatchId, Compressor, Conv4, Quantized, TopK, split_train
+from sluiceway.split import (
+    SLFAC,
+    BatchId,
+    Channels,
+    Compressor,
+    Conv4,
+    Quantized,
+    TopK,
+    split_train,
+)
 from sluiceway.split.messages import read_round_end, read_round_start
 from sluiceway.strategies import Broadcast, FedAlignMoE, Strategy, Update
 from sluiceway.transport.framing import (
@@ -269,6 +278,13 @@ class World:
             Quantized(limit=1 << 20),
             Quantized(quantize="int4", limit=1 << 20),
             TopK(limit=1 << 20),
+            Quantized(coder="range", limit=1 << 20),
+            Channels(quantize="bits", ratio=6, limit=1 << 20),
+            Channels(quantize="bits", ratio=6, coder="range", limit=1 << 20),
+            Channels(quantize="step", ratio=6, limit=1 << 20),
+            Channels(quantize="dct", ratio=6, limit=1 << 20),
+            SLFAC(ratio=6, limit=1 << 20),
+            SLFAC(ratio=6, coder="range", limit=1 << 20),
         )
         self.smashed = []
         for link in self.links:

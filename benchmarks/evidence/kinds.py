@@ -127,14 +127,14 @@ def beside(text: str, columns: Mapping[str, Callable[[str], str]]) -> str:
     )
 
 
-def split(runs: Runs, docs: Path) -> dict[str, str]:
+def split(runs: Runs, docs: Path, picture: str = "split.png") -> dict[str, str]:
     """Accuracy by method and level of traffic, and what a target costs."""
     names = methods_of(runs)
     groups = {setting.rsplit(" ", 1)[0]: None for setting in runs}
     lines = [f"{name} {traffic}" for name in names for traffic in ("1x", "32x")]
-    picture = docs / "split.png"
     panels(
-        by_group(runs), list(groups), lines, picture, by_megabytes, "MB, both directions", log=True
+        *(by_group(runs), list(groups), lines, docs / picture, by_megabytes),
+        *("MB, both directions", True),
     )
     parts = []
     for group in groups:
@@ -143,7 +143,7 @@ def split(runs: Runs, docs: Path) -> dict[str, str]:
             f"{group}, accuracy after the last round:",
             table(runs, settings, names, final, "acp-sl"),
         ]
-    parts += ["![accuracy by data sent](../split.png)"]
+    parts += [f"![accuracy by data sent](../{picture})"]
     compressed = {s: methods for s, methods in runs.items() if not s.endswith(" 1x")}
     ours = [name for name in names if name.startswith("acp-sl")]
     parts += [
@@ -202,4 +202,5 @@ KINDS: dict[str, Callable[[Runs, Path], dict[str, str]]] = {
     "ablation": ablation,
     "choices": choices,
     "split": split,
+    "wire": partial(split, picture="split-wire.png"),
 }

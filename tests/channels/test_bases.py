@@ -15,6 +15,7 @@ from sluiceway.channels import (
     eigenbasis,
     gradient_basis,
     label_basis,
+    label_weights,
     merge_moments,
     moments_size,
     water_filling,
@@ -117,7 +118,7 @@ class TestBases:
         A = A if sides else A.squeeze(-1)
         moments = Moments.of(A, y, 3)
         U, scale = gradient_basis(moments.covariance, torch.rand(5))
-        basis = Basis(U, moments.mean, scale).to(torch.device("cpu"))
+        basis = Basis(U, moments.mean, scale, torch.ones(5)).to(torch.device("cpu"))
         z = basis.forward(A)
         torch.testing.assert_close(basis.inverse(z), A, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(basis.gradient_back(basis.gradient(A)), A, atol=1e-5, rtol=1e-5)
@@ -178,3 +179,29 @@ class TestBits:
             thetas = (v.log2() / 2 - bits)[above]
             torch.testing.assert_close(thetas, thetas[:1].expand_as(thetas))
             assert bool((v[~above].log2() / 2 <= thetas[0] + 1e-9).all())
+
+
+class TestLabelWeights:
+    def test_by_hand(self) -> None:
+        # Of the variance of three components 0, 1/2 and 1/4 are between classes; the mean is 1/4.
+        U = torch.eye(3).flip(0)
+        S, between = torch.diag(torch.tensor([4.0, 2, 5])), torch.diag(torch.tensor([1.0, 1, 0]))
+        found = label_weights(S, between, U, 3.0)
+        np.testing.assert_allclose(found, np.sqrt([1, 1 + 3 * 2, 1 + 3 * 1]))
+
+    def test_nothing_to_weigh(self) -> None:
+        S = torch.eye(3)
+        for between, amount in ((torch.zeros(3, 3), 2.0), (S / 2, 0.0)):
+            assert torch.equal(label_weights(S, between, S, amount), torch.ones(3).double())
+        assert bool((label_weights(torch.zeros(3, 3), S, S, 1.0) == 1).all())
+
+    def test_are_undone(self) -> None:
+        A, _ = batch(3)
+        U = eigenbasis(Moments.of(A, torch.zeros(7).long(), 1).covariance)[0].float()
+        ones = torch.ones(5)
+        plain = Basis(U, ones, ones * 2, ones)
+        weighed = Basis(U, ones, ones * 2, torch.arange(1.0, 6))
+        torch.testing.assert_close(weighed.inverse(weighed.forward(A)), A, atol=1e-4, rtol=1e-4)
+        times = torch.arange(1.0, 6).view(5, 1, 1)
+        torch.testing.assert_close(weighed.forward(A), plain.forward(A) * times)
+        assert torch.equal(weighed.gradient(A), plain.gradient(A))

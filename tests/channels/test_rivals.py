@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sluiceway.channels import entropy, l1, random_scores, std, taylor
+from sluiceway.channels import (
+    class_balanced,
+    class_gradients,
+    entropy,
+    l1,
+    random_scores,
+    std,
+    taylor,
+)
 
 Score = Callable[[Tensor], Tensor]
 
@@ -107,3 +115,13 @@ def test_errors() -> None:
         taylor(torch.ones(2, 3), torch.ones(2, 4))
     with pytest.raises(ValueError, match="bins"):
         entropy(torch.ones(2, 3), bins=1)
+
+
+def test_every_class_counts_alike_in_gradients() -> None:
+    # Two examples of class 0, one of class 1 whose gradients are a hundred times as large.
+    grad = torch.tensor([[[1.0, -1], [3, 3]], [[-1, 1], [0, 0]], [[300, 300], [100, -100]]])
+    sums, counts = class_gradients(grad, torch.tensor([0, 0, 1]), 3)
+    assert sums.tolist() == [[2, 3], [300, 100], [0, 0]]
+    assert counts.tolist() == [2, 1, 0]
+    assert class_balanced(sums, counts).tolist() == [(0.4 + 0.75) / 2, (0.6 + 0.25) / 2]
+    assert class_balanced(torch.zeros(3, 2), counts).tolist() == [0.5, 0.5]

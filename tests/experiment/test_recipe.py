@@ -252,7 +252,10 @@ def test_a_wrong_robust_rule_is_one_line(name: str, override: str, line: str) ->
         ("model.name=minilm", r"model\.name = 'minilm': a split run takes conv4, resnet18, vgg11"),
         ("run.schedule=u", r"run\.schedule = 'u' and model\.tail go together"),
         ("run.form=ring", r"run\.schedule = 'ring': must be 'sequential', 'parallel', 'copies' or"),
-        ("method.name=fedavg", r"method\.name = 'fedavg'; allowed: sl, acp-sl, random, l1"),
+        (
+            "method.name=fedavg",
+            r"method\.name = 'fedavg'; allowed: sl, acp-sl, random, random-",
+        ),
         ("method.share=0", r"method\.share = 0: must be greater than 0"),
         ("method.quantize=int2", r"method\.quantize = 'int2': must be 'none', 'fp16', 'int8'"),
         ("train.max_grad_norm=1", r"unknown key train\.max_grad_norm; allowed in \[train\]: lr"),

@@ -27,7 +27,7 @@ from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import write_report
 from sluiceway.experiment.run_directory import write_json
 from sluiceway.experiment.split_plots import kept_figure, ranks, scores_figure, split_figures
-from sluiceway.split import METHODS
+from sluiceway.split import ACPSL, METHODS
 from sluiceway.split.networks import Conv4
 from sluiceway.split.training import split_train
 
@@ -48,7 +48,7 @@ def trained(method: str, seed: int = 0) -> Result:
         "conv1",
         [images(24, 1), images(0, 2), images(12, 3)],
         images(30, 4),
-        method,
+        ACPSL(preset="paper") if method == "acp-sl" else method,
         rounds=5,
         seed=seed,
         training=Optimisation(lr=0.01, batch_size=12),

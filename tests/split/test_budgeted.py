@@ -54,6 +54,8 @@ class TestCoder:
         for broken, why in (
             (data[:-1], "whole words"),
             (data + b"\1\0\0\0" * 2, "longer"),
+            (data + b"\0\0\0\0", "longer"),
+            (data[:-4], "shorter"),
             (data[:1], "ends within"),
             (data[:1] + b"\0" + data[2:], "frequencies"),
         ):

@@ -77,7 +77,9 @@ def test_no_gradient_crosses_and_the_bytes_are_counted_so(
     assert bool(downward) == (schedule == "u")
     for one, other in zip(free, frozen, strict=True):
         assert other.bytes_up < one.bytes_up  # no layers at the end of a round
-        assert other.bytes_down < one.bytes_down / (1.5 if schedule == "u" else 10)
+        # The basis of `acp-sl` is most of what is left.
+        less = 1.5 if schedule == "u" else 3 if name == "acp-sl" else 10
+        assert other.bytes_down < one.bytes_down / less
 
 
 def test_bytes_of_a_round_by_hand() -> None:

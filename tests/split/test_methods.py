@@ -12,15 +12,22 @@ from sluiceway.channels import ClassStatistics
 from sluiceway.split import (
     ACPSL,
     METHODS,
+    BatchId,
     ChannelChoice,
+    ICSChannels,
     L1Channels,
     RandomChannels,
+    RedrawnChannels,
     TaylorChannels,
 )
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.scorers import ChannelScorer
 
-CHOICES = [cls() for cls in METHODS.values() if issubclass(cls, ChannelChoice)]
+CHOICES = [
+    ACPSL(preset="paper") if cls is ACPSL else cls()
+    for cls in METHODS.values()
+    if issubclass(cls, ChannelChoice)
+]
 
 
 def masks(
@@ -181,7 +188,8 @@ def test_clients_of_one_class_each_are_pruned_all_the_same() -> None:
 
 
 def test_merged_scores_are_the_newest_of_all_weighted_by_examples() -> None:
-    built = set_up(normed(), "conv1", [Pictures(30, 1), Pictures(10, 2), Pictures(0, 3)], ACPSL())
+    sets, method = [Pictures(30, 1), Pictures(10, 2), Pictures(0, 3)], ACPSL(preset="paper")
+    built = set_up(normed(), "conv1", sets, method)
     built.run_round(1, [0, 1])
     first = dict(built.masks.scores)
     record = built.run_round(2, [1])
@@ -246,3 +254,50 @@ def test_a_budget_pays_for_as_many_as_fit(budget: float, kept: int) -> None:
     found.rate(0, torch.arange(8.0))
     found.choose(2, [0])
     assert found.mask(0).nonzero().flatten().tolist() == list(range(8 - kept, 8))  # type: ignore[union-attr]
+
+
+def test_redrawn_channels_are_others_in_each_batch_and_the_same_on_both_sides() -> None:
+    method, A = RedrawnChannels(share=0.25), activations(1)
+    drawn = [method.select(A, BatchId(1, 2, n), None, True).rows().tolist() for n in range(20)]
+    assert len({str(rows) for rows in drawn}) > 5
+    assert all(len(rows[0]) == 2 for rows in drawn)
+    assert method.select(A, BatchId(1, 2, 3), None, True).rows().tolist() == drawn[3]
+    # In evaluation by what crosses.
+    seen = [method.select(activations(n), BatchId(0, 0, 0), None, False).rows() for n in range(9)]
+    assert len({str(rows) for rows in seen}) > 3
+    again = method.select(activations(0), BatchId(5, 5, 5), None, False).rows()
+    assert again.tolist() == seen[0].tolist()
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=8)
+    assert int(counts.max()) < 20
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "copies", "sequential"])
+def test_the_server_rates_channels_that_do_not_cross_too(schedule: str) -> None:
+    sets = [Pictures(30, 1), Pictures(10, 2)]
+    built = set_up(normed(), "conv1", sets, ICSChannels(share=0.25), schedule=schedule)
+    for number in range(1, 7):
+        record = built.run_round(number, [0, 1])
+    assert record.kept == 2
+    assert record.scores is not None
+    assert all(score > 0 for score in record.scores)
+    if schedule != "copies":  # there each server rates by itself, and scores are merged
+        assert sum(record.scores) == pytest.approx(1)
+    assert all(scorer is None for scorer in (built.setup.scorer(0), built.setup.scorer(1)))
+
+
+def test_the_server_needs_labels_to_rate_by_class() -> None:
+    with pytest.raises(ValueError, match="needs the labels"):
+        train("ics", schedule="u")
+    with pytest.raises(ValueError, match="for all clients"):
+        ICSChannels(masks="client")
+
+
+def test_what_acp_sl_sends_where_the_recipe_says_little() -> None:
+    default, paper = ACPSL(), ACPSL(preset="paper")
+    assert (default.basis, default.quantize) == ("eigen", "dct")
+    assert (paper.basis, paper.quantize) == ("channels", "none")
+    # Keys of masks mean masks; what is given wins.
+    assert ACPSL(share=0.5).basis == ACPSL(masks="client").basis == "channels"
+    assert ACPSL(error_feedback=True).basis == "channels"
+    assert ACPSL(preset="paper", quantize="int4").quantize == "int4"
+    assert ACPSL(basis="eigen", share=0.5).basis == "eigen"

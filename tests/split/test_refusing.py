@@ -133,7 +133,8 @@ def bursting(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_a_tail_that_answers_nan_is_not_believed() -> None:
-    result = run([Pictures(32, 1), Pictures(5, 4)], schedule="u", loss=bursting, rounds=2)
+    sets = [Pictures(32, 1), Pictures(5, 4)]
+    result = run(sets, method="sl", schedule="u", loss=bursting, rounds=2)
     for record in result.records:
         assert record.rejected == {1: "NaN or Inf in the gradient of the tail"}
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())

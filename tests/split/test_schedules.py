@@ -213,7 +213,7 @@ def test_labels_stay_in_a_u_shape_and_all_that_crosses_is_counted(
     result = train(method, schedule=schedule, training=STEP)
     for message in (*post.between_down, *post.between_up):
         parts = {key.split("/")[0] for key in load(message)}
-        assert parts <= {"model", "mask", "scores", "counts", "loss"}
+        assert parts <= {"model", "mask", "basis", "scores", "counts", "loss"}
     sent = [message for message in (*post.ups, *post.downs) if message[5] <= 2]
     assert sent
     assert all(bool(message[8]) == (schedule != "u") for message in sent)

@@ -105,13 +105,13 @@ def test_a_network_in_channels_last_stays_so_and_is_continued(tmp_path: Path) ->
 
 
 def test_a_scorers_state_under_its_first_name_is_read() -> None:
-    (client,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL()))
+    (client,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL(preset="paper")))
     assert client.scorer is not None
     client.scorer.watch(torch.randn(8, 8, 3, 3), torch.arange(8) % 3)
     state = client.state_dict()
     old = {name.replace("scorer/", "meter/"): tensor for name, tensor in state.items()}
     assert old.keys() != state.keys()
-    (other,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL()))
+    (other,) = local(set_up(normed(), "conv1", [Pictures(30, 1)], ACPSL(preset="paper")))
     other.load_state_dict(old)
     assert same(other.state_dict(), state)
 

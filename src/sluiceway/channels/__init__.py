@@ -17,7 +17,13 @@ Read in the order of a round: `pooled` and `ClassStatistics` (statistics), `fish
 (ValueError); scores are detached, float64 and finite.
 """
 
-from sluiceway.channels.bases import Basis, eigenbasis, gradient_basis, label_basis
+from sluiceway.channels.bases import (
+    Basis,
+    eigenbasis,
+    gradient_basis,
+    label_basis,
+    label_weights,
+)
 from sluiceway.channels.bits import MOST_BITS, water_filling, water_level
 from sluiceway.channels.chooser import ChannelChooser, Rule
 from sluiceway.channels.moments import Moments, merge_moments, moments_size
@@ -32,7 +38,15 @@ from sluiceway.channels.pruning import (
     threshold,
     top,
 )
-from sluiceway.channels.rivals import entropy, l1, random_scores, std, taylor
+from sluiceway.channels.rivals import (
+    class_balanced,
+    class_gradients,
+    entropy,
+    l1,
+    random_scores,
+    std,
+    taylor,
+)
 from sluiceway.channels.scoring import (
     FISHER_FLOOR,
     between,
@@ -53,6 +67,8 @@ __all__ = [
     "Rule",
     "between",
     "budget",
+    "class_balanced",
+    "class_gradients",
     "cumulative",
     "distinct",
     "eigenbasis",
@@ -63,6 +79,7 @@ __all__ = [
     "hysteresis",
     "l1",
     "label_basis",
+    "label_weights",
     "merge_moments",
     "merge_scores",
     "moments_size",

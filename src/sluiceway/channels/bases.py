@@ -2,7 +2,9 @@
 
 Channels are correlated: in the basis of the eigenvectors of their covariance a few components hold
 most of the variance (Karhunen-Loeve transform), and a component that is not sent costs its variance
-alone. What is sent is z = U^T D^1/2 (a - mu); the receiver turns it back, a = D^-1/2 U z + mu.
+alone. What is sent is z = W U^T D^1/2 (a - mu); the receiver turns it back,
+a = D^-1/2 U W^-1 z + mu. W, diagonal, says how an error of each component counts: where all of z is
+rounded alike, a component of twice the weight has half the error.
 """
 
 from dataclasses import dataclass
@@ -21,23 +23,35 @@ class Basis:
         rotation: U, orthogonal, columns are the components, [C, C].
         mean: mu, [C].
         scale: D^1/2, above 0, [C]; ones for a rotation alone.
+        weight: W, above 0, [C]; ones where errors of all components count alike.
     """
 
     rotation: Tensor
     mean: Tensor
     scale: Tensor
+    weight: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """W U^T D^1/2, [C, C]."""
+        return (self.rotation * self.weight).T * self.scale
+
+    @property
+    def inverse_matrix(self) -> Tensor:
+        """D^-1/2 U W^-1, [C, C]."""
+        return self.rotation / self.weight / self.scale.unsqueeze(1)
 
     def forward(self, A: Tensor) -> Tensor:
-        """Components z = U^T D^1/2 (a - mu) of smashed data, the shape of A."""
-        matrix = self.rotation.T * self.scale
+        """Components z = W U^T D^1/2 (a - mu) of smashed data, the shape of A."""
+        matrix = self.matrix
         return _mixed(matrix, A, -(matrix @ self.mean))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Channels a = D^-1/2 U z + mu, the inverse of `forward`."""
-        return _mixed(self.rotation / self.scale.unsqueeze(1), z, self.mean)
+        """Channels a = D^-1/2 U W^-1 z + mu, the inverse of `forward`."""
+        return _mixed(self.inverse_matrix, z, self.mean)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """What crosses of a gradient by channels: U^T g, whatever the scale."""
+        """What crosses of a gradient by channels: U^T g, whatever the scale and weight."""
         return _mixed(self.rotation.T, grad)
 
     def gradient_back(self, crossed: Tensor) -> Tensor:
@@ -46,7 +60,7 @@ class Basis:
 
     def to(self, device: torch.device) -> "Basis":
         """The same in float32 on a device."""
-        parts = (self.rotation, self.mean, self.scale)
+        parts = (self.rotation, self.mean, self.scale, self.weight)
         return Basis(*(part.to(device, torch.float32, non_blocking=True) for part in parts))
 
 
@@ -91,6 +105,34 @@ def label_basis(covariance: Tensor, between: Tensor, weight: float) -> Tensor:
     inside, across = covariance.double().trace(), between.double().trace()
     share = weight * inside / across if bool(across > 0) else 0.0
     return eigenbasis(covariance + share * between)[0]
+
+
+def label_weights(covariance: Tensor, between: Tensor, rotation: Tensor, amount: float) -> Tensor:
+    """LCIS in the allocation of bits: W by the share of a component's variance between classes.
+
+    f_c = u_c^T S_b u_c / u_c^T S u_c is in [0, 1], and the squared error of a component counts
+    1 + amount f_c / mean f times: W_c is the root of it. Reverse water-filling then works on
+    W_c^2 var_c.
+
+    Args:
+        covariance: S, [C, C].
+        between: S_b, [C, C].
+        rotation: U, [C, C].
+        amount: at least 0; 0 gives ones.
+
+    Returns:
+        [C], at least 1; float64, CPU. Ones where nothing is between classes.
+    """
+    require_shape("between", between, *covariance.shape)
+    require_shape("rotation", rotation, *covariance.shape)
+    if not amount >= 0:
+        raise ValueError(f"amount: expected at least 0, got {amount}")
+    U = rotation.double().cpu()
+    total, across = (((U.T @ S.double().cpu()) * U.T).sum(1) for S in (covariance, between))
+    shares = torch.where(total > 0, across / total.clamp(min=1e-300), 0.0).clamp(0, 1)
+    if not bool(shares.mean() > 0):
+        return torch.ones_like(shares)
+    return (1 + amount * shares / shares.mean()).sqrt()
 
 
 def gradient_basis(

@@ -107,6 +107,44 @@ def taylor(A: Tensor, grad: Tensor) -> Tensor:
     return _mean(_by_example(_values(A) * _values(grad)).abs())
 
 
+@torch.no_grad()
+def class_gradients(grad: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Sums from which ICS (arXiv 2609.39194) rates channels: by class, of gradients' sizes  [ours].
+
+    Args:
+        grad: gradient of the loss by smashed data, [B, C, ...].
+        labels: [B], any integer type, in [0, classes), on any device.
+        classes: K.
+
+    Returns:
+        sum over the examples of each class of the mean over positions of |g|, [K, C] float64, and
+        the examples of each class, [K] float64; on the device of grad.
+    """
+    sizes = _by_example(_values(grad).abs()).double()
+    numbers = torch.arange(classes, device=labels.device).unsqueeze(1)
+    member = (labels == numbers).double().to(grad.device)
+    return member @ sizes, member.sum(1)
+
+
+@torch.no_grad()
+def class_balanced(sums: Tensor, counts: Tensor) -> Tensor:
+    """ICS's score: every class counts alike, however many its examples or steep its loss::
+
+        score(c) = mean over classes k seen of  s_kc / sum_c' s_kc',    s_kc = sums_kc / counts_k
+
+    Args:
+        sums, counts: as `class_gradients` gives them, added up over batches, [K, C] and [K].
+
+    Returns:
+        Scores, [C], at least 0, float64; 1/C for all where there is no gradient.
+    """
+    seen = (counts > 0) & (sums.sum(1) > 0)
+    if not bool(seen.any()):
+        return torch.full_like(sums[0], 1 / sums.shape[1])
+    shares = sums[seen] / sums[seen].sum(1, keepdim=True)
+    return shares.mean(0)
+
+
 def _values(A: Tensor) -> Tensor:
     """A in float32 or better, detached, with 0 for what is not finite."""
     if A.dim() < 2:

@@ -169,7 +169,7 @@ def planned_runs(
             values, seed, recipe_from(varied_tables(recipe, overrides, values, seed), code=True)
         )
         for combination in itertools.product(*vary.values())
-        for values in [dict(zip(vary, combination, strict=True))]
+        for values in [by_key(dict(zip(vary, combination, strict=True)))]
         for seed in seeds
     ]
     given = [*(key_of(override) for override in overrides), *vary]
@@ -194,6 +194,17 @@ def folder_names(names: Sequence[str], out: Path | None) -> dict[str, str]:
         while (one := stem if number == 1 else f"{stem}-{number}") in found.values():
             number += 1
         found[name] = one
+    return found
+
+
+def by_key(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One combination, with the keys of whole tables one by one."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{part}": one for part, one in value.items()}
+        else:
+            found[key] = value
     return found
 
 

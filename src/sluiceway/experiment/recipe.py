@@ -346,7 +346,8 @@ class Compare(BaseModel):
     model_config = TABLE
     vary: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Lists of values by key (`"method.name" = ["fedavg", "fedmoe"]`): numbers, texts, true or
-    false, or lists of them. Every combination is run; at most 10,000 runs in all."""
+    false, or lists of them; or of a table several keys at once (`method = [{ name = "sl" },
+    { name = "random", share = 0.5 }]`). Every combination is run; at most 10,000 runs in all."""
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     """Values of run.seed that each combination is run with."""
 
@@ -354,7 +355,9 @@ class Compare(BaseModel):
     def plain_values(self) -> Compare:
         for key, values in self.vary.items():
             for value in values:
-                parts = value if isinstance(value, list) else [value]
+                several = isinstance(value, dict) and key in Recipe.model_fields
+                values_of = list(value.values()) if several else [value]
+                parts = [p for v in values_of for p in (v if isinstance(v, list) else [v])]
                 if not all(isinstance(part, str | int | float) for part in parts):
                     raise ValueError(
                         f"compare.vary has {line(key, 80)} = {quoted(value)}; expected a number, "

@@ -32,6 +32,10 @@ class Bottleneck(Compressor):
     share: float = Field(default=0.25, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
+    @property
+    def narrowed(self) -> float:
+        return self.share
+
     def attach(
         self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int
     ) -> tuple[nn.Sequential, nn.Sequential]:

@@ -21,7 +21,7 @@ What a component's 0 bits, or integers of 0, leave out is read as its mean, or a
 import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import cos, log2, pi, prod, sqrt
+from math import cos, log, log2, pi, prod, sqrt
 from typing import Final
 
 import numpy as np
@@ -51,11 +51,17 @@ def _laplace_bits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     return logs, binary(z) + z * (1 + binary(r) / (1 - r))
 
 
-#: A payload of more than so many budgets is rounded again, with a larger step, so many times.
+#: The search aims at so many budgets, and a payload of more than so many is rounded again, with a
+#: larger step, so many times.
+_AIMED: Final = 0.98
 _OVER: Final = 1.05
 _TRIES: Final = 3
-#: The search for a step looks at about so many values.
+#: The search for a step looks at about so many values, at so many steps, and is corrected so often
+#: or until it is so near.
 _SEARCHED: Final = 1 << 13
+_GRID: Final = 33
+_CORRECTIONS: Final = 6
+_NEAR: Final = 0.02
 #: Half the range in standard deviations by bits: of the best uniform quantiser of a Gaussian (Max,
 #: 1960), plus half a step; and by which factors of it a range is tried.
 _HALF_RANGES: Final = torch.tensor([0.0, 0.798, 1.49, 2.05, 2.51, 2.92, 3.28, 3.61, 3.93])
@@ -69,7 +75,7 @@ Sides = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Stepped:
-    """Integers of one step, [N, G, S] int16 in [-127, 127], of values or of their transform.
+    """Integers of one step, [N, G, S] int8 in [-127, 127], of values or of their transform.
 
     Attributes:
         shift: in 1/256 of a step, in [-128, 127].
@@ -85,19 +91,21 @@ class Stepped:
     def values(self) -> Tensor:
         """[N, G, S] float32."""
         numbers = self.numbers.float()
-        values = (numbers + numbers.sign() * (self.shift / 256)) * self.step
+        values = numbers.add_(numbers.sign(), alpha=self.shift / 256).mul_(self.step)
         return values if self.sides is None else transformed(values, self.sides, inverse=True)
 
     @cached_property
     def payload(self) -> bytes:
         """The step as float32, the shift as int8, then the integers as `coder.encode` writes them.
 
-        Integers 0, 1, -1, 2, ... are coded as 0, 1, 2, 3, ...; the groups are the components, or
+        Integers 0, -1, 1, -2, ... are coded as 0, 1, 2, 3, ...; the groups are the components, or
         bands of the components' frequencies, the lowest first.
         """
         n, g, s = self.numbers.shape
-        ordered = self.numbers.permute(1, 2, 0).cpu().numpy()[:, _order(self.sides, s)]
-        folded = coder.folded(ordered).astype(np.uint8)
+        ordered = self.numbers.permute(1, 2, 0).contiguous().cpu().numpy()
+        if self.sides:
+            ordered = ordered[:, frequency_order(self.sides, s)]
+        folded = (ordered << 1 ^ ordered >> 7).view(np.uint8)
         sizes = _sizes(self.sides, (n, g, s))
         return _HEAD.pack(self.step, self.shift) + coder.encode(folded.ravel(), sizes)
 
@@ -112,14 +120,13 @@ class Stepped:
         if not 0 < step < float("inf") or not np.isfinite(np.float32(step) * np.float32(128)):
             raise WireError("step: expected a finite number above 0")
         n, g, s = shape
-        folded = coder.decode(data[_HEAD.size :], _sizes(sides, shape)).astype(np.int16)
-        ordered = coder.unfolded(folded).reshape(g, s, n)
+        folded = coder.decode(data[_HEAD.size :], _sizes(sides, shape))
         if int(folded.max()) > 2 * _LARGEST:
             raise WireError(f"integers: expected at most {_LARGEST} in magnitude")
-        numbers = np.empty_like(ordered)
-        numbers[:, _order(sides, s)] = ordered
-        tensor = torch.from_numpy(numbers.astype(np.int16)).permute(2, 0, 1)
-        return cls(tensor.to(to), step, shift, sides)
+        numbers = (folded >> 1 ^ -(folded & 1)).view(np.int8).reshape(g, s, n)
+        if sides:
+            numbers = numbers[:, np.argsort(frequency_order(sides, s))]
+        return cls(torch.from_numpy(numbers).permute(2, 0, 1).to(to), step, shift, sides)
 
 
 @torch.no_grad()
@@ -155,49 +162,64 @@ def encode_step(
 
 def _rounded(x: Tensor, step: float, sides: Sides | None, noise: Tensor | None) -> Stepped:
     """Values, or their transform, as integers of this step."""
+    scaled = x * (1 / step)
     if noise is not None:
-        numbers = (x / step + noise.view(x.shape)).floor_().clamp_(-_LARGEST, _LARGEST)
-        return Stepped(numbers.short(), step, 0, sides)
-    scaled = x.abs().div_(step)
-    numbers = (scaled + _DEAD_ZONE).floor_().clamp_(max=_LARGEST)
-    some = numbers > 0
-    lost = ((scaled - numbers) * some).sum() / some.sum().clamp(min=1)
+        numbers = scaled.add_(noise.view(x.shape)).floor_().clamp_(-_LARGEST, _LARGEST)
+        return Stepped(numbers.to(torch.int8), step, 0, sides)
+    some = _sample(scaled)[0].abs()
+    whole = some.add(_DEAD_ZONE).floor_().clamp_(max=_LARGEST)
+    live = whole > 0
+    lost = ((some - whole) * live).sum() / live.sum().clamp(min=1)
     shift = int((256 * lost).round().clamp(-128, 127))
-    return Stepped(numbers.copysign_(x).short(), step, shift, sides)
+    # |x| and its sign apart; towards 0 is down.
+    numbers = scaled.add_(torch.full_like(x, _DEAD_ZONE).copysign_(x))
+    return Stepped(numbers.clamp_(-_LARGEST, _LARGEST).to(torch.int8), step, shift, sides)
+
+
+def _sample(x: Tensor) -> tuple[Tensor, int]:
+    """One of every so many values, and how many that is: odd, so that all groups are met alike."""
+    skip = max(1, x.numel() // _SEARCHED) | 1
+    return x.reshape(-1)[::skip], skip
 
 
 def _step(x: Tensor, largest: float, budget: float, sides: Sides | None) -> float:
     """The step by which the values take about `budget` bytes; a float32 number.
 
-    Found as if every group were Laplace distributed, then corrected by what a sample really takes.
+    Found on some of the values, as if every group were Laplace distributed, then corrected by what
+    they really take.
     """
     n, g, s = x.shape
     sizes = _sizes(sides, (n, g, s))
-    values = np.abs(x.permute(1, 2, 0).cpu().numpy()[:, _order(sides, s)]).ravel()
-    ends = np.cumsum(sizes)
-    means = np.add.reduceat(values, ends - sizes) / sizes
+    groups = len(sizes)
+    target = max(8 * (_AIMED * budget - _HEAD.size) - 4 * groups, 2 * budget)
+    some, skip = _sample(x)
+    values = some.abs().cpu().numpy()
+    group = _group(sides, (n, g, s), skip)
+    met = np.maximum(np.bincount(group, minlength=groups), 1)
+    means = np.bincount(group, weights=values, minlength=groups) / met
     logs = np.log2(np.maximum(means, 1e-9 * largest))
-    shares = sizes / ends[-1]
-    # An odd distance, so that no row of examples is met at the same ones always.
-    where = np.arange(0, len(values), (len(values) // _SEARCHED) | 1)
-    sample, group = values[where], np.searchsorted(ends, where, side="right")
-    target = max(8 * (budget - _HEAD.size) - 4 * len(sizes), 2 * budget)
+    # Bits a value by the step, which only fall: on a grid of steps, read between its points.
+    grid = np.linspace(log2(largest / _LARGEST), log2(largest / (1 - _DEAD_ZONE)), _GRID)
+    rates = np.interp(logs - grid[:, None], *_LAPLACE) @ (sizes / x.numel())
+    asked = target / x.numel()
+    for _ in range(_CORRECTIONS):
+        step = float(np.exp2(np.interp(-asked, -rates, grid)))
+        rate, tables = _rate(values, group, groups, step)
+        off = (target - tables) / (rate * x.numel() + 1)
+        if abs(off - 1) < _NEAR:
+            return float(np.float32(step))
+        asked *= min(4.0, max(0.25, off))
+    return float(np.float32(np.exp2(np.interp(-asked, -rates, grid))))
 
-    def fitted(rate: float) -> float:
-        """The step of so many bits a value, if the groups are Laplace distributed."""
-        low, high = log2(largest / _LARGEST), log2(largest / (1 - _DEAD_ZONE))
-        for _ in range(20):
-            middle = (low + high) / 2
-            found = np.interp(logs - middle, *_LAPLACE) @ shares
-            low, high = (middle, high) if found > rate else (low, middle)
-        return float(np.exp2(high))
 
-    asked = target / len(values)
-    for _ in range(3):
-        step = fitted(asked)
-        rate, tables = _rate(sample, group, len(sizes), step)
-        asked *= min(4.0, max(0.25, (target - tables) / (rate * len(values) + 1)))
-    return float(np.float32(fitted(asked)))
+@lru_cache(maxsize=64)
+def _group(sides: Sides | None, shape: tuple[int, int, int], skip: int) -> npt.NDArray[np.int64]:
+    """Of each value that `_sample` takes of [N, G, S], its group; see `_sizes`."""
+    n, g, s = shape
+    bands = len(_sizes(sides, (1, 1, s)))
+    places = np.empty(s, dtype=np.int64)
+    places[frequency_order(sides, s)] = np.repeat(np.arange(bands), _sizes(sides, (1, 1, s)))
+    return (bands * np.arange(g)[:, None] + places).ravel()[np.arange(0, n * g * s, skip) % (g * s)]
 
 
 def _rate(
@@ -213,6 +235,8 @@ def _rate(
     counts = counts[counts.any(1)]
     totals = counts.sum(1)
     bits = float(totals @ np.log2(totals)) - float((counts * np.log2(np.maximum(counts, 1))).sum())
+    # Of so few values the entropy comes out too small (Miller, 1955).
+    bits += (np.count_nonzero(counts) - len(counts)) / (2 * log(2))
     signs = int(counts[:, 1:].sum())
     largest = (counts > 0) @ np.ones(128)
     return (bits + signs) / len(q), 16.0 * float(largest.sum())
@@ -252,18 +276,16 @@ class Bitted:
         rows = self.numbers.transpose(0, 1).reshape(g, n * s).cpu().numpy()
         live = self.bits > 0
         parts = [coder.in_halves(self.bits.numpy().astype(np.uint8))]
-        parts += [_short(self.low.cpu()), _short(self.step.cpu()[live])]
+        parts += [to_short(self.low.cpu()), to_short(self.step.cpu()[live])]
         rows = rows[live.numpy()]
         if self.coded and len(rows):
             centre = np.rint(rows.mean(1)).astype(np.uint8)
-            folded = _folded(rows, centre, self.bits[live].numpy())
+            folded = fold(rows, centre, self.bits[live].numpy())
             return b"".join(
                 [*parts, centre.tobytes(), coder.encode(folded.ravel(), [n * s] * len(rows))]
             )
-        for row, bits in zip(rows, self.bits[live].tolist(), strict=True):
-            each = np.unpackbits(row[:, None], axis=1, count=bits, bitorder="little")
-            parts.append(np.packbits(each, bitorder="little").tobytes())
-        return b"".join(parts)
+        pairs = zip(rows, self.bits[live].tolist(), strict=True)
+        return b"".join([*parts, *(pack_bits(row, bits) for row, bits in pairs)])
 
     @classmethod
     def read(
@@ -282,10 +304,10 @@ class Bitted:
         at = head + 2 * g + 2 * len(live)
         if len(data) < at:
             raise WireError("message: ends before its values")
-        low = _long(data[head : head + 2 * g])
+        low = from_short(data[head : head + 2 * g])
         step = torch.zeros(g)
-        step[torch.from_numpy(live)] = _long(data[head + 2 * g : at])
-        if not _usable(low, step, torch.from_numpy(bits)):
+        step[torch.from_numpy(live)] = from_short(data[head + 2 * g : at])
+        if not usable(low, step, torch.from_numpy(bits)):
             raise WireError("scales: expected finite numbers, steps above 0")
         rows = np.zeros((g, n * s), dtype=np.uint8)
         if coded and len(live):
@@ -295,13 +317,16 @@ class Bitted:
             found = coder.decode(data[at + len(live) :], [n * s] * len(live)).reshape(-1, n * s)
             if (found >> np.minimum(bits[live], 8)[:, None].astype(np.uint16)).any():
                 raise WireError("integers: expected below 2^bits")
-            rows[live] = _unfolded(found, centre, bits[live])
+            rows[live] = unfold(found, centre, bits[live])
         else:
             lengths = (n * s * bits[live] + 7) // 8
             if len(data) != at + int(lengths.sum()):
                 raise WireError(f"message: expected {at + int(lengths.sum())} bytes of values")
             for index, length in zip(live, lengths.tolist(), strict=True):
-                rows[index], at = _unpacked(data[at : at + length], n * s, bits[index]), at + length
+                rows[index], at = (
+                    unpack_bits(data[at : at + length], n * s, bits[index]),
+                    at + length,
+                )
         numbers = torch.from_numpy(rows).view(g, n, s).transpose(0, 1)
         return cls(numbers.to(to), torch.from_numpy(bits), low.to(to), step.to(to), coded)
 
@@ -329,12 +354,39 @@ def encode_bits(values: Tensor, budget: float, coded: bool, noise: Tensor | None
     while int(bits.sum()) and _packed_bytes(bits, n * s) > budget:
         total -= 1
         bits = water_filling(std.square(), total)
-    most = ((1 << bits) - 1).to(x.device).float().unsqueeze(1)
+    if noise is not None:
+        noise = noise.view(n, g, s).transpose(0, 1).reshape(g, n * s)
+    numbers, low, step = affine(x, bits, noise, mean, std)
+    return Bitted(numbers.view(g, n, s).transpose(0, 1), bits, low, step, coded)
+
+
+def affine(
+    x: Tensor,
+    bits: Tensor,
+    noise: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as integers of so many bits each, q = round((x - low) / step), of a clipped range.
+
+    Args:
+        x: [G, M] float32, finite.
+        bits: [G] int64 in [0, 8], on the CPU.
+        noise: [G, M] uniform in [0, 1) rounds up by chance; None to the nearest.
+        mean, std: of the rows, [G], where they are known.
+
+    Returns:
+        q [G, M] uint8; low and step [G] float32 of few digits. A row of 0 bits has its mean as low.
+    """
+    mean = x.mean(1) if mean is None else mean
+    std = x.std(1, correction=0) if std is None else std
+    bits = bits.to(x.device)
+    most = ((1 << bits) - 1).float().unsqueeze(1)
     ends = x.amin(1), x.amax(1)
     sample = x[:, :: max(1, x.numel() // _SEARCHED)]
     best = low = step = torch.zeros_like(mean)
     for factor in _FACTORS:
-        half = _HALF_RANGES.to(x.device)[bits.to(x.device)] * std * factor
+        half = _HALF_RANGES.to(x.device)[bits] * std * factor
         a = torch.maximum(mean - half, ends[0])
         b = torch.minimum(mean + half, ends[1])
         # What crosses are these few digits, so that they are what is rounded by.
@@ -346,19 +398,14 @@ def encode_bits(values: Tensor, budget: float, coded: bool, noise: Tensor | None
         best, low, step = (
             torch.where(better, new, old) for new, old in ((error, best), (a, low), (size, step))
         )
-    live = bits.to(x.device) > 0
-    low = torch.where(live, low, mean.bfloat16().float())
-    step = torch.where(live, step, torch.zeros_like(step))
+    low = torch.where(bits > 0, low, mean.bfloat16().float())
+    step = torch.where(bits > 0, step, torch.zeros_like(step))
     scaled = (x - low.unsqueeze(1)) / step.clamp(min=_TINY).unsqueeze(1)
-    if noise is None:
-        scaled = scaled.round_()
-    else:
-        scaled = (scaled + noise.view(n, g, s).transpose(0, 1).reshape(g, n * s)).floor_()
-    numbers = scaled.clamp_(min=0).minimum(most).to(torch.uint8)
-    return Bitted(numbers.view(g, n, s).transpose(0, 1), bits, low, step, coded)
+    scaled = scaled.round_() if noise is None else scaled.add_(noise).floor_()
+    return scaled.clamp_(min=0).minimum(most).to(torch.uint8), low, step
 
 
-def _folded(
+def fold(
     rows: npt.NDArray[np.uint8], centre: npt.NDArray[np.uint8], bits: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.uint8]:
     """Integers about their row's centre, modulo 2^bits, those near it as small numbers."""
@@ -370,10 +417,10 @@ def _folded(
     return folded.astype(np.uint8)
 
 
-def _unfolded(
+def unfold(
     folded: npt.NDArray[np.uint8], centre: npt.NDArray[np.uint8], bits: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.uint8]:
-    """The inverse of `_folded`."""
+    """The inverse of `fold`."""
     size = (1 << bits)[:, None].astype(np.int16)
     found: npt.NDArray[np.int16] = (
         coder.unfolded(folded.astype(np.int16)) + centre[:, None]
@@ -388,24 +435,30 @@ def _packed_bytes(bits: Tensor, count: int) -> int:
     return (len(bits) + 1) // 2 + 2 * len(bits) + 2 * live + values
 
 
-def _short(numbers: Tensor) -> bytes:
+def to_short(numbers: Tensor) -> bytes:
     """As bfloat16."""
     return numbers.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
 
 
-def _long(data: memoryview) -> Tensor:
+def from_short(data: memoryview) -> Tensor:
     """From bfloat16 to float32."""
     shorts = np.frombuffer(data, dtype="<i2").astype(np.int16)
     return torch.from_numpy(shorts).view(torch.bfloat16).float()
 
 
-def _usable(low: Tensor, step: Tensor, bits: Tensor) -> bool:
+def usable(low: Tensor, step: Tensor, bits: Tensor) -> bool:
     """Whether every integer stands for a finite number."""
     end = low + step * 255
     return bool((low.isfinite() & end.isfinite() & ((step > 0) | (bits == 0))).all())
 
 
-def _unpacked(data: memoryview, count: int, bits: int) -> npt.NDArray[np.uint8]:
+def pack_bits(numbers: npt.NDArray[np.uint8], bits: int) -> bytes:
+    """Integers of so many bits one after another, the lowest bit first, up to a whole byte."""
+    each = np.unpackbits(numbers[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(each, bitorder="little").tobytes()
+
+
+def unpack_bits(data: memoryview, count: int, bits: int) -> npt.NDArray[np.uint8]:
     """So many integers of so many bits. Raises WireError if the last byte has more."""
     each = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
     if each[count * bits :].any():
@@ -452,7 +505,7 @@ def _cosines(side: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _order(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
+def frequency_order(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
     """Positions by their sum of frequencies, [S]; as they are without a transform."""
     if not sides:
         return np.arange(count)

@@ -119,7 +119,8 @@ class SplitClient:
         assert self.scorer is not None
         self.trained.train()
         front = copy.deepcopy(self.front)  # BatchNorm counts what it sees
-        for part in torch.arange(self.size).split(self.config.training.batch_size):
+        parts = torch.arange(self.size).split(self.config.training.batch_size)
+        for part in parts[:: self.scorer.every]:
             if len(part) >= self.smallest:
                 batch = Batch.of(self.examples, part, self.config.device)
                 self.scorer.watch(batch.run(front), batch.labels)
@@ -141,6 +142,8 @@ class SplitClient:
         broadcast, merged, basis = read_round_start(message, round, self.config.shape[0])
         take_values(self.owned, broadcast.tensors, needed=self.owned)
         self.mask = mask if merged is None else merged
+        if self.scorer is not None:
+            self.scorer.begin(round)
         self.basis = None if basis is None else basis.to(self.config.device)
         self.role = LocalContext(
             model=self.layers,
@@ -215,7 +218,7 @@ class SplitClient:
         self.trained.train()
         moved = batch.to(self.config.device)
         smashed = moved.run(self.front)
-        if self.scorer is not None:
+        if self.scorer is not None and batch_id.batch % self.scorer.every == 0:
             self.scorer.watch(smashed.detach(), batch.labels)
         penalty = self.penalty(moved, smashed)
         labels = None if self.tail else batch.labels
@@ -270,7 +273,7 @@ class SplitClient:
         gradient = self.config.link.open_gradient(message, sent.context, self.config.device)
         if self.basis is not None:
             gradient = self.basis.gradient_back(gradient)
-        if self.scorer is not None:
+        if self.scorer is not None and batch_id.batch % self.scorer.every == 0:
             self.scorer.watch_gradient(sent.smashed.detach(), gradient)
         if sent.penalty is not None:
             torch.autograd.backward([sent.smashed, sent.penalty], [gradient, None])

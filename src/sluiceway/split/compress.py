@@ -31,13 +31,13 @@ from sluiceway.split.packing import (
     unpack_gradient,
     unpack_smashed,
 )
-from sluiceway.split.quantise import Coding, is_coded
+from sluiceway.split.quantise import TRANSFORMING, Coding, is_coded
 from sluiceway.split.selection import KeptChannels, Selection, every_channel
 from sluiceway.strategies.parameters import PARAMETERS
 
-Quantize = Literal["none", "fp16", "int8", "int4", "bits", "step", "dct"]
+Quantize = Literal["none", "fp16", "int8", "int4", "bits", "step", "dct", "slfac"]
 #: Those that fill a budget of bytes.
-BUDGETED = ("bits", "step", "dct")
+BUDGETED = ("bits", "step", "dct", "slfac")
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -48,15 +48,16 @@ class Compressor:
         quantize: of smashed data: float32, half precision, 8 or 4 bits with a scale per channel
             (of elements: per example); or as `ratio` allows: whole bits a channel by reverse
             water-filling ("bits"), or one step for all channels, coded by frequencies ("step"),
-            after a cosine transform over positions ("dct"; not of elements).
+            after a cosine transform over positions ("dct"; not of elements); or low frequencies
+            with bits by energy ("slfac", of arXiv 2604.07316; likewise).
         quantize_gradient: of the gradient; None is as `quantize`.
         affine: integers of smashed data count from a channel's smallest value: half the step
             behind a ReLU, for four more bytes a channel. Gradients are always symmetric.
-        ratio: with "bits", "step" and "dct" values take so many times fewer bytes than in float32
-            (of "step" and "dct" to a few percent), in [1, 10^4]. ratio_gradient: of the gradient;
-            None is as `ratio`.
-        stochastic: with "bits", "step" and "dct" gradients are rounded up by chance, so that their
-            mean has no error.
+        ratio: with these four, values take so many times fewer bytes than all of the smashed data
+            in float32, whatever is left out (of "step" and "dct" to a few percent), in [1, 10^4].
+            ratio_gradient: of the gradient; None is as `ratio`.
+        stochastic: with these four gradients are rounded up by chance, so that their mean has no
+            error.
         coder: "range" codes the integers of all rounding by their frequencies, without loss; "step"
             and "dct" always do.
         error_feedback: what rounding took from a client's gradient goes into its next one.
@@ -82,10 +83,11 @@ class Compressor:
 
     def __post_init__(self) -> None:
         self._feedback = ErrorFeedback()
-        if self.elements and "dct" in (self.codec, self.gradient_codec):
-            raise ValueError(
-                f"quantize = 'dct': {self.name} sends elements, which have no positions"
-            )
+        for codec in {self.codec, self.gradient_codec} & set(TRANSFORMING):
+            if self.elements:
+                raise ValueError(
+                    f"quantize = {codec!r}: {self.name} sends elements, which have no positions"
+                )
 
     @property
     def codec(self) -> str:
@@ -99,15 +101,20 @@ class Compressor:
         return self.quantize_gradient or self.quantize
 
     @property
+    def narrowed(self) -> float:
+        """The share of the network's channels that layers of this method leave at the cut."""
+        return 1.0
+
+    @property
     def coding(self) -> Coding:
         """How the numbers of smashed data are written."""
-        return Coding(self.coder == "range", self.ratio)
+        return Coding(self.coder == "range", self.ratio * self.narrowed)
 
     @property
     def gradient_coding(self) -> Coding:
         """How the numbers of gradients are written."""
         ratio = self.ratio if self.ratio_gradient is None else self.ratio_gradient
-        return Coding(self.coder == "range", ratio, self.stochastic)
+        return Coding(self.coder == "range", ratio * self.narrowed, self.stochastic)
 
     def attach(
         self, front: nn.Sequential, back: nn.Sequential, channels: int, dims: int

@@ -36,6 +36,7 @@ class Link(nn.Module):
     rotation: Tensor | None
     mean: Tensor | None
     scale: Tensor | None
+    weight: Tensor | None
 
     def __init__(
         self, compressor: Compressor, mask: Tensor | None = None, basis: Basis | None = None
@@ -48,9 +49,8 @@ class Link(nn.Module):
 
     @property
     def basis(self) -> Basis | None:
-        if self.rotation is None or self.mean is None or self.scale is None:
-            return None
-        return Basis(self.rotation, self.mean, self.scale)
+        parts = {name: getattr(self, name) for name in PARTS}
+        return None if parts["rotation"] is None else Basis(**parts)
 
     @torch.no_grad()
     def forward(self, values: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class MaskSelector:
     ) -> None:
         self.sizes = sizes
         self.merged = choice is not None and choice.masks == "merged"
-        #: Whether scores and the mask cross at all.
+        #: Whether the mask crosses at all.
         self.crossing = self.merged and choice is not None and choice.sends_scores
         keys = [] if choice is None else [ALL] if self.merged else range(len(sizes))
         self.choosers = {key: choice.chooser(count, nbytes) for key in keys if choice is not None}
@@ -76,15 +76,20 @@ class MaskSelector:
         return scores + 1e-9 * scores.abs().clamp(min=1e-3) * self.drawn[key]
 
     def merged_scores(self) -> Tensor | None:
-        """The newest scores of all clients that have any, merged by their examples; [C] float64."""
+        """The newest scores of all clients that have any, merged by their examples; [C] float64.
+
+        Scores of `ALL`, which a server took for all of them, are used alone.
+        """
         if not self.merged or not self.scores:
             return None
+        if ALL in self.scores:
+            return self.scores[ALL]
         rated = sorted(self.scores)
         weights = torch.tensor([float(self.sizes[client]) for client in rated])
         return channels.merge_scores(torch.stack([self.scores[c] for c in rated]), weights)
 
     def rate(self, client: int, scores: Tensor) -> None:
-        """Take a client's newest scores, [C]."""
+        """Take a client's newest scores, or those of `ALL`, [C]."""
         if self.choosers:
             self.scores[client] = scores.double().cpu()
 

@@ -3,7 +3,8 @@
 Each is a safetensors message as in `core.messages`, whose parts may hold these tensors:
 
     round start     model, extra (the strategy's), mask/kept [C] bool,
-                    basis/rotation [C, C] float16, basis/mean and basis/scale [C] float32
+                    basis/rotation [C, C] float16, basis/mean, basis/scale and basis/weight
+                    [C] float32
     round end       model, extra, counts (of BatchNorm, int64 []),
                     scores/channels float32, [C] or what else is measured,
                     loss/examples int64 [] and loss/sum float64 [] (of the tail in a U-shape)
@@ -77,14 +78,15 @@ def read_round_start(
         "rotation": (torch.float16, (channels, channels)),
         "mean": (torch.float32, (channels,)),
         "scale": (torch.float32, (channels,)),
+        "weight": (torch.float32, (channels,)),
     }
     found = _tensors(parts, "basis", kinds, where)
     if found and not (
         all(bool(part.isfinite().all()) for part in found.values())
-        and bool(found["scale"].min() > 0)
+        and all(bool(found[name].min() > 0) for name in ("scale", "weight"))
     ):
-        raise WireError(f"{where}: basis: expected finite numbers, scales above 0")
-    basis = Basis(found["rotation"].float(), found["mean"], found["scale"]) if found else None
+        raise WireError(f"{where}: basis: expected finite numbers, scales and weights above 0")
+    basis = Basis(**{name: part.float() for name, part in found.items()}) if found else None
     return Broadcast(round, parts["model"], parts["extra"]), mask, basis
 
 

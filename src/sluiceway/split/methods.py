@@ -8,21 +8,33 @@ rivals at the same settings send the same number of bytes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
 
 from sluiceway import channels
 from sluiceway.channels import ChannelChooser
+from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.bottleneck import Bottleneck, one_by_one
-from sluiceway.split.compress import Channels, Compressor, Quantized
+from sluiceway.split.compress import Channels, Compressor, Quantize, Quantized
 from sluiceway.split.elements import RandTopK, TopK
-from sluiceway.split.scorers import ChannelScorer, FixedScores, LabelAware, MeanScore, MomentScorer
+from sluiceway.split.packing import BatchId
+from sluiceway.split.scorers import (
+    ChannelScorer,
+    ClassGradients,
+    FixedScores,
+    LabelAware,
+    MeanScore,
+    MomentScorer,
+)
+from sluiceway.split.selection import KeptChannels, Selection
 from sluiceway.strategies.parameters import PARAMETERS
 
 
@@ -60,8 +72,10 @@ class ChannelChoice(Channels):
     decay: float = Field(default=0.5, ge=0, lt=1)
     masks: Literal["merged", "client"] = "merged"
 
-    #: Whether clients must send their scores for a merged mask.
+    #: Whether the mask comes from scores, which the other side must be sent, or from the seed.
     sends_scores: ClassVar[bool] = True
+    #: The server rates channels, by the gradients that it has: no scores cross.
+    at_server: ClassVar[bool] = False
     #: Scores [C] of a batch, from its smashed data, or from that and its gradient.
     batch_score: ClassVar[Callable[..., Tensor]]
     of_gradient: ClassVar[bool] = False
@@ -105,10 +119,22 @@ class ChannelChoice(Channels):
         )
 
 
+#: What `acp-sl` sets for channels of a mask, the paper's form, where nothing else is said.
+CHANNEL_FORM: dict[str, Any] = {"basis": "channels", "quantize": "none"}
+#: Keys that say something of masks alone.
+CHANNEL_KEYS = {"rule", "share", "tau", "kappa", "budget_mb", "ramp_rounds", "margin", "decay"}
+CHANNEL_KEYS |= {"masks", "score", "grid", "memory"}
+
+
 @dataclass(config=PARAMETERS, kw_only=True)
 class ACPSL(ChannelChoice):
-    """ACP-SL (arXiv 2603.09792): label-aware scores decide which channels cross.
+    """ACP-SL (arXiv 2603.09792): components of a better basis, each with the bits it is worth.
 
+    Or, the paper's form, channels chosen by label-aware scores.
+
+    preset: "paper": channels of a mask, not rounded: the paper's form as reconstructed. Keys that
+        are given besides win. The same are the defaults with `basis = "channels"`, which `score`,
+        `grid`, `memory`, `error_feedback` and the keys of masks and their rule imply.
     score: "fisher", "between", "distinct" or "similarity" [ours]. grid: cells a side that channels
         are pooled to, at most 1024. memory: how much of earlier batches' class statistics stays, in
         [0, 1].
@@ -118,20 +144,51 @@ class ACPSL(ChannelChoice):
         over all clients; "label", of that with between-class scatter added; "gradient", of the
         covariance with each channel weighted by its mean squared gradient; "learned", 1x1 layers on
         both sides that begin at the eigenvectors and train. It is estimated when a mask would be
-        chosen: see `warmup`, `every` and `growth`.
+        chosen: see `warmup`, in which the channels themselves are sent, rounded alike, `every` and
+        `growth`.
     label_weight: with basis "label" between-class scatter counts so many times what the covariance
         does, in sum.
+    label_bits: an error of a component counts 1 + label_bits f / mean f times, f the share of its
+        variance that is between classes: such components get more bits; for any other basis than
+        "channels".
     """
 
     name: ClassVar[str] = "acp-sl"
+    quantize: Quantize = "dct"
+    preset: Literal["paper"] | None = None
     score: Literal["fisher", "between", "distinct", "similarity"] = "fisher"
     grid: int = Field(default=4, ge=1, le=1024)
     memory: float = Field(default=0.9, ge=0, le=1)
-    basis: Literal["channels", "eigen", "label", "gradient", "learned"] = "channels"
+    basis: Literal["channels", "eigen", "label", "gradient", "learned"] = "eigen"
     label_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    label_bits: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    def measured(self, round: int) -> bool:
+        """Whether a basis may be estimated from what is measured in a round."""
+        return channels.rechoose(round + 1 - self.warmup, self.every, self.growth)
+
+    @model_validator(mode="before")
+    @classmethod
+    def with_preset(cls, given: Any) -> Any:
+        """The form for channels of a mask below what is given."""
+        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, Mapping):
+            return given
+        # Error feedback is of channels too, but "false" says nothing.
+        implied = values.get("preset") == "paper" or bool(values.get("error_feedback"))
+        implied |= not CHANNEL_KEYS.isdisjoint(values)
+        basis = values.get("basis", "channels" if implied else "eigen")
+        return {**CHANNEL_FORM, **values} if basis == "channels" else given
+
+    @property
+    def by_class(self) -> bool:
+        """Whether moments are taken by class."""
+        return self.basis == "label" or self.label_bits > 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.basis == "channels" and self.label_bits:
+            raise ValueError("label_bits is of components: basis = 'channels' has none")
         if self.basis != "channels" and self.masks == "client":
             raise ValueError(f"basis = {self.basis!r} is one for all clients: masks = 'merged'")
         if self.basis != "channels" and self.error_feedback:
@@ -153,7 +210,8 @@ class ACPSL(ChannelChoice):
 
     def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
         if self.basis != "channels":
-            return MomentScorer(self.basis, classes)
+            by_class, gradients = classes if self.by_class else 1, self.basis == "gradient"
+            return MomentScorer(by_class, gradients, self.measured)
         score = getattr(channels, self.score)
         return LabelAware(score, classes, self.grid, self.memory)
 
@@ -167,6 +225,60 @@ class RandomChannels(ChannelChoice):
 
     def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
         return FixedScores(count, seed)
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class RedrawnChannels(Channels):
+    """Channels drawn anew for each batch, in evaluation too: what papers mostly mean by random.
+
+    share: of all channels, in (0, 1]; at least one crosses. seed: with the batch it decides which.
+    """
+
+    name: ClassVar[str] = "random-batch"
+    share: float = Field(default=0.125, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+
+    def kept(self, shape: tuple[int, ...]) -> int:
+        return channels.share_count(self.share, shape[1])
+
+    def select(self, A: Tensor, batch: BatchId, mask: Tensor | None, training: bool) -> Selection:
+        if mask is not None:
+            raise ValueError(f"mask: {self.name} chooses its channels itself")
+        # Evaluation has no batch of a client: it draws by what crosses.
+        place = batch if training else (int(A.double().sum().view(torch.int64)) & LARGEST_SEED,)
+        seed = int(np.random.SeedSequence((self.seed, *place)).generate_state(1, np.uint64)[0] >> 1)
+        drawn = channels.random_scores(A.shape[1], torch.Generator().manual_seed(seed))
+        return KeptChannels(channels.fraction(drawn, self.share))
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class ICSChannels(ChannelChoice):
+    """Channels of the largest gradients, each class counting alike (ICS-like, arXiv 2609.39194).
+
+    The server rates them, and one mask of all clients changes slowly: see `decay` and `margin`. It
+    needs the labels, and knows no gradient before the first round.
+    """
+
+    name: ClassVar[str] = "ics"
+    at_server: ClassVar[bool] = True
+    warmup: int = Field(default=1, ge=1, le=1_000_000)
+    decay: float = Field(default=0.9, ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masks == "client":
+            raise ValueError("ics: the server rates channels for all clients: masks = 'merged'")
+
+    def scorer(self, count: int, classes: int, seed: int) -> ChannelScorer:
+        return ClassGradients(classes)
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class SLFAC(Compressor):
+    """Low frequencies of every channel, bits by energy (SL-FAC, arXiv 2604.07316)."""
+
+    name: ClassVar[str] = "sl-fac"
+    quantize: Quantize = "slfac"
 
 
 @dataclass(config=PARAMETERS, kw_only=True)
@@ -213,13 +325,16 @@ METHODS: dict[str, type[Compressor]] = {
         Compressor,
         ACPSL,
         RandomChannels,
+        RedrawnChannels,
         L1Channels,
         StdChannels,
         EntropyChannels,
         TaylorChannels,
+        ICSChannels,
         TopK,
         RandTopK,
         Quantized,
+        SLFAC,
         Bottleneck,
     )
 }

@@ -66,13 +66,13 @@ class BasisSelector:
         """The basis of what all clients measured; float32 numbers of which U crosses as float16."""
         _, size = measured_size(self.method, self.count, self.classes)
         found = [self.measured[client] for client in sorted(self.measured)]
-        classes = self.classes if self.method.basis == "label" else 1
+        classes = self.classes if self.method.by_class else 1
         each = [Moments.from_vector(one[:size], self.count, classes) for one in found]
         moments = channels.merge_moments(each)
         scale = torch.ones(self.count)
         if self.method.basis == "label":
-            weight = self.method.label_weight
-            rotation = channels.label_basis(moments.covariance, moments.between, weight)
+            share = self.method.label_weight
+            rotation = channels.label_basis(moments.covariance, moments.between, share)
         elif self.method.basis == "gradient":
             totals = torch.stack([one.total for one in each])
             squares = torch.stack([one[size:] for one in found])
@@ -80,7 +80,13 @@ class BasisSelector:
             rotation, scale = channels.gradient_basis(moments.covariance, mean)
         else:
             rotation, _ = channels.eigenbasis(moments.covariance)
-        return Basis(rotation.half().float(), moments.mean.float(), scale.float())
+        weight = torch.ones(self.count)
+        if self.method.label_bits:
+            scales = torch.outer(scale, scale).double()
+            both = (moments.covariance * scales, moments.between * scales)
+            weight = channels.label_weights(*both, rotation, self.method.label_bits)
+        mean = moments.mean.float()
+        return Basis(rotation.half().float(), mean, scale.float(), weight.float())
 
     def on(self, device: torch.device) -> Basis | None:
         """The basis in which smashed data cross; None for channels, or layers that learn theirs."""
@@ -93,7 +99,8 @@ class BasisSelector:
         if self.basis is None or self.method.basis == "learned":
             return {}
         basis = self.basis
-        return {"rotation": basis.rotation.half(), "mean": basis.mean, "scale": basis.scale}
+        parts = {name: getattr(basis, name) for name in PARTS}
+        return parts | {"rotation": basis.rotation.half()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next round's basis depends on."""
@@ -113,7 +120,7 @@ class BasisSelector:
 
 def measured_size(method: ACPSL, count: int, classes: int) -> tuple[int, int]:
     """How many numbers a client measures, and how many of them, the first, are moments."""
-    moments = channels.moments_size(count, classes if method.basis == "label" else 1)
+    moments = channels.moments_size(count, classes if method.by_class else 1)
     return moments + (count if method.basis == "gradient" else 0), moments
 
 
@@ -121,7 +128,8 @@ def measured_size(method: ACPSL, count: int, classes: int) -> tuple[int, int]:
 def start_learned(model: SplitModel, backs: Sequence[nn.Module], basis: Basis) -> dict[str, Tensor]:
     """Turn the layers around the cut to a basis of what the first gives; the network stays.
 
-    With M, b of `mix` and N, d of `unmix`: M' = U^T M, b' = U^T (b - mu), N' = N U, d' = N mu + d.
+    With M, b of `mix` and N, d of `unmix`: M' = W U^T M, b' = W U^T (b - mu), N' = N U W^-1 and
+    d' = N mu + d.
 
     Args:
         model: the global network.
@@ -132,11 +140,11 @@ def start_learned(model: SplitModel, backs: Sequence[nn.Module], basis: Basis) -
         The new tensors of the client's layers by name, which must reach the clients.
     """
     M, b = (model.front.get_parameter(f"mix.{name}") for name in ("weight", "bias"))
-    U, mu = (part.to(b.device) for part in (basis.rotation, basis.mean))
-    M.copy_((U.T @ M.flatten(1)).view(M.shape))
-    b.copy_(U.T @ (b - mu))
+    basis = basis.to(b.device)
+    M.copy_((basis.matrix @ M.flatten(1)).view(M.shape))
+    b.copy_(basis.matrix @ (b - basis.mean))
     for back in backs:
         N, d = (back.get_parameter(f"unmix.{name}") for name in ("weight", "bias"))
-        d.add_(N.flatten(1) @ mu)
-        N.copy_((N.flatten(1) @ U).view(N.shape))
+        d.add_(N.flatten(1) @ basis.mean)
+        N.copy_((N.flatten(1) @ basis.inverse_matrix).view(N.shape))
     return {"front.mix.weight": M.detach().cpu(), "front.mix.bias": b.detach().cpu()}

@@ -8,7 +8,7 @@ little-endian, nothing aligned:
         4   1  version, 1
         5   1  kind: 1 channels, 2 elements; + 2 for a gradient
         6   1  codec: 0 float32, 1 fp16, 2 int8, 3 int4, 4 int8-affine, 5 int4-affine, 6 bits,
-               7 step, 8 dct
+               7 step, 8 dct, 9 slfac
         7   1  encoding of the selection: 0 none, 1 bits, 2 uint16 indices, 3 uint32 indices
         8   1  bytes of a label: 0 (no labels), 1, 2
         9   1  number of dimensions, 2 to 4
@@ -24,9 +24,9 @@ little-endian, nothing aligned:
     scales     float32: a step per kept channel, or per example of elements; then, affine, the lows
     values     [B, kept, H, W] or [B, k], row by row; see `quantise`
 
-Where integers are coded, or the codec has a budget, scales and values are as `coder` and `budgeted`
-say. Otherwise the length follows from the header (`message_bytes`), so that a message is either
-exact or rejected.
+Where integers are coded, or the codec has a budget, scales and values are as `coder`, `budgeted`
+and `slfac` say. Otherwise the length follows from the header (`message_bytes`), so that a message
+is either exact or rejected.
 Every rejection is a `WireError`, raised before anything is allocated from the message's numbers.
 
 Where both sides are in one process a message stays tensors (`Encoded`), on the device where they
@@ -48,6 +48,7 @@ from sluiceway.core.messages import WireError
 from sluiceway.split.quantise import (
     CODECS,
     PLAIN,
+    TRANSFORMING,
     Codec,
     Coding,
     Values,
@@ -234,7 +235,7 @@ class Header:
             raise WireError(f"header: expected selection code {code}, got {self.encoding}")
         if self.coded and not is_coded(self.codec.name, Coding(coder=True)):
             raise WireError(f"header: {self.codec.name} is not coded, or always")
-        if self.codec.name == "dct" and self.elements:
+        if self.codec.name in TRANSFORMING and self.elements:
             raise WireError("header: elements have no positions to transform")
         if length != self.sections[-1] if self.exact else length < self.sections[-1]:
             raise WireError(f"message: {length} bytes, its header asks for {self.sections[-1]}")
@@ -306,7 +307,7 @@ def message_bytes(
     """The length of a message, exact if neither coded nor budgeted, else what is aimed at::
 
         44 + B label_bytes + selection + 4 parameters groups + ceil(bits values / 8)
-        44 + B label_bytes + selection + 4 values / ratio                  with a budget
+        44 + B label_bytes + selection + 4 B C ... / ratio                 with a budget
 
     Args:
         shape: of the smashed data, [B, C, ...].
@@ -323,7 +324,7 @@ def message_bytes(
     code = NOTHING if gradient else cheapest(shape, kept, elements)
     batch = BatchId(0, 0, 0)
     header = Header(gradient, elements, codec_named(codec), code, label_bytes, batch, shape, kept)
-    budget = int(4 * prod(header.groups) / ratio) if header.codec.budgeted else 0
+    budget = int(4 * prod(shape) / ratio) if header.codec.budgeted else 0
     return header.sections[-1] + budget
 
 
@@ -473,7 +474,7 @@ def _encoded(
     coded = is_coded(name, coding)
     header = Header(gradient, elements, codec, code, label_bytes, context.batch, shape, kept, coded)
     seed = (*context.batch, gradient)
-    values = encode(selection.take(A), codec, coding, header.sides, seed)
+    values = encode(selection.take(A), codec, coding, header.sides, seed, prod(shape))
     return Encoded(header, labels, selection, values)
 
 

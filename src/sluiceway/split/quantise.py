@@ -11,7 +11,7 @@ scale, since channels differ in size by orders of magnitude. With step the group
 - int8-affine, int4-affine: round((x - low) / step), step = (max - low) / 255 or / 15, low = min:
   half the step of the symmetric form where values have one sign, as behind a ReLU.
 
-- bits, step, dct: integers that fill a budget of bytes, see `budgeted`.
+- bits, step, dct, slfac: integers that fill a budget of bytes, see `budgeted` and `slfac`.
 
 The integers are within half a step of x, but for those of a budget. The gradient passes straight
 through the rounding: what comes back for the rounded value is taken as the gradient of the
@@ -29,6 +29,7 @@ from torch import Tensor
 from sluiceway.core.messages import WireError
 from sluiceway.split import coder
 from sluiceway.split.budgeted import Bitted, Stepped, encode_bits, encode_step
+from sluiceway.split.slfac import Frequencies, encode_slfac
 
 # Values worked on at once: the temporaries of this many stay in a core's cache.
 _CHUNK: Final = 1 << 18
@@ -84,6 +85,8 @@ class Codec:
         return 4 * self.parameters * groups + (self.bits * values + 7) // 8
 
 
+#: Codecs that transform positions, which single elements do not have.
+TRANSFORMING: Final = ("dct", "slfac")
 #: Every codec by name.
 CODECS: Final = {
     codec.name: codec
@@ -97,6 +100,7 @@ CODECS: Final = {
         Codec("bits", 6, 0, 0),
         Codec("step", 7, 0, 0),
         Codec("dct", 8, 0, 0),
+        Codec("slfac", 9, 0, 0),
     )
 }
 _STORED: Final = {32: torch.float32, 16: torch.float16, 8: torch.int8, 4: torch.uint8}
@@ -115,7 +119,8 @@ class Coding:
 
     Attributes:
         coder: integers are coded by their frequencies (`coder`); of "step" and "dct" always.
-        ratio: of codecs with a budget: the values as float32 over the bytes that they may take.
+        ratio: of codecs with a budget: all of the smashed data as float32, what is not kept
+            included, over the bytes that the values may take.
         stochastic: of codecs with a budget: rounds up by chance, so that the mean has no error.
     """
 
@@ -241,7 +246,7 @@ def _decoded(data: memoryview, shape: tuple[int, int, int], codec: Codec) -> Ten
 
 
 #: What a message's values may be.
-Values = Quantised | Stepped | Bitted
+Values = Quantised | Stepped | Bitted | Frequencies
 
 
 @torch.no_grad()
@@ -251,6 +256,7 @@ def encode(
     coding: Coding = PLAIN,
     sides: tuple[int, ...] = (),
     seed: tuple[int, ...] = (),
+    total: int | None = None,
 ) -> Values:
     """Values as a codec writes them.
 
@@ -258,8 +264,9 @@ def encode(
         values: [N, G, S], float32, on any device; not changed.
         codec: any.
         coding: how its numbers are written.
-        sides: of the positions, S = prod(sides), for "dct".
+        sides: of the positions, S = prod(sides), for "dct" and "slfac".
         seed: decides what is rounded up by chance.
+        total: values of the smashed data, kept or not; None if these are all.
 
     Raises:
         ValueError: a value is not finite, or a group's range overflows float32 when rounded up
@@ -269,10 +276,12 @@ def encode(
         return Quantised(codec, values, values.new_empty(0, values.shape[1]))
     values = values.contiguous()
     if codec.budgeted:
-        budget = 4 * values.numel() / coding.ratio
+        budget = 4 * (total or values.numel()) / coding.ratio
         noise = _noise(values, seed) if coding.stochastic else None
         if codec.name == "bits":
             return encode_bits(values, budget, coding.coder, noise)
+        if codec.name == "slfac":
+            return encode_slfac(values, budget, coding.coder, sides, noise)
         return encode_step(values, budget, sides if codec.name == "dct" else None, noise)
     parameters = _parameters(values, codec)
     if not _valid(parameters, codec):
@@ -295,6 +304,8 @@ def read(
     """What `payload` gave of values that `encode` wrote. Raises WireError."""
     if codec.name == "bits":
         return Bitted.read(data, shape, coded, device)
+    if codec.name == "slfac":
+        return Frequencies.read(data, shape, coded, sides, device)
     if codec.budgeted:
         return Stepped.read(data, shape, sides if codec.name == "dct" else None, device)
     return Quantised.read(data, shape, codec, device, coded)

@@ -160,7 +160,9 @@ class SplitLoop:
     @property
     def scores_cross(self) -> bool:
         """Whether clients send what they measure."""
-        return self.masks.crossing or self.mixer is not None
+        choice = self.setup.choice
+        rated_here = choice is not None and choice.at_server
+        return (self.masks.crossing and not rated_here) or self.mixer is not None
 
     def send_layers(self, round: int, clients: Sequence[ClientProxy]) -> list[ClientProxy]:
         """Start the round at the clients; returns those that could be reached."""
@@ -203,6 +205,9 @@ class SplitLoop:
                     self.traffic,
                     tails=self.model.tail is not None,
                 )
+        for key, server in self.servers.items():
+            if server.scorer is not None and (scores := server.scorer.scores()) is not None:
+                self.masks.rate(key, scores)
         if copies:
             self.average_copies([c for c in clients if c.client_id not in self.rejected])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,16 @@ from sluiceway.channels import ClassStatistics, Moments
 
 
 class ChannelScorer:
-    """Rates channels on one client, which has the labels in every schedule of training."""
+    """Rates channels on one client, which has the labels in every schedule of training.
+
+    Attributes:
+        every: it sees one batch in so many, the first of a round included.
+    """
+
+    every: ClassVar[int] = 1
+
+    def begin(self, round: int) -> None:
+        """A round begins; before the first one channels may be rated too."""
 
     def watch(self, A: Tensor, labels: Tensor) -> None:
         """See a training batch: smashed data [B, C, ...], labels [B]."""
@@ -93,6 +103,29 @@ class MeanScore(ChannelScorer):
         return mean
 
 
+class ClassGradients(ChannelScorer):
+    """ICS on the server: a round's gradients by class; see `channels.class_balanced`.
+
+    Args:
+        classes: K.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.sums: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, A: Tensor, labels: Tensor) -> None:
+        """See gradients [B, C, ...] in the place of smashed data."""
+        sums, counts = channels.class_gradients(A, labels, self.classes)
+        if self.sums is not None:
+            sums, counts = sums + self.sums[0], counts + self.sums[1]
+        self.sums = sums, counts
+
+    def scores(self) -> Tensor | None:
+        sums, self.sums = self.sums, None
+        return None if sums is None else channels.class_balanced(*sums)
+
+
 class FixedScores(ChannelScorer):
     """Scores that are drawn once from a seed, known from the beginning, and never change."""
 
@@ -107,24 +140,31 @@ class MomentScorer(ChannelScorer):
     """Measures the moments of a round's channels, as one vector; see `Moments.to_vector`.
 
     Args:
-        basis: for "label" the moments are by class, else over all; for "gradient" the vector ends
-            with E[g^2] of each channel.
-        classes: K.
+        classes: K; 1 takes them over all classes.
+        gradients: the vector ends with E[g^2] of each channel.
+        due: whether what is measured in a round is used after it; nothing is measured otherwise.
     """
 
-    def __init__(self, basis: str, classes: int) -> None:
-        self.basis = basis
-        self.classes = classes if self.basis == "label" else 1
+    every: ClassVar[int] = 4
+
+    def __init__(self, classes: int, gradients: bool, due: Callable[[int], bool]) -> None:
+        self.classes, self.gradients, self.due = classes, gradients, due
+        self.measuring = True
         self.moments: Moments | None = None
         self.squares: list[Tensor] = []
 
+    def begin(self, round: int) -> None:
+        self.measuring = self.due(round)
+
     def watch(self, A: Tensor, labels: Tensor) -> None:
-        labels = labels if self.basis == "label" else torch.zeros_like(labels)
+        if not self.measuring:
+            return
+        labels = labels if self.classes > 1 else torch.zeros_like(labels)
         new = Moments.of(A, labels, self.classes)
         self.moments = new if self.moments is None else self.moments.add(new)
 
     def watch_gradient(self, A: Tensor, gradient: Tensor) -> None:
-        if self.basis == "gradient":
+        if self.gradients and self.measuring:
             self.squares.append(gradient.double().square().flatten(2).mean((0, 2)))
 
     def scores(self) -> Tensor | None:
@@ -132,7 +172,7 @@ class MomentScorer(ChannelScorer):
         self.moments, self.squares = None, []
         if moments is None:
             return None
-        if self.basis != "gradient":
+        if not self.gradients:
             return moments.to_vector()
         flat = torch.ones_like(moments.mean)  # before the first step there is no gradient
         mean = torch.stack(squares).mean(0) if squares else flat

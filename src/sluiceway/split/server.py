@@ -13,6 +13,7 @@ from sluiceway.core.guards import finite
 from sluiceway.core.messages import WireError
 from sluiceway.split.config import SplitConfig, TrainedLayers
 from sluiceway.split.packing import BatchId, Encoded, Message, Smashed
+from sluiceway.split.scorers import ChannelScorer
 
 
 class SplitServer:
@@ -22,10 +23,17 @@ class SplitServer:
         back: the layers behind the cut (in a U-shape, those before the tail), trained in place.
         config: what both sides know.
         smallest: steps on fewer examples are left out, 1 for none.
+        scorer: rates channels by their gradients, or None.
     """
 
-    def __init__(self, back: nn.Module, config: SplitConfig, smallest: int = 1) -> None:
-        self.back, self.config, self.smallest = back, config, smallest
+    def __init__(
+        self,
+        back: nn.Module,
+        config: SplitConfig,
+        smallest: int = 1,
+        scorer: ChannelScorer | None = None,
+    ) -> None:
+        self.back, self.config, self.smallest, self.scorer = back, config, smallest, scorer
         self.trained = TrainedLayers(back, config.training)
         #: Of the round, in which smashed data and gradients cross; None for channels.
         self.basis: Basis | None = None
@@ -117,11 +125,15 @@ class SplitServer:
     ) -> list[Encoded]:
         """Forward, backward from the output's gradient, step, and the gradients."""
         self.trained.train()
-        leaves = [one.values.requires_grad_(self.config.gradients) for one in opened]
+        needed = self.config.gradients or self.scorer is not None
+        leaves = [one.values.requires_grad_(needed) for one in opened]
         # Of one message too this makes a copy: the first layer may work in place, and a leaf not.
         out = self.back(torch.cat(leaves))
         out.backward(output_gradient(out))
         self.trained.step()
+        for leaf, one in zip(leaves, opened, strict=True):
+            if self.scorer is not None and leaf.grad is not None and one.labels is not None:
+                self.scorer.watch(leaf.grad, one.labels)
         if not self.config.gradients:
             return []
         total = sum(len(leaf) for leaf in leaves)

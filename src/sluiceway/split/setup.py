@@ -112,6 +112,8 @@ class SharedSetup:
                 f"batch_size = {training.batch_size}: BatchNorm of [B, C] needs at least "
                 f"{max(model.smallest)} examples"
             )
+        if isinstance(method, ChannelChoice) and method.at_server and settings.tail_at is not None:
+            raise ValueError(f"{method.name} needs the labels at the server: not schedule = 'u'")
         rounding = tail_compressor(method)
         self.model, self.schedule, self.seed = model, settings.schedule, settings.seed
         mixes = isinstance(method, ACPSL) and method.basis != "channels"
@@ -144,7 +146,7 @@ class SharedSetup:
     def scorer(self, client_id: int) -> ChannelScorer | None:
         """A client's scorer; None for a method that measures nothing."""
         method = self.choice or self.mixing
-        if method is None:
+        if method is None or method.at_server:
             return None
         own = method.masks == "client"
         seed = derive_seed(self.seed, client_id) if own else self.seed
@@ -159,11 +161,19 @@ class SharedSetup:
 
     def servers(self) -> dict[int, SplitServer]:
         """The server's side: one for `ALL`, or a copy for each client."""
-        back, config, smallest = self.model.back, self.config, self.model.smallest[1]
+        back = self.model.back
         if self.schedule != "copies":
-            return {ALL: SplitServer(back, config, smallest)}
+            return {ALL: self.server(back)}
         copies = (copy.deepcopy(back) for _ in range(self.clients))
-        return {i: SplitServer(own, config, smallest) for i, own in enumerate(copies)}
+        return {i: self.server(own) for i, own in enumerate(copies)}
+
+    def server(self, back: nn.Module) -> SplitServer:
+        """A server with these layers, which rates channels where the method does so there."""
+        config, smallest, choice = self.config, self.model.smallest[1], self.choice
+        scorer = None
+        if choice is not None and choice.at_server:
+            scorer = choice.scorer(self.model.shape[0], config.classes, self.seed)
+        return SplitServer(back, config, smallest, scorer)
 
     def round_bytes(self, sizes: Sequence[int]) -> Callable[[int], int]:
         """From a number of kept channels to the bytes of a round, both directions, at most.
