@@ -119,7 +119,8 @@ class Job:
 
     def overrides(self, table: Table) -> list[str]:
         """All overrides of the recipe."""
-        ours = [f"run.seed={self.seed}", "run.workers=1"]
+        split = table.kind in ("split", "wire", "choices")  # has no workers to choose
+        ours = [f"run.seed={self.seed}", *([] if split else ["run.workers=1"])]
         return [
             *table.set,
             *table.settings[self.setting].set,
