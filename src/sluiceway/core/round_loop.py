@@ -40,10 +40,12 @@ from sluiceway.core.guards import (
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
 from sluiceway.core.metrics import metrics_of
 from sluiceway.core.privacy import spent
+from sluiceway.core.routing_log import routing_record
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.core.waits import counted
 from sluiceway.errors import InputError, line
+from sluiceway.moe import BlockRouting
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies.parameters import PARAMETERS
 
@@ -167,6 +169,7 @@ class Record:
     updates or without outliers: bytes, rejected and failed are of all its attempts, clients those
     that were last drawn.
     `metrics` are the global model's by name (see `metrics_of`), on the global test set.
+    `routing` is by mixture what the used updates report, see `routing_record`.
     """
 
     round: int
@@ -183,6 +186,7 @@ class Record:
     failed: dict[int, str] = field(default_factory=dict)
     retries: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    routing: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -306,11 +310,13 @@ class Attempt:
         filter: what was accepted and what was not.
         aggregation: the running sums.
         bytes_down: packed length of the broadcasts.
+        routing: what each client whose update was taken reports of the mixtures.
     """
 
     filter: UpdateFilter
     aggregation: Aggregation
     bytes_down: int
+    routing: dict[int, Sequence[BlockRouting]]
 
     @property
     def too_few(self) -> TooFewUpdates | None:
@@ -495,6 +501,9 @@ class Loop:
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,
             metrics=metrics_of(evaluation) if evaluation else {},
+            routing=routing_record(
+                {c: seen for c, seen in attempts[-1].routing.items() if c in final.used}
+            ),
         )
 
     def idle_round(self, number: int) -> Record:
@@ -539,10 +548,12 @@ class Loop:
             usual=self.usual,
             at_once=not aggregation.holds,
         )
+        routing: dict[int, Sequence[BlockRouting]] = {}
         for answer in self.engine.train(broadcast, chosen, personal, keep=aggregation.holds):
             if (update := checks.accept(answer)) is not None:
                 aggregation.add(update)
-        return Attempt(checks, aggregation, self.engine.broadcast_bytes() * len(chosen))
+                routing[update.client] = update.routing
+        return Attempt(checks, aggregation, self.engine.broadcast_bytes() * len(chosen), routing)
 
     def commit(self, attempt: Attempt) -> Evaluation | None:
         """Combine the updates, and leave the strategy with the new values if they are sane.

@@ -37,6 +37,7 @@ from sluiceway.files import write_atomically
 #: What is compared, by its key in summary.json.
 MEASURES = (
     "accuracy",
+    "metric_value",
     "best_accuracy",
     "mean_personal_accuracy",
     "bytes_up",
@@ -235,7 +236,8 @@ def value(summary: Mapping[str, Any], measure: str) -> float:
     Seconds are those of the rounds: what comes before, variants of one session share.
     """
     found = summary.get("round_seconds") if measure == "seconds" else None
-    found = summary[measure] if found is None else found
+    if found is None:
+        found = summary.get(measure)
     return float("nan") if found is None else float(found)
 
 
@@ -252,7 +254,8 @@ def tabulate(
     """Means, intervals, and differences to the first variant, paired by seed."""
     variants: list[dict[str, Any]] = []
     first: dict[int, dict[str, Any]] | None = None
-    for values in combinations:
+    references = references_of(combinations)
+    for values, reference in zip(combinations, references, strict=True):
         name = variant_name(values)
         runs = summaries[name]
         entry: dict[str, Any] = {
@@ -266,22 +269,69 @@ def tabulate(
         if first is None:
             first = runs
         else:
-            entry["against_first"] = {
-                m: vars(Interval.of([value(runs[s], m) - value(first[s], m) for s in runs]))
-                for m in MEASURES
-            }
+            entry["against_first"] = differences(runs, first)
+        if reference is not values:
+            other = variant_name(reference)
+            entry["against"] = {"name": other, **differences(runs, summaries[other])}
         variants.append(entry)
     return {"variants": variants}
+
+
+def differences(
+    runs: Mapping[int, Mapping[str, Any]], first: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """By measure, the mean difference of a variant to another, paired by seed, and its interval."""
+    return {
+        m: vars(Interval.of([value(runs[s], m) - value(first[s], m) for s in runs]))
+        for m in MEASURES
+    }
+
+
+def line_key(combinations: Sequence[Mapping[str, Any]]) -> str | None:
+    """The key whose values are compared with each other: the method, else the last one varied.
+
+    None where the variants have other keys than each other.
+    """
+    keys = list(combinations[0])
+    if any(list(values) != keys for values in combinations):
+        return None
+    varied = [key for key in keys if len({repr(values[key]) for values in combinations}) > 1]
+    return "method.name" if "method.name" in varied else (varied or keys)[-1]
+
+
+def references_of(combinations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What each variant is compared with: the first whose other keys have the same values."""
+    key = line_key(combinations)
+    if key is None:
+        return [combinations[0]] * len(combinations)
+    found: dict[str, Mapping[str, Any]] = {}
+    for values in combinations:
+        found.setdefault(panel_name(values, key), values)
+    return [found[panel_name(values, key)] for values in combinations]
+
+
+def panel_name(values: Mapping[str, Any], key: str) -> str:
+    """The values of all keys but one: "data.alpha=0.1"; "" if there are no others."""
+    return variant_name({name: value for name, value in values.items() if name != key})
+
+
+def metric_of(table: Mapping[str, Any]) -> str | None:
+    """The measure besides accuracy by which all runs of a comparison were judged, if any."""
+    found = {run.get("metric") for entry in table["variants"] for run in entry["runs"].values()}
+    return None if found & {"accuracy", None} or len(found) > 1 else str(found.pop())
 
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The comparison as a markdown table."""
     variants = table["variants"]
     seeds = len(variants[0]["runs"])
+    metric = metric_of(table)
+    several = len({entry["against"]["name"] for entry in variants if "against" in entry}) > 1
     head = [
         "",
+        *([metric.replace("_", " ")] if metric else []),
         "accuracy",
-        f"against {variants[0]['name']}",
+        "difference" if several else f"against {variants[0]['name']}",
         "best",
         "personal",
         "MB up",
@@ -290,12 +340,14 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for entry in variants:
-        m, gap = entry["measures"], entry.get("against_first")
+        m, gap = entry["measures"], entry.get("against")
+        behind = f" to {gap['name']}" if gap and several else ""
         rows.append(
             [
                 entry["name"],
+                *([shown(m["metric_value"])] if metric else []),
                 shown(m["accuracy"]),
-                shown(gap["accuracy"], sign=True) if gap else "",
+                shown(gap["accuracy"], sign=True) + behind if gap else "",
                 shown(m["best_accuracy"]),
                 shown(m["mean_personal_accuracy"]),
                 f"{m['bytes_up']['mean'] / 1e6:.1f}",
@@ -312,6 +364,10 @@ def shown(interval: Mapping[str, float], *, sign: bool = False) -> str:
     """An interval for a table cell."""
     if interval["mean"] != interval["mean"]:  # NaN: not measured in this kind of run
         return ""
-    text = f"{interval['mean']:+.4f}" if sign else f"{interval['mean']:.4f}"
-    half = interval["half"]
-    return text if half != half else f"{text} ± {half:.4f}"
+    mean, half = interval["mean"], interval["half"]
+    text = f"{mean:+.4f}" if sign else f"{mean:.4f}"
+    if half != half:
+        return text
+    if not sign and not half <= mean <= 1 - half:  # a share ends at 0 and 1
+        return f"{text} ({max(mean - half, 0):.4f} to {min(mean + half, 1):.4f})"
+    return f"{text} ± {half:.4f}"

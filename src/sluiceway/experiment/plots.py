@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from scipy import stats
+
+from sluiceway.experiment.compare import line_key, panel_name, variant_name
 
 Numbers = NDArray[Any]
 
@@ -54,6 +56,10 @@ METHODS = {method: colour for colour, methods in COLOURS.items() for method in m
 #: For variants that are not methods, and methods not named above.
 OTHERS = ("strong", "orange", "green", "pink", "cyan", "olive", "red", "brown")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+#: Classes whose names are written on an axis, at most.
+NAMED = 30
+#: Panels of small multiples, at most; with more all lines share one.
+MOST_PANELS = 12
 #: One hue between both backgrounds; the count is in its opacity.
 HEAT = "#1f83d6"
 #: Inches. A report shows the full width at about 900 px.
@@ -97,7 +103,62 @@ def comparison_figure(compare: Mapping[str, Any]) -> Figure:
     Returns:
         Mean over seeds with its 95 % band (Student's t); with one seed, the line alone.
     """
-    return curves_figure(curves_of(compare["variants"]))
+    variants = compare["variants"]
+    panels = panels_of(variants)
+    if 1 < len(panels) <= MOST_PANELS:
+        return panels_figure(panels)
+    return curves_figure(curves_of(variants))
+
+
+def panels_of(variants: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The variants by the values of all keys but the one that is compared, which names them."""
+    combinations = [entry.get("values") or {"": entry["name"]} for entry in variants]
+    key = line_key(combinations)
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for entry, values in zip(variants, combinations, strict=True):
+        if key is None or len(values) < 2:
+            panels.setdefault("", []).append(dict(entry))
+            continue
+        own = {key: values[key]}
+        named = {**entry, "name": variant_name(own), "values": own}
+        panels.setdefault(panel_name(values, key), []).append(named)
+    return panels
+
+
+@matplotlib.rc_context(STYLE)
+def panels_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Small multiples with one scale: a row for each value of the other keys.
+
+    Left accuracy by round, right by bytes; a line of one colour is one value of the compared key.
+    """
+    names = list(dict.fromkeys(entry["name"] for held in panels.values() for entry in held))
+    every = [entry for held in panels.values() for entry in held]
+    first = [next(entry for entry in every if entry["name"] == name) for name in names]
+    look = dict(zip(names, looks(first), strict=True))
+    drawn = {name: curves_of(held) for name, held in panels.items()}
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.2 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 2, sharex="col", sharey=True, squeeze=False)
+    most = max(float(c.nbytes.max(initial=0)) for curves in drawn.values() for c in curves)
+    unit, size = byte_unit(most)
+    for (left, right), (name, curves) in zip(rows, drawn.items(), strict=True):
+        for curve in curves:
+            curve = replace(curve, colour=look[curve.name][0], dash=look[curve.name][1])
+            draw(left, curve, np.arange(curve.accuracy.shape[1]) + 1)
+            draw(right, curve, curve.nbytes.mean(0) / size)
+        left.set(title=short(name, 60))
+        right.set_xlim(left=0)
+    rows[0][0].yaxis.set_major_formatter(PercentFormatter(1))
+    rows[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    rows[-1][0].set(xlabel="round")
+    rows[-1][1].set(xlabel=f"{unit}, up and down, all clients")
+    figure.legend(
+        handles=[Line2D([], [], color=look[n][0], ls=look[n][1], lw=2.4) for n in names],
+        labels=[short(n, 40) for n in names],
+        loc="outside upper left",
+        ncols=min(5, len(names)),
+        labelcolor="linecolor",
+    )
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
@@ -237,13 +298,15 @@ def personal_figure(compare: Mapping[str, Any]) -> Figure:
             axes.scatter(values, [row + 0.26] * len(seeds), s=20, color=colour, alpha=0.6, lw=0)
         found = entry["measures"]["mean_personal_accuracy"]
         mean, half = np.array([found["mean"], found["half"]], float)
-        axes.errorbar(mean, row, xerr=half, fmt="o", color=colour, ms=7, lw=2, capsize=3)
+        ends = [[min(half, mean)], [min(half, 1 - mean)]]  # a share ends at 0 and 1
+        axes.errorbar(mean, row, xerr=ends, fmt="o", color=colour, ms=7, lw=2, capsize=3)
     axes.set_yticks(range(len(variants)), [short(entry["name"], 36) for entry in variants])
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.grid(visible=False, axis="y")
     low, high = axes.get_xlim()
     more = max(0.0, 0.05 - (high - low)) / 2  # a small difference shall look small
-    axes.set(xlim=(low - more, high + more), ylim=(len(variants) - 0.4, -0.5))
+    low, high = max(low - more, -0.02), min(high + more, 1.02)
+    axes.set(xlim=(low, high), ylim=(len(variants) - 0.4, -0.5))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
@@ -254,11 +317,11 @@ def holdings_figure(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Fi
 
     Args:
         counts: [clients, classes].
-        names: [classes]; written on the axis when there are at most 30.
+        names: [classes]; written on the axis when there are at most `NAMED`.
     """
     held = np.asarray(counts, dtype=np.int64)
     clients, classes = held.shape
-    named = classes <= 30
+    named = classes <= NAMED
     height = np.clip(0.24 * clients, 1.3, 9) + (1.7 if named else 1)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     wide = np.clip(0.36 * classes, 3.5, 7.4)

@@ -143,6 +143,10 @@ class Run(BaseModel):
     keep: Literal["last", "best"] = "last"
     """Which model a run is there for: that of the last round, or of the first of the best rounds by
     run.metric. The last one is kept always."""
+    track: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Trackers that are told of every round; each needs its extra. TensorBoard writes into the run
+    folder; so do MLflow and Weights & Biases, unless their own variables of the environment
+    (MLFLOW_TRACKING_URI, WANDB_API_KEY) say where to send."""
     patience: int = Field(default=0, ge=0, le=99_999)
     """Evaluations without a better run.metric after which the run ends early; 0 for never."""
 

@@ -23,8 +23,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sluiceway.errors import InputError
-from sluiceway.experiment.compare import tabulate, variant_name
+from sluiceway.experiment.compare import metric_of, tabulate, variant_name
+from sluiceway.experiment.moe_plots import moe_figures, overlaps_figure
 from sluiceway.experiment.plots import (
+    NAMED,
     STYLE,
     THEME,
     byte_unit,
@@ -36,7 +38,7 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.split_plots import at_the_cut, split_figures
 from sluiceway.experiment.summary import summary_so_far
-from sluiceway.experiment.tables import flattened, with_current_keys
+from sluiceway.experiment.tables import flattened, method_label, with_current_keys
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
 ASIDE = (
@@ -46,6 +48,7 @@ ASIDE = (
     "run.workers",
     "run.feature_memory_mb",
     "run.feature_disk_mb",
+    "run.track",
 )
 
 
@@ -140,6 +143,7 @@ def write_run(run: Run) -> Path:
     s = run.summary
     variant = {"name": s["method"], "values": {"method.name": s["method"]}, "runs": {"": s}}
     figures = {"progress": comparison_figure({"variants": [variant]})} | split_figures([variant])
+    figures |= moe_figures(run.records)
     if s.get("accuracy_by_client"):
         personal = {int(client): v for client, v in s.get("personal_accuracy", {}).items()}
         figures["clients"] = clients_figure(s["accuracy_by_client"], personal)
@@ -158,6 +162,9 @@ def write_comparison(folder: Path) -> Path:
             below = folder / place / f"seed-{seed}"
             if (below / "summary.json").is_file():
                 summary["folder"] = below
+                page, told = below / "report.html", below / "summary.json"
+                if not page.is_file() or page.stat().st_mtime < told.stat().st_mtime:
+                    write_run(read_run(below))
     return save_table(folder, table, paired=True)
 
 
@@ -199,6 +206,9 @@ def differs(key: str, flat: Sequence[Mapping[str, Any]]) -> bool:
 def save_table(folder: Path, table: Mapping[str, Any], **more: Any) -> Path:
     """Write the report of a table of variants."""
     figures = {"progress": comparison_figure(table)} | split_figures(table["variants"])
+    if overlaps := overlaps_figure(table["variants"]):
+        figures["overlap"] = overlaps
+    more = {"title": title_of_table(table["variants"]), "metric": metric_of(table)} | more
     found = [entry["measures"]["mean_personal_accuracy"]["mean"] for entry in table["variants"]]
     if any(value is not None and value == value for value in found):
         figures["personal"] = personal_figure(table)
@@ -212,20 +222,27 @@ def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Figure], **more:
     if counts and counts[0]:
         names = s.get("label_names") or [str(n) for n in range(len(counts[0]))]
         figures["holdings"] = holdings_figure(counts, names)
-    data = s["recipe"].get("data", {})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "percent": percent,
+        "report_in": lambda below: "report.html" if (below / "report.html").is_file() else "",
         "points": points,
         "size": human_bytes,
         "time": human_time,
         "at_the_cut": at_the_cut,
         "link": lambda below: quote(Path(os.path.relpath(below, folder)).as_posix()),
     }
+    method = method_label(s["recipe"].get("method", {"name": s["method"]}))
+    if "title" not in more:
+        more["title"] = f"{method} on {data_name(s['recipe'])}"
     template = resources.files("sluiceway.experiment") / "report.html.j2"
     text = environment.from_string(template.read_text(encoding="utf-8")).render(
         s=s,
-        data=data.get("name") or Path(data.get("path", "data")).name,
+        data=data_name(s["recipe"]),
+        method=method,
+        parts=partition_name(s["recipe"]),
+        unit=channel_word(s["recipe"]),
+        key=counts and len(counts[0]) > NAMED and s.get("label_names"),
         recipe=tomli_w.dumps(s["recipe"]),
         theme=THEME,
         figures={name: svg(name, figure) for name, figure in figures.items()},
@@ -234,6 +251,47 @@ def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Figure], **more:
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def data_name(recipe: Mapping[str, Any]) -> str:
+    """The data set of a run for people."""
+    data = recipe.get("data", {})
+    return str(data.get("name") or Path(data.get("path", "data")).name)
+
+
+def partition_name(recipe: Mapping[str, Any]) -> str:
+    """How a run's examples are divided, in a word or two."""
+    data = recipe.get("data", {})
+    kinds = {
+        "iid": "IID",
+        "dirichlet": f"Dirichlet {data.get('alpha')}",
+        "pathological": f"{data.get('classes_per_client')} classes a client",
+        "natural": f"by {data.get('group')}",
+    }
+    return kinds.get(data.get("partition", ""), "")
+
+
+def channel_word(recipe: Mapping[str, Any]) -> str:
+    """What a split run sends of the smashed data: channels, or components of a basis."""
+    basis = recipe.get("method", {}).get("basis", "channels")
+    return "channels" if basis == "channels" else "components"
+
+
+def title_of_table(variants: Sequence[Mapping[str, Any]]) -> str:
+    """What a comparison compares, on which data."""
+    combinations = [entry["values"] for entry in variants]
+    keys = list(dict.fromkeys(key for values in combinations for key in values))
+    varied = [k for k in keys if len({repr(values.get(k)) for values in combinations}) > 1]
+    recipes = [run["recipe"] for entry in variants for run in entry["runs"].values()]
+    data = list(dict.fromkeys(data_name(recipe) for recipe in recipes))
+    on = " and ".join(data) if len(data) < 3 else f"{len(data)} data sets"
+    if varied == ["method.name"] and len(variants) <= 5:
+        names = [str(values["method.name"]) for values in combinations]
+        return f"{', '.join(names[:-1])} and {names[-1]} on {on}"
+    if not varied:
+        return f"{method_label(recipes[0].get('method', {}))} on {on}"
+    method = "" if "method.name" in varied else f", {method_label(recipes[0].get('method', {}))}"
+    return f"{' and '.join(varied)} varied{method} on {on}"
 
 
 def svg(name: str, figure: Figure) -> Markup:
@@ -252,9 +310,14 @@ def svg(name: str, figure: Figure) -> Markup:
 
 
 def percent(value: float | None, half: float | None = None) -> str:
-    """A share, with the half width of its interval: "81.2% ± 1.4"; "-" for None and NaN."""
+    """A share, with the half width of its interval: "81.2% ± 1.4"; "-" for None and NaN.
+
+    An interval that would pass 0 or 1 is told by its ends: "97.0% (93.1% to 100.0%)".
+    """
     if value is None or math.isnan(value):
         return "-"
+    if half is not None and not half <= value <= 1 - half and not math.isnan(half):
+        return f"{value:.1%} ({max(value - half, 0):.1%} to {min(value + half, 1):.1%})"
     return f"{value:.1%}{plus_minus(half)}"
 
 

@@ -35,6 +35,7 @@ from sluiceway.experiment.remote_runs import serve_federated, serve_split
 from sluiceway.experiment.run_directory import RunDirectory
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome, image_input, summarise
+from sluiceway.experiment.trackers import Told, Tracker, chosen_trackers
 from sluiceway.split.training import split_train
 from sluiceway.strategies import STRATEGIES, Central
 from sluiceway.transport.local import federate
@@ -52,6 +53,7 @@ def run(
     progress: Progress | None = None,
     transport: Transport | None = None,
     endpoint: Endpoint | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> tuple[Result, dict[str, Any]]:
     """Run a recipe on this machine, or across sites.
 
@@ -64,6 +66,7 @@ def run(
         progress: what to tell meanwhile.
         transport: reaches the sites that are the clients; None trains them here.
         endpoint: where sites connect to in a split run.
+        trackers: told of the run besides those that `run.track` names, where `out` is given.
 
     Returns:
         The result, and the summary that is in `summary.json`.
@@ -79,6 +82,8 @@ def run(
         raise InputError(
             f"run.engine = {recipe.run.engine!r} is for `sluiceway run`; here it must be 'local'"
         )
+    named: dict[str, Tracker] = dict(chosen_trackers(recipe.run.track))
+    told_too = Told(named | {type(one).__name__: one for one in trackers}, progress.say)
     began = time.perf_counter()
     device = usable_device(recipe.run.device)
     with contextlib.ExitStack() as stack:
@@ -88,6 +93,7 @@ def run(
             progress.begin(recipe.run.rounds)
             if folder:
                 folder.open()
+                told_too("on_start", recipe.resolved(), folder.out)
 
         newest: list[Record] = []
 
@@ -95,6 +101,7 @@ def run(
             newest.append(record)
             if folder:
                 folder.add(record)
+                told_too("on_round", record)
             progress.on_round(record)
 
         told = replace(progress, on_start=on_start, on_round=on_round)
@@ -111,6 +118,7 @@ def run(
         summary = summarise(recipe, outcome, device, seconds)
         if folder:
             folder.finish(outcome.result, summary)
+            told_too("on_end", summary)
     return outcome.result, summary
 
 

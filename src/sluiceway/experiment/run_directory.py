@@ -33,6 +33,7 @@ FREE = (
     "checkpoint_every",
     "checkpoint_keep",
     "patience",
+    "track",
 )
 
 
@@ -169,9 +170,9 @@ def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def clear_folder(out: Path) -> None:
     """Remove what a run left in its folder, and nothing else."""
-    for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html"):
+    for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html", "mlflow.db"):
         (out / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model"):
+    for name in ("checkpoints", "model", "tensorboard", "wandb"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 

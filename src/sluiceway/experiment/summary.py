@@ -107,12 +107,19 @@ def summary_so_far(
         "metrics_by_round": measured,
         "accuracy_by_client": evaluated[-1].get("accuracy_by_client"),
         **client_accuracy(evaluated[-1].get("accuracy_by_client") or []),
+        "routing_overlap_by_round": overlaps(records),
         "bytes_by_round": [record["bytes_up"] + record["bytes_down"] for record in records],
         **{key: sum(r[key] for r in records) for key in ("bytes_up", "bytes_down", "seconds")},
         "round_seconds": sum(r["seconds"] for r in records),
         "clients": recipe.get("data", {}).get("clients"),
         **split_facts(records),
     }
+
+
+def overlaps(records: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """By round, the overlap of the clients' routing, mean over the mixtures; None without any."""
+    found = [[block["overlap"] for block in record.get("routing") or []] for record in records]
+    return [fmean(values) if values else None for values in found]
 
 
 def client_accuracy(by_client: Sequence[float | None]) -> dict[str, float | None]:
