@@ -104,11 +104,6 @@ OTHERS: Final = (
     Condition(
         "model.prompt model.words", "model.answer = 'likelihood'", has("model.answer", "likelihood")
     ),
-    Condition(
-        "model.width",
-        "a model.name of conv4, resnet18 or vgg11",
-        has("model.name", "conv4", "resnet18", "vgg11"),
-    ),
     Condition("train.momentum", "train.optimizer = 'sgd'", has("train.optimizer", "sgd")),
     Condition(
         "train.local_epochs",
