@@ -6,7 +6,7 @@
     python benchmarks/aggregate.py --memory --width 192 --updates 1000   many small ones (5 GB)
 
 Aims: FedAlign-MoE takes at most 1.5 times FedAvg's time plus one pass over the updates (its experts
-by region, the default, take about four times that, see docs/methods.md); FedAvg holds at most 4
+by region, the default, take two and a half times that, see docs/methods.md); FedAvg holds at most 4
 updates in memory, and memory does not grow with their number.
 """
 
