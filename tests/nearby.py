@@ -90,7 +90,9 @@ def sharing(place: Path, count: int, authority: Authority | None = None) -> dict
     for number in range(count):
         folder = place / f"site-{number}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "site.toml").write_text('device = "cpu"\n[data]\nshare = true\n')
+        (folder / "site.toml").write_text(
+            'device = "cpu"\nrecipe_files = ["/"]\n[data]\nshare = true\n'
+        )
         keys = authority.keys(f"site-{number}") if authority else None
         sites[f"site-{number}"] = open_site(folder / "site.toml", keys)
     return sites

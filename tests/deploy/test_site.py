@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.nearby import NearbyTransport
 
 from sluiceway.core.guards import RunFailed
 from sluiceway.deploy.site import open_site
+from sluiceway.deploy.site_file import require_allowed
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.run import run
@@ -22,6 +24,10 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "site.toml"
     path.write_text(text)
     return path
+
+
+#: Of a site that takes the recipe's model from this machine.
+ANY = 'recipe_files = ["/"]\n'
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,73 @@ def test_a_bad_site_file_is_one_line(tmp_path: Path, text: str, why: str) -> Non
     with pytest.raises(InputError, match=why) as caught:
         open_site(written(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('[data]\npath = "none.csv"\n', "data.path = 'none.csv': there is no such file"),
+        ('model = "none"\n[data]\nshare = true\n', "model = 'none': there is no such file"),
+        ('device = "cuda:77"\n[data]\nshare = true\n', "cannot be used here"),
+        ("[data]\nshare = true\n[policy]\nleast = 3\n", "unknown key policy.least; allowed"),
+    ],
+)
+def test_what_a_site_file_names_is_looked_for_at_once(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        open_site(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "why"),
+    [
+        ("least_examples = 1000", [], "least number of examples"),
+        ('methods = ["fedavg"]', [], "does not allow method.name = 'fedalign-moe'"),
+        ("epsilon = 4", [], "this run's is inf"),
+        ("epsilon = 4", ["epsilon=5"], "this run's is 5"),
+        ("epsilon = 4", ["epsilon=4"], None),
+        ("epsilon = 4", ["epsilon=1", "where=server"], "this run's is inf"),
+    ],
+)
+def test_a_site_takes_part_as_its_policy_allows(
+    recipe: Path, tmp_path: Path, policy: str, settings: list[str], why: str | None
+) -> None:
+    private = ["name=gaussian", "clip=1", "where=client", *settings] if settings else []
+    method = ["method.name=fedavg"] if private else []
+    keys = [f"method.privacy.{one}" for one in private]
+    chosen = load_recipe(recipe, ["data.clients=1", "run.rounds=1", *method, *keys])
+    text = f'device = "cpu"\nrecipe_files = ["/"]\n[data]\nshare = true\n[policy]\n{policy}\n'
+    site = open_site(written(tmp_path / "site", text))
+    transport = NearbyTransport({"one": site}, tmp_path)
+    if why is None:
+        run(chosen, transport=transport)
+        log = (tmp_path / "site" / "kept" / "sent.jsonl").read_text().splitlines()
+        assert [json.loads(entry)["asked"] for entry in log] == ["join", "head-sums", "train"]
+        assert json.loads(log[-1])["bytes"] > 1000
+        assert json.loads(log[0])["facts"]["label_counts"] == [1] * 3
+    else:
+        with pytest.raises(RunFailed, match=why):
+            run(chosen, transport=transport)
+
+
+def test_a_recipe_names_no_files_of_a_site(recipe: Path, tmp_path: Path) -> None:
+    text = 'device = "cpu"\n[data]\nshare = true\n'
+    site = open_site(written(tmp_path / "site", text))
+    chosen = load_recipe(recipe, ["data.clients=1", "run.rounds=1"])
+    with pytest.raises(RunFailed, match="names a file of this machine"):
+        run(chosen, transport=NearbyTransport({"one": site}, tmp_path))
+
+
+def test_files_that_a_recipe_may_name(recipe: Path, tmp_path: Path) -> None:
+    chosen = load_recipe(recipe, [])
+    place = Path(str(chosen.data.path)).parent
+    require_allowed(chosen, [place, chosen.model.name])
+    with pytest.raises(InputError, match=r"data\.path = .* names a file"):
+        require_allowed(chosen, [place / "below", chosen.model.name])
+    up = chosen.data.model_copy(update={"path": str(place / "below" / ".." / "secret.csv")})
+    with pytest.raises(InputError, match=r"data\.path"):
+        require_allowed(
+            chosen.model_copy(update={"data": up}), [place / "below", chosen.model.name]
+        )
 
 
 def test_a_missing_site_file(tmp_path: Path) -> None:
@@ -85,7 +158,7 @@ def test_sites_train_on_files_of_their_own(recipe: Path, csv_file: Path, tmp_pat
     parts, test = split_up(csv_file, tmp_path)
     sites = {
         f"site-{i}": open_site(
-            written(tmp_path / f"{i}", f'device = "cpu"\n[data]\npath = "{path}"\n')
+            written(tmp_path / f"{i}", f'device = "cpu"\n{ANY}[data]\npath = "{path}"\n')
         )
         for i, path in enumerate(parts)
     }
@@ -104,7 +177,7 @@ def test_sites_train_on_files_of_their_own(recipe: Path, csv_file: Path, tmp_pat
 def test_a_class_that_the_run_does_not_have(recipe: Path, csv_file: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.csv"
     own.write_text("text,label\na b,strange\n")
-    site = open_site(written(tmp_path / "s", f'[data]\npath = "{own}"\n'))
+    site = open_site(written(tmp_path / "s", f'{ANY}[data]\npath = "{own}"\n'))
     chosen = load_recipe(recipe, ["data.clients=1"])
     with pytest.raises(RunFailed, match=r"site s did not join: DataError: .*strange"):
         run(chosen, transport=NearbyTransport({"s": site}, tmp_path / "rooms"))

@@ -66,7 +66,8 @@ def provision(
     kits = part_of("nvflare", "kits")
     for kit in kits.provision(out, server, port, sites, admin):
         print(f"{kit.role:6} {kit.name}: {kit.folder}")
-    print(f"keep {out / 'authority'} to yourself: who has it can make kits")
+    print(f"each kit holds its owner's private key, and {out / 'authority'} the root's alone")
+    print("send each kit to its owner and keep no copy; who has the root key can make kits")
 
 
 @nvflare.command()
@@ -87,15 +88,23 @@ def start(
             metavar="ADDRESS:PORT", help="For split learning.", show_default="the next port"
         ),
     ] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folders of the server from which recipes may name files; repeatable.",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Start the server or a site from its kit, the folder KIT; runs until it is ended."""
-    from sluiceway.deploy.site_file import toml_of
+    from sluiceway.deploy.site import open_site
 
     starting, kits = part_of("nvflare", "start"), part_of("nvflare", "kits")
     found = kits.read_kit(kit)
     if site is not None:
-        toml_of(site)
-    starting.start_here(found, starting.environment_of(found, site, runs, gate))
+        open_site(site)  # so that its faults are said now
+    starting.start_here(found, starting.environment_of(found, site, runs, gate, files or ()))
 
 
 @nvflare.command()

@@ -8,10 +8,12 @@ share = true                this client's part of the recipe's own partition, to
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import threading
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +25,17 @@ from sluiceway.core.evaluation import label_counts
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.privacy import arrange_privacy, releases_of, told
 from sluiceway.data import ChoiceData, TextData, TextDataset
-from sluiceway.deploy.site_file import Invitation, OwnData, SiteFile, invitation, toml_of
+from sluiceway.deploy.site_file import (
+    Invitation,
+    OwnData,
+    SiteFile,
+    invitation,
+    require_allowed,
+    require_policy,
+    toml_of,
+)
 from sluiceway.deploy.split_site import begin_split
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.builders import (
     chosen_strategy,
     language_model,
@@ -44,6 +54,8 @@ from sluiceway.transport.tls import Credentials
 
 #: File with the newest join request, by which a site that was restarted continues.
 JOINED = "joined.json"
+#: Log of all that left the site: a line of JSON for each answer, without its content.
+SENT = "sent.jsonl"
 
 
 class RunHandler(ClientHandler, Protocol):
@@ -65,9 +77,15 @@ def open_site(path: Path, keys: Credentials | None = None) -> Site:
         InputError: the file cannot be read, or a setting cannot be used.
     """
     try:
-        return Site(SiteFile.model_validate(toml_of(path)), path.parent.resolve(), keys)
+        file = SiteFile.model_validate(toml_of(path))
     except ValidationError as error:
         raise InputError(f"{path}: {first_fault(error, SiteFile)}") from None
+    named = {"data.path": file.data.path, "data.test_path": file.data.test_path}
+    for key, value in (named | {"model": file.model}).items():
+        if value is not None and not (path.parent / value).exists():
+            raise InputError(f"{path}: {key} = {quoted(value)}: there is no such file")
+    usable_device(file.device)
+    return Site(file, path.parent.resolve(), keys)
 
 
 class Site(ClientHandler):
@@ -91,10 +109,28 @@ class Site(ClientHandler):
         """See `ClientHandler.handle`. "join" joins a run; the run handles the rest."""
         with self._lock:
             if request.what == "join":
-                return self.join(request)
+                return self.logged(request, self.join(request))
             if self.run is None:
                 self.run, _ = self.begin(self.remembered())
-            return self.run.handle(request, folder)
+            return self.logged(request, self.run.handle(request, folder))
+
+    def logged(self, request: Request, response: Response) -> Response:
+        """The response, once a line of the site's log says that it leaves."""
+        message = response.message
+        entry: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "asked": request.what,
+            "run": request.facts.get("run"),
+            "facts": dict(response.facts),
+            "bytes": 0 if message is None else message.stat().st_size,
+        }
+        if message is not None:
+            with message.open("rb") as file:
+                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / SENT).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+        return response
 
     def join(self, request: Request) -> Response:
         """Prepare for a run; the response has the model signature and the label counts."""
@@ -118,6 +154,22 @@ class Site(ClientHandler):
     def begin(self, facts: dict[str, Any]) -> tuple[RunHandler, dict[str, Any]]:
         """A run's handler, and what the server gets. Raises InputError, DataError."""
         invited, device = invitation(facts), usable_device(self.file.device)
+        recipe, file = invited.recipe, self.file
+        if file.model is not None:
+            chosen = recipe.model.model_copy(update={"name": "minilm"})  # it is not read
+            recipe = recipe.model_copy(update={"model": chosen})
+        folders = [self.place / folder for folder in file.recipe_files]
+        require_allowed(recipe, folders, data=file.data.share)
+        found = self.prepared(invited, device)
+        try:
+            require_policy(invited.recipe, file.policy, sum(found[1]["label_counts"]))
+        except InputError:
+            found[0].close()
+            raise
+        return found
+
+    def prepared(self, invited: Invitation, device: str) -> tuple[RunHandler, dict[str, Any]]:
+        """A run's handler, and what the server gets. Raises InputError, DataError."""
         if invited.recipe.run.kind == "split":
             return begin_split(self.file, self.folder, invited, device, self.keys, self.leave)
         return begin_federated(self.file, self.place, self.folder, invited, device)

@@ -9,6 +9,7 @@ share = true                this client's part of the recipe's own partition, to
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.recipe import TABLE, Recipe, Text, recipe_from
 
 
@@ -44,15 +45,33 @@ class OwnData(BaseModel):
         return self
 
 
+class Policy(BaseModel):
+    """[policy] of a site file: the runs that a site takes part in.
+
+    least_examples: that it must hold. methods: names that method.name may have, all by default.
+    schedules: names that run.schedule may have in a split run, all by default. epsilon: a run's
+    epsilon with noise at the client, at most; a run without any is refused then.
+    """
+
+    model_config = TABLE
+    least_examples: int = Field(default=1, ge=0, le=10**12)
+    methods: list[Text] | None = None
+    schedules: list[Text] | None = None
+    epsilon: float | None = Field(default=None, gt=0)
+
+
 class SiteFile(BaseModel):
     """The settings of a site.
 
-    data: see `OwnData`. folder: for client states, relative to the file.
+    data: see `OwnData`. policy: see `Policy`. folder: for client states, relative to the file.
     device: where it trains. model: the model's folder here, in place of the recipe's model.name.
+    recipe_files: folders of this machine from which a recipe may name files, none by default.
     """
 
     model_config = TABLE
     data: OwnData
+    policy: Policy = Field(default_factory=Policy)
+    recipe_files: list[Text] = Field(default_factory=list)
     folder: Text = "kept"
     device: Text = "auto"
     model: Text | None = None
@@ -98,6 +117,69 @@ def endpoint_of(found: Any) -> tuple[str, int] | None:
     return host, port
 
 
+def require_allowed(recipe: Recipe, folders: Sequence[str | Path], *, data: bool = True) -> None:
+    """Refuse a recipe from elsewhere that names files of this machine outside of these folders.
+
+    Args:
+        folders: absolute, or relative to the working directory.
+        data: whether its data.path would be read here.
+
+    Raises:
+        InputError: which key names what.
+    """
+    named = {
+        "model.name": recipe.model.name,
+        "model.gguf": recipe.model.gguf,
+        "model.pretrained": recipe.model.pretrained,
+    }
+    if data:
+        named |= {"data.path": recipe.data.path, "data.test_path": recipe.data.test_path}
+    roots = [Path(folder).resolve() for folder in folders]
+    for key, value in named.items():
+        here = value is not None and (
+            key.startswith("data.") or value.startswith(("/", ".", "~")) or Path(value).exists()
+        )
+        if here and not any(Path(str(value)).resolve().is_relative_to(root) for root in roots):
+            raise InputError(
+                f"{key} = {quoted(value)} names a file of this machine, which a recipe from "
+                "elsewhere may not: see `recipe_files` of a site file, `start --files` of a server"
+            )
+
+
+def require_policy(recipe: Recipe, policy: Policy, examples: int) -> None:
+    """Refuse a run that the site's policy does not allow. Raises InputError."""
+    if examples < policy.least_examples:
+        raise InputError("the site's policy: it holds fewer than its least number of examples")
+    method = str(recipe.method.get("name"))
+    if policy.methods is not None and method not in policy.methods:
+        raise InputError(f"the site's policy does not allow method.name = {quoted(method)}")
+    split = recipe.run.kind == "split"
+    if split and policy.schedules is not None and recipe.run.schedule not in policy.schedules:
+        raise InputError(f"the site's policy does not allow run.schedule = {recipe.run.schedule!r}")
+    if policy.epsilon is not None:
+        cost = epsilon_of(recipe)
+        if cost > policy.epsilon * (1 + 1e-6):
+            raise InputError(
+                f"the site's policy allows an epsilon of {policy.epsilon:g} with noise at the "
+                f"client, and this run's is {cost:.3g}"
+            )
+
+
+def epsilon_of(recipe: Recipe) -> float:
+    """What a run costs a client against the server, at most; infinity without noise there."""
+    from sluiceway.core.privacy import releases_of
+    from sluiceway.strategies import Strategy
+
+    strategy = recipe.built()
+    private = strategy.privacy if isinstance(strategy, Strategy) else None
+    if private is None or private.where != "client":
+        return float("inf")
+    assert isinstance(strategy, Strategy)
+    releases = releases_of(strategy, recipe.run.rounds, recipe.head_start)
+    private.setup(releases)
+    return private.spent(releases)
+
+
 def toml_of(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises InputError."""
     try:
@@ -112,6 +194,7 @@ def write_site_file(folder: Path, device: str) -> Path:
     """Write a file for a site whose data are its client's part of the recipe's own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "site.toml"
-    tables = {"device": device, "data": {"share": True}}
+    # On a machine of one's own a recipe may name any file.
+    tables = {"device": device, "recipe_files": ["/"], "data": {"share": True}}
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -99,6 +100,26 @@ def test_a_run_whose_server_was_killed_gives_the_local_numbers(
     assert any(line.startswith("round 4:") for line in lines)
 
 
+def test_fifty_strangers_who_say_nothing_keep_nobody_out(
+    deployment: Deployment, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    tables["run"]["rounds"] = 2
+    _, local = run(recipe_of(tables, "local"))
+    address = deployment.admin.address
+    with contextlib.ExitStack() as stack:
+        for number in range(50):
+            stranger = stack.enter_context(socket.create_connection(address, 10))
+            if number % 2:
+                stranger.sendall(b"\x16\x03\x01")  # the beginning of a TLS handshake, and no more
+        deployment.kill("north")
+        deployment.start_kit("north")
+        with opened(deployment.admin, START_TIMEOUT) as session:
+            spec = spec_of(recipe_of(tables, "nvflare"), "strangers")
+            submit(session, spec, tmp_path / "home", print)
+    summary = json.loads((tmp_path / "home" / "summary.json").read_text())
+    assert summary["accuracy_by_round"] == local["accuracy_by_round"]
+
+
 def test_a_site_that_was_killed_is_named_and_comes_back(
     deployment: Deployment, tables: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -162,6 +183,7 @@ def test_a_site_with_other_shapes_is_refused_in_one_line(
 def admitted(port: int, root: Path, keys: Credentials | None) -> bool:
     """Whether the server keeps a connection that is made as a site does."""
     context = ssl.create_default_context(cafile=str(root))
+    context.set_alpn_protocols(["h2"])  # as gRPC's clients do
     if keys is not None:
         context.load_cert_chain(keys.certificate, keys.key)
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
 from sluiceway.cli import main
 from sluiceway.deploy.nvflare.kits import CLASSES, localise, provision, read_kit
-from sluiceway.deploy.nvflare.start import command_of, environment_of
+from sluiceway.deploy.nvflare.names import require_name
+from sluiceway.deploy.nvflare.start import command_of, environment_of, lock
 from sluiceway.errors import InputError
 
 ADMIN = "admin@sluiceway.local"
@@ -37,6 +39,31 @@ def test_a_kit_allows_our_classes_and_no_code(tmp_path: Path) -> None:
         rights = json.loads((kit.folder / "local" / "authorization.json").read_text())
         assert list(rights["permissions"]) == ["project_admin"]
         assert rights["permissions"]["project_admin"]["byoc"] == "none"
+
+
+def test_the_authority_keeps_no_key_but_the_root(tmp_path: Path) -> None:
+    kits = provision(tmp_path, "localhost", 8002, ["north"], ADMIN)
+    own = [kit.keys.key.read_text().strip() for kit in kits]
+    kept = [path for path in (tmp_path / "authority").rglob("*") if path.is_file()]
+    texts = [path.read_text(errors="replace").replace("\\n", "\n") for path in kept]
+    assert not any(key in text for key in own for text in texts)
+    assert sum(text.count("PRIVATE KEY-----") for text in texts) == 2  # begin and end of one
+
+
+def test_a_kit_runs_once_at_a_time(tmp_path: Path) -> None:
+    site = provision(tmp_path, "localhost", 8002, ["north"], ADMIN)[2]
+    held = lock(site)
+    with pytest.raises(InputError, match="is started already"):
+        lock(site)
+    os.close(held)
+    os.close(lock(site))
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc", "a/b", ".", "..", "", "a\nb", "x" * 300])
+def test_names_that_are_no_folders_of_runs(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be the name of a run"):
+        require_name(name)
+    assert require_name("agnews method.name=fedavg-1") == "agnews method.name=fedavg-1"
 
 
 def test_a_server_keeps_its_jobs_wherever_its_kit_is(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sluiceway.core.signals import ask_to_stop, graceful_stop
 from sluiceway.deploy.nvflare.kits import read_kit
 from sluiceway.deploy.nvflare.names import (
     ENDPOINT,
+    FILES,
     KIT,
     OUTCOME,
     PROGRESS,
@@ -24,10 +25,12 @@ from sluiceway.deploy.nvflare.names import (
     RUNS,
     STOP,
     refuse_tensors,
+    require_name,
     typed,
 )
 from sluiceway.deploy.nvflare.transport import NvflareTransport
-from sluiceway.errors import outcome_of
+from sluiceway.deploy.site_file import require_allowed
+from sluiceway.errors import InputError, outcome_of
 from sluiceway.experiment.progress import described
 from sluiceway.experiment.recipe import recipe_from
 from sluiceway.experiment.run import run
@@ -79,21 +82,26 @@ class ServerController:
         result.mkdir(exist_ok=True)
         proxies = {proxy.name: proxy for proxy in collab.clients}
         transport = NvflareTransport([proxies.get(site) for site in self.sites], self.sites)
-        out = Path(os.environ[RUNS]) / self.name
-        code, line = outcome_of(lambda: self._run(transport, out))
+        code, line = outcome_of(lambda: self._run(transport, self.out()))
         (result / "model").mkdir(exist_ok=True)
         for name in LIGHT:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copy(out / name, result / name)
+            with contextlib.suppress(FileNotFoundError, InputError):
+                shutil.copy(self.out() / name, result / name)
         outcome = {"code": code, "line": line, "lines": self.lines}
         (result / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
+
+    def out(self) -> Path:
+        """The run folder. Raises InputError: the name is none."""
+        return Path(os.environ[RUNS]) / require_name(self.name)
 
     def _run(self, transport: NvflareTransport, out: Path) -> None:
         kit = read_kit(Path(os.environ[KIT]))
         listen, port = os.environ[ENDPOINT].rsplit(":", 1)
+        recipe = recipe_from(tomllib.loads(self.recipe))
+        require_allowed(recipe, json.loads(os.environ.get(FILES, "[]")))
         with graceful_stop(self.say):
             run(
-                recipe_from(tomllib.loads(self.recipe)),
+                recipe,
                 out,
                 resume=self.resume,
                 force=self.force,

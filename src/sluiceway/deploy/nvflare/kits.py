@@ -17,8 +17,9 @@ from sluiceway.transport.tls import Credentials
 #: Organisation in all certificates; NVFlare grants rights by role, of which one is used.
 ORG: Final = "sluiceway"
 PROJECT: Final = "sluiceway"
-#: NVFlare's driver: TLS on TCP has twice the throughput of its HTTP driver.
-SCHEME: Final = "tcp"
+#: NVFlare's driver. Its own on TCP does the TLS handshake where it accepts, so that one stranger
+#: who says nothing keeps every site out.
+SCHEME: Final = "grpc"
 #: The only classes that a job may name. No job can bring code.
 CLASSES: Final = (
     "nvflare.collab.runtime.controller.CollabController",
@@ -132,7 +133,19 @@ def provision(
             shutil.copytree(made / source, folder)
             restrict(folder, name, classes)
         kits.append(read_kit(folder))
+    forget_keys(out / "authority")
     return kits
+
+
+def forget_keys(authority: Path) -> None:
+    """Leave no private key but the root's with the authority: each is in its owner's kit."""
+    for folder in (authority / PROJECT).glob("prod_*"):
+        shutil.rmtree(folder)
+    path = authority / PROJECT / "state" / "cert.json"
+    state = table_of(path)
+    roots = {name: value for name, value in state.items() if not isinstance(value, dict)}
+    write(path, roots)
+    path.chmod(0o600)
 
 
 def nvflare_kits(work: Path, host: str, port: int, sites: Sequence[str], admin: str) -> Path:

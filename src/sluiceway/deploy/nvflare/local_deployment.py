@@ -34,6 +34,7 @@ class Deployment(Processes):
         runs: where the server keeps run folders.
         classes: that jobs may name.
         environment: added for all processes.
+        files: folders from which recipes may name files; on one's own machine any.
     """
 
     folder: Path = field(kw_only=True)
@@ -41,6 +42,7 @@ class Deployment(Processes):
     runs: Path = field(kw_only=True)
     classes: Sequence[str] = field(default=CLASSES, kw_only=True)
     environment: dict[str, str] = field(default_factory=dict, kw_only=True)
+    files: Sequence[str] = field(default=("/",), kw_only=True)
 
     def __enter__(self) -> Deployment:
         made = provision(
@@ -59,7 +61,9 @@ class Deployment(Processes):
     def start_kit(self, name: str) -> None:
         """Start the server or a site."""
         kit = self.kits[name]
-        environment = environment_of(kit, self.sites.get(name), self.runs, f"{LOOPBACK}:0")
+        environment = environment_of(
+            kit, self.sites.get(name), self.runs, f"{LOOPBACK}:0", self.files
+        )
         localise(kit)
         log = kit.folder / "console.log"
         self.start(name, command_of(kit), {**self.environment, **environment}, log)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
+
+from sluiceway.errors import InputError, quoted
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,6 +28,8 @@ KIT: Final = "SLUICEWAY_KIT"
 SITE: Final = "SLUICEWAY_SITE"
 RUNS: Final = "SLUICEWAY_RUNS"
 ENDPOINT: Final = "SLUICEWAY_ENDPOINT"
+#: A JSON list of folders of the server from which recipes may name files.
+FILES: Final = "SLUICEWAY_FILES"
 
 #: Parts of a job, by their names in its configuration.
 CONTROLLER, EXECUTOR = "sluiceway_server", "sluiceway_client"
@@ -32,6 +37,15 @@ CONTROLLER, EXECUTOR = "sluiceway_server", "sluiceway_client"
 PROGRESS, STOP = "sluiceway.progress", "sluiceway.stop"
 #: In a job's workspace on the server: the part of the run folder that the admin downloads.
 RESULT, OUTCOME = "run", "outcome.json"
+
+
+def require_name(name: str) -> str:
+    """The name of a run, which becomes a folder's at the server. Raises InputError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ =+-]{0,199}", name):
+        raise InputError(
+            f"{quoted(name)} cannot be the name of a run: letters, digits and . _ = + - alone"
+        )
+    return name
 
 
 def refuse_tensors() -> None:

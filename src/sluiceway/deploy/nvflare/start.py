@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sluiceway.deploy.nvflare.kits import ORG, Kit, localise
-from sluiceway.deploy.nvflare.names import ENDPOINT, KIT, RUNS, SITE
+from sluiceway.deploy.nvflare.names import ENDPOINT, FILES, KIT, RUNS, SITE
 from sluiceway.errors import InputError
 
 
@@ -25,7 +27,11 @@ def command_of(kit: Kit) -> list[str]:
 
 
 def environment_of(
-    kit: Kit, site: Path | None = None, runs: Path | None = None, endpoint: str | None = None
+    kit: Kit,
+    site: Path | None = None,
+    runs: Path | None = None,
+    endpoint: str | None = None,
+    files: Sequence[str | Path] = (),
 ) -> dict[str, str]:
     """The environment of its processes.
 
@@ -34,6 +40,7 @@ def environment_of(
         runs: where run folders are kept, for the server; None for `runs` in the kit.
         endpoint: ADDRESS:PORT to listen on for split learning, for the server; None for any address
             and the port after the server's own. Port 0 is any that is free.
+        files: folders of the server from which recipes may name files.
 
     Raises:
         InputError: a site without a file, or a server with one.
@@ -50,12 +57,32 @@ def environment_of(
     address, _, port = endpoint.rpartition(":")
     if not address or not port.isdecimal() or int(port) > 65535:
         raise InputError(f"--gate {endpoint}: give ADDRESS:PORT, such as 0.0.0.0:8003")
-    return made | {RUNS: str((runs or kit.folder / "runs").resolve()), ENDPOINT: endpoint}
+    return (
+        made
+        | {RUNS: str((runs or kit.folder / "runs").resolve()), ENDPOINT: endpoint}
+        | {FILES: json.dumps([str(Path(folder).resolve()) for folder in files])}
+    )
+
+
+def lock(kit: Kit) -> int:
+    """A file descriptor that locks a kit as long as it is open. Raises InputError."""
+    handle = os.open(kit.folder / "running.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(f"{kit.folder} is started already; a kit runs once at a time") from None
+    return handle
 
 
 def start_here(kit: Kit, environment: Mapping[str, str]) -> None:
-    """Become NVFlare's process of this kit; does not return."""
+    """Become NVFlare's process of this kit; does not return.
+
+    Raises:
+        InputError: it runs already.
+    """
     command = command_of(kit)
+    os.set_inheritable(lock(kit), True)
     localise(kit)
     os.environ.update(environment)
     os.execv(command[0], command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from typing import Any
 import tomli_w
 
 from sluiceway.core.guards import RunFailed
+from sluiceway.core.signals import Stopped
 from sluiceway.deploy.nvflare.admin import AdminSession
 from sluiceway.deploy.nvflare.job import write_job
-from sluiceway.deploy.nvflare.names import OUTCOME, STOP
+from sluiceway.deploy.nvflare.names import OUTCOME, STOP, require_name
 from sluiceway.deploy.outcome import raise_outcome
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe
@@ -80,6 +82,7 @@ def start_job(session: AdminSession, spec: JobSpec, folder: Path, say: Say) -> s
     Raises:
         InputError, RunFailed: see `submit`.
     """
+    require_name(spec.name)
     if len(spec.sites) != spec.recipe.data.clients:
         raise InputError(
             f"data.clients = {spec.recipe.data.clients}, but {len(spec.sites)} sites are named"
@@ -108,8 +111,9 @@ def watch(session: AdminSession, job: str, say: Say) -> None:
             session.session.do_app_command(job, STOP, {})
             session.watch(job, say, check=lambda: None)
         except BaseException:  # it does not run yet, or this is the second Ctrl-C
-            session.session.abort_job(job)
-            raise
+            with contextlib.suppress(Exception):
+                session.session.abort_job(job)
+            raise Stopped from None
 
 
 def outcome_in(result: Path | None) -> dict[str, Any]:
