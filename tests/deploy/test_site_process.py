@@ -102,7 +102,7 @@ def test_an_idle_process_ends(tmp_path: Path) -> None:
 def test_a_real_site_joins_and_ends_with_its_parent(recipe: Path, tmp_path: Path) -> None:
     chosen = load_recipe(recipe, ["data.clients=2"])
     file, out = tmp_path / "site.toml", tmp_path / "out"
-    file.write_text('device = "cpu"\n[data]\nshare = true\n')
+    file.write_text('device = "cpu"\nrecipe_files = ["/"]\n[data]\nshare = true\n')
     out.mkdir()
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
     folder = tmp_path / "process"

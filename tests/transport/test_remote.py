@@ -213,8 +213,11 @@ def test_a_site_with_other_shapes_is_refused(recipe: Path, tmp_path: Path) -> No
 
 def test_a_site_that_cannot_join_is_named(recipe: Path, tmp_path: Path) -> None:
     reach = transport(tmp_path / "sites")
-    (tmp_path / "sites" / "site-1" / "site.toml").write_text('[data]\npath = "none.csv"\n')
-    reach.handlers["site-1"] = open_site(tmp_path / "sites" / "site-1" / "site.toml")
+    place = tmp_path / "sites" / "site-1"
+    (place / "site.toml").write_text('recipe_files = ["/"]\n[data]\npath = "none.csv"\n')
+    (place / "none.csv").touch()
+    reach.handlers["site-1"] = open_site(place / "site.toml")
+    (place / "none.csv").unlink()  # after it was looked for
     with pytest.raises(RunFailed, match=r"site site-1 did not join: .*none\.csv"):
         run(small(recipe), transport=reach)
 

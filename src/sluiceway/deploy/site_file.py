@@ -127,15 +127,17 @@ def require_allowed(recipe: Recipe, folders: Sequence[str | Path], *, data: bool
     Raises:
         InputError: which key names what.
     """
-    named = {
-        "model.name": recipe.model.name,
-        "model.gguf": recipe.model.gguf,
-        "model.pretrained": recipe.model.pretrained,
-    }
-    if data:
-        named |= {"data.path": recipe.data.path, "data.test_path": recipe.data.test_path}
+    named = [
+        ("model.name", recipe.model.name),
+        ("model.gguf", recipe.model.gguf),
+        ("model.pretrained", recipe.model.pretrained),
+    ]
+    for key in ("path", "test_path") if data else ():
+        value = getattr(recipe.data, key)
+        files = value if isinstance(value, list | tuple) else [value]
+        named += [(f"data.{key}", file) for file in files]
     roots = [Path(folder).resolve() for folder in folders]
-    for key, value in named.items():
+    for key, value in named:
         here = value is not None and (
             key.startswith("data.") or value.startswith(("/", ".", "~")) or Path(value).exists()
         )

@@ -37,7 +37,7 @@ from sluiceway.transport.local import (
 from sluiceway.transport.protocol import Request, Response, TaskFailure, Transport
 
 #: Largest count of examples of a class, and most classes, that a site may claim.
-COUNT_LIMIT = 10**12
+COUNT_LIMIT = 10**9
 CLASSES_LIMIT = 1 << 16
 #: Seconds for a round's training where `run.timeout` does not say.
 ROUND_TIMEOUT = 86_400.0
