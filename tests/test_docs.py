@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pandas as pd
 import pytest
+import typer
+
+from sluiceway.cli import app
+from sluiceway.experiment.recipe import load_recipe
+from sluiceway.experiment.tables import shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,6 +117,54 @@ def test_links_of_the_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if "://" not in target and target != "recipe-keys.md":
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `sluiceway ...` line of the pages' shell blocks, without continuations and remarks."""
+    found = []
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+    ):
+        for block in blocks(page, ""):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                text = re.split(r"\s{3,}|\s#", line.strip())[0]
+                if text.startswith("sluiceway "):
+                    found.append((page, shlex.split(text)[1:]))
+    return found
+
+
+def test_commands_of_the_pages_parse() -> None:
+    """Commands, options and arguments exist; nothing is run."""
+    top = typer.main.get_command(app)
+    seen = commands()
+    assert len(seen) > 25
+    for page, words in seen:
+        if "|" in " ".join(words) or (words[:1] == ["run"] and "first" in words):
+            continue  # alternatives, or methods that the page itself adds
+        command, context, rest = top, click.Context(top), list(words)
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            name = rest.pop(0)
+            assert name in command.commands, f"{page}: sluiceway {' '.join(words)}"
+            command = command.commands[name]
+            context = click.Context(command, parent=context)
+        try:
+            command.make_context(command.name, rest, resilient_parsing=False)
+        except click.UsageError as error:
+            pytest.fail(f"{page}: sluiceway {' '.join(words)}: {error.format_message()}")
+        except (click.exceptions.Exit, SystemExit):
+            pass
+
+
+def test_recipes_and_keys_of_the_pages_are_right() -> None:
+    for page, words in commands():
+        if words[0] not in ("run", "show") or words[1] not in shipped_recipes():
+            continue
+        given = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "--set"]
+        if "CONTRIBUTING" in page:  # its methods are added there
+            continue
+        load_recipe(words[1], given)
 
 
 @pytest.mark.slow

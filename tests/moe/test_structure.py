@@ -31,6 +31,7 @@ from sluiceway.transport.local import federate
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = {"head_dim": 8}
 GROUPS = DEEPSEEK | HEAD | {"n_group": 1}
+SPARSE = {"q_lora_rank": 8, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 SHARED = {"shared_intermediate_size": 12}
 LINEAR = {f"linear_{n}": 2 for n in ("num_key_heads", "num_value_heads")}
 LINEAR |= {f"linear_{n}_head_dim": 8 for n in ("key", "value")}
@@ -51,7 +52,13 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_olmo": ("FlexOlmoModel", OLMOE),
     "glm4_moe": ("Glm4MoeModel", GROUPS | {"partial_rotary_factor": 0.5}),
     "glm4_moe_lite": ("Glm4MoeLiteModel", DEEPSEEK | {"n_group": 1, "q_lora_rank": 8}),
+    "glm_moe_dsa": ("GlmMoeDsaModel", DEEPSEEK | {"n_group": 1} | SPARSE),
+    "granitemoehybrid": (
+        "GraniteMoeHybridModel",
+        LOCAL | SHARED | {"layer_types": ["attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 8},
+    ),
     "granitemoeshared": ("GraniteMoeSharedModel", LOCAL | SHARED),
+    "hy_v3": ("HYV3Model", ROUTED | HEAD | {"first_k_dense_replace": 0}),
     "hunyuan_v1_moe": (
         "HunYuanMoEV1Model",
         HEAD | {"num_experts": 4, "moe_topk": 2},
@@ -61,6 +68,7 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 1}
         | {"expert_layer_offset": 0, "attn_layer_period": 1, "attn_layer_offset": 0},
     ),
+    "laguna": ("LagunaModel", ROUTED | HEAD),
     "lfm2_moe": (
         "Lfm2MoeModel",
         ROUTED | {"num_dense_layers": 0, "layer_types": ["full_attention", "conv"]},
@@ -71,8 +79,10 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 24}
         | {"interleave_moe_layer_step": 1},
     ),
+    "mellum": ("MellumModel", ROUTED | HEAD),
     "minimax": ("MiniMaxModel", LOCAL | HEAD),
     "minimax_m2": ("MiniMaxM2Model", LOCAL | HEAD | {"bos_token_id": 0, "eos_token_id": 1}),
+    "mistral4": ("Mistral4Model", DEEPSEEK | {"n_group": 1, "q_lora_rank": 8}),
     "nemotron_h": (
         "NemotronHModel",
         HEAD

@@ -148,6 +148,7 @@ def overridden_tables(recipe: str | Path, overrides: Sequence[str]) -> dict[str,
         if not sign:
             raise bad_override(override)
         set_key(tables, key.strip(), placed(key.strip(), parsed(value.strip()), Path()))
+    one_source(tables, [key_of(override) for override in overrides])
     return tables
 
 
@@ -172,6 +173,14 @@ def key_of(override: str) -> str:
     """The dotted key that a `key=value` sets, by its current name."""
     key = override.partition("=")[0].strip()
     return OLD_KEYS.get(key, key)
+
+
+def one_source(tables: dict[str, Any], given: Sequence[str]) -> None:
+    """Drop the recipe's data.name where data.path is given, and the other way round, in place."""
+    for key, other in (("path", "name"), ("name", "path")):
+        data = tables.get("data")
+        if f"data.{key}" in given and f"data.{other}" not in given and isinstance(data, dict):
+            data.pop(other, None)
 
 
 def bad_override(said: str) -> InputError:
