@@ -27,7 +27,7 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
-from sluiceway.experiment.run_directory import write_json
+from sluiceway.experiment.run_directory import strict_json, write_json
 from sluiceway.experiment.summary import Outcome, summarise
 
 COUNTS = [[3, 0, 5], [0, 0, 0], [0, 40, 1]]
@@ -205,6 +205,20 @@ def test_a_comparison_of_one_seed_claims_no_interval(tmp_path: Path) -> None:
     assert "±" not in seen
     assert "nan" not in seen
     assert "no difference shown" not in seen
+
+
+def test_every_file_of_a_comparison_is_strict_json(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path, {"fedavg": {0: 0.0}, "fedalign-moe": {0: 0.1}})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
+        for line in (
+            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        ):
+            json.loads(line, parse_constant=refuse)
+    assert strict_json({"a": [float("nan"), (1.5, float("-inf"))]}) == '{"a": [null, [1.5, null]]}'
 
 
 def test_several_runs_share_a_report_beside_them(tmp_path: Path) -> None:

@@ -157,6 +157,10 @@ def write_comparison(folder: Path) -> Path:
     """The report of a comparison, in its folder, with links to the runs' folders."""
     table = read_json(folder / "compare.json", "variants")
     for entry in table["variants"]:
+        for part in ("measures", "against_first", "against"):
+            for interval in entry.get(part, {}).values():
+                if isinstance(interval, dict):
+                    interval.update((k, float("nan")) for k, v in interval.items() if v is None)
         for seed, summary in entry["runs"].items():
             place = entry.get("folder") or entry["name"].replace("/", "_")
             below = folder / place / f"seed-{seed}"

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,14 +125,14 @@ class RunDirectory:
     def add(self, record: Record) -> None:
         """Append a round to metrics.jsonl."""
         with self.writing(), (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.as_dict()) + "\n")
+            file.write(strict_json(record.as_dict()) + "\n")
 
     def finish(self, result: Result, summary: dict[str, Any]) -> None:
         """Write the summary, and rewrite metrics.jsonl.
 
         A round that was stopped between its checkpoint and its line left a line too few.
         """
-        lines = "".join(json.dumps(record.as_dict()) + "\n" for record in result.records)
+        lines = "".join(strict_json(record.as_dict()) + "\n" for record in result.records)
         with self.writing():
             write_atomically(self.out / "metrics.jsonl", lines)
             write_json(self.out / "summary.json", summary)
@@ -186,5 +187,18 @@ def end_last_line(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is never seen half written."""
-    write_atomically(path, json.dumps(content, indent=1))
+    """Write a JSON file that is never seen half written; infinite numbers and NaN are null."""
+    write_atomically(path, strict_json(content, indent=1))
+
+
+def strict_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: infinite numbers and NaN, which it has not, are null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: known(one) for key, one in value.items()}
+        return [known(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(known(content), indent=indent, allow_nan=False)
