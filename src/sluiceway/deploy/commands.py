@@ -96,6 +96,12 @@ def start(
             show_default="none",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION", help="The server's code that makes a recipe's own model."
+        ),
+    ] = None,
 ) -> None:
     """Start the server or a site from its kit, the folder KIT; runs until it is ended."""
     from sluiceway.deploy.site import open_site
@@ -104,7 +110,8 @@ def start(
     found = kits.read_kit(kit)
     if site is not None:
         open_site(site)  # so that its faults are said now
-    starting.start_here(found, starting.environment_of(found, site, runs, gate, files or ()))
+    environment = starting.environment_of(found, site, runs, gate, files or (), model)
+    starting.start_here(found, environment)
 
 
 @nvflare.command()

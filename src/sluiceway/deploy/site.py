@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from sluiceway.core.evaluation import label_counts
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.privacy import arrange_privacy, releases_of, told
-from sluiceway.data import ChoiceData, TextData, TextDataset
+from sluiceway.data import ChoiceData, TextData
 from sluiceway.deploy.site_file import (
     Invitation,
     OwnData,
@@ -34,14 +34,18 @@ from sluiceway.deploy.site_file import (
     require_policy,
     toml_of,
 )
+from sluiceway.deploy.site_images import own_images, within
 from sluiceway.deploy.split_site import begin_split
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.builders import (
+    AnyDataset,
+    chosen_network,
     chosen_strategy,
     language_model,
     parts_of,
     usable_device,
 )
+from sluiceway.experiment.own_code import is_code, placed
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session, capped, load_texts
 from sluiceway.experiment.validation import first_fault
@@ -153,7 +157,9 @@ class Site(ClientHandler):
 
     def begin(self, facts: dict[str, Any]) -> tuple[RunHandler, dict[str, Any]]:
         """A run's handler, and what the server gets. Raises InputError, DataError."""
-        invited, device = invitation(facts), usable_device(self.file.device)
+        model = placed("model.name", self.file.model, self.place)
+        code = model if is_code(model) else None
+        invited, device = invitation(facts, code), usable_device(self.file.device)
         recipe, file = invited.recipe, self.file
         if file.model is not None:
             chosen = recipe.model.model_copy(update={"name": "minilm"})  # it is not read
@@ -171,7 +177,8 @@ class Site(ClientHandler):
     def prepared(self, invited: Invitation, device: str) -> tuple[RunHandler, dict[str, Any]]:
         """A run's handler, and what the server gets. Raises InputError, DataError."""
         if invited.recipe.run.kind == "split":
-            return begin_split(self.file, self.folder, invited, device, self.keys, self.leave)
+            given = self.file, self.place, self.folder, invited, device
+            return begin_split(*given, self.keys, self.leave)
         return begin_federated(self.file, self.place, self.folder, invited, device)
 
     def resume(self) -> None:
@@ -216,7 +223,7 @@ def begin_federated(
 ) -> tuple[RunHandler, dict[str, Any]]:
     """A site's part of a federated run."""
     recipe = invited.recipe
-    if file.model is not None:
+    if file.model is not None and not is_code(file.model):
         chosen = recipe.model.model_copy(update={"name": str(place / file.model)})
         recipe = recipe.model_copy(update={"model": chosen})
     if device == "cpu":
@@ -262,9 +269,13 @@ def own_secret(folder: Path) -> bytes:
 
 def own_examples(
     own: OwnData, place: Path, recipe: Recipe, invited: Invitation
-) -> tuple[Any, TextDataset, TextDataset]:
+) -> tuple[Any, AnyDataset, AnyDataset]:
     """The model, the site's training data, and its own test data. Raises DataError."""
     session = Session()
+    if recipe.images:
+        pictures, test_pictures = own_images(own, place, invited, augment=False)
+        network = chosen_network(recipe, pictures.shape, len(invited.label_names))
+        return network, pictures, test_pictures
     if own.share:
         data: TextData | ChoiceData = load_texts(recipe.data)
         model, train, test, _ = language_model(recipe, data, session)
@@ -283,13 +294,15 @@ def own_texts(own: OwnData, place: Path, invited: Invitation) -> TextData:
     """Texts of the site's file, all for training without `test_path`. Raises DataError."""
     from sluiceway.data import load_own
 
-    path = place / str(own.path)
+    assert own.path is not None
+    path = within(place, own.path)
     found = load_own(
         path,
         text_column=own.text_column,
         label_column=own.label_column,
-        test_path=place / own.test_path if own.test_path else path,
+        test_path=within(place, own.test_path) if own.test_path else path,
         label_names=invited.label_names,
+        encoding=own.encoding,
     )
     train, test = capped(found.train, found.test, Data(path="-", alpha=1, limit=own.limit))
     return found.with_tables(train, test if own.test_path else test.take([]))

@@ -18,20 +18,25 @@ import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
 from sluiceway.errors import InputError, quoted
-from sluiceway.experiment.recipe import TABLE, Recipe, Text, recipe_from
+from sluiceway.experiment.own_code import is_code
+from sluiceway.experiment.recipe import TABLE, Files, Recipe, Text, recipe_from
 
 
 class OwnData(BaseModel):
     """[data] of a site file: the examples to train on.
 
-    path: a file of texts, with text_column and label_column; test_path: held-out texts of the
-    site, on which its own model is evaluated. name: a data set by name. share: the client's part of
-    the recipe's partition. limit: cap on the examples, stratified, 0 for none.
+    path: tables of texts, with text_column and label_column, or folders or tables of images, as
+    data.path of a recipe; encoding: of tables; image_column: of tables of images; test_path:
+    held-out examples of the site, on which its own model is evaluated. name: a data set by name.
+    share: the client's part of the recipe's partition. limit: cap on the examples, stratified, 0
+    for none.
     """
 
     model_config = TABLE
-    path: Text | None = None
-    test_path: Text | None = None
+    path: Files | None = None
+    test_path: Files | None = None
+    encoding: Text = "utf-8"
+    image_column: Text | None = None
     text_column: Text = "text"
     label_column: Text = "label"
     name: Text | None = None
@@ -64,7 +69,8 @@ class SiteFile(BaseModel):
     """The settings of a site.
 
     data: see `OwnData`. policy: see `Policy`. folder: for client states, relative to the file.
-    device: where it trains. model: the model's folder here, in place of the recipe's model.name.
+    device: where it trains. model: in place of the recipe's model.name the model's folder here, or
+    the code that makes it, "file.py:make", both relative to the file.
     recipe_files: folders of this machine from which a recipe may name files, none by default.
     """
 
@@ -94,14 +100,22 @@ class Invitation:
     endpoint: tuple[str, int] | None
 
 
-def invitation(facts: dict[str, Any]) -> Invitation:
-    """The facts, checked. Raises InputError."""
+def invitation(facts: dict[str, Any], model: str | None = None) -> Invitation:
+    """The facts, checked.
+
+    Args:
+        facts: of the server.
+        model: code of the site that makes its model; see `recipe_from`.
+
+    Raises:
+        InputError: they cannot be used; the recipe names code.
+    """
     recipe, names, client = (facts.get(key) for key in ("recipe", "label_names", "client"))
     if not isinstance(recipe, dict):
         raise InputError("the server sent no recipe")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError("the server sent no names of classes")
-    checked = recipe_from(recipe)
+    checked = recipe_from(recipe, model=model)
     if type(client) is not int or not 0 <= client < checked.data.clients:
         raise InputError(f"the server calls this client {client!r}")
     return Invitation(checked, tuple(names), client, endpoint_of(facts.get("endpoint")))
@@ -138,8 +152,12 @@ def require_allowed(recipe: Recipe, folders: Sequence[str | Path], *, data: bool
         named += [(f"data.{key}", file) for file in files]
     roots = [Path(folder).resolve() for folder in folders]
     for key, value in named:
-        here = value is not None and (
-            key.startswith("data.") or value.startswith(("/", ".", "~")) or Path(value).exists()
+        here = (
+            value is not None
+            and not is_code(value)
+            and (  # code is this machine's own
+                key.startswith("data.") or value.startswith(("/", ".", "~")) or Path(value).exists()
+            )
         )
         if here and not any(Path(str(value)).resolve().is_relative_to(root) for root in roots):
             raise InputError(
@@ -192,11 +210,13 @@ def toml_of(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not TOML: {error}") from None
 
 
-def write_site_file(folder: Path, device: str) -> Path:
+def write_site_file(folder: Path, device: str, model: str | None = None) -> Path:
     """Write a file for a site whose data are its client's part of the recipe's own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "site.toml"
     # On a machine of one's own a recipe may name any file.
-    tables = {"device": device, "recipe_files": ["/"], "data": {"share": True}}
+    tables: dict[str, Any] = {"device": device, "recipe_files": ["/"], "data": {"share": True}}
+    if model is not None and is_code(model):
+        tables["model"] = model
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return path

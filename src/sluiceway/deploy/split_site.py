@@ -10,13 +10,11 @@ import torch
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.evaluation import label_counts
-from sluiceway.data import ImageDataset
-from sluiceway.deploy.site_file import Invitation, OwnData, SiteFile
+from sluiceway.deploy.site_file import Invitation, SiteFile
+from sluiceway.deploy.site_images import own_images
 from sluiceway.errors import InputError
-from sluiceway.experiment.builders import chosen_network, parts_of
-from sluiceway.experiment.recipe import Data, Recipe
+from sluiceway.experiment.builders import chosen_network
 from sluiceway.experiment.remote_runs import split_settings
-from sluiceway.experiment.session import Session
 from sluiceway.split.setup import SharedSetup
 from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError
@@ -41,6 +39,7 @@ class SplitRun(ClientHandler):
 
 def begin_split(
     file: SiteFile,
+    place: Path,
     folder: Path,
     invited: Invitation,
     device: str,
@@ -50,6 +49,8 @@ def begin_split(
     """Prepare, connect, and report the label counts.
 
     Args:
+        place: folder that the file's paths are relative to.
+        folder: for what the site keeps.
         device: where the front runs.
         keys: the site's.
         leave: called when the server says that the run has ended.
@@ -60,7 +61,7 @@ def begin_split(
     if keys is None or invited.endpoint is None:
         raise InputError("split learning needs a TLS connection, which this engine does not have")
     recipe = invited.recipe
-    examples, test = own_images(file.data, recipe, invited)
+    examples, test = own_images(file.data, place, invited)
 
     def setup(classes: int) -> SharedSetup:
         if device == "cpu":
@@ -82,27 +83,3 @@ def begin_split(
 
     run = SplitRun(TlsClient(keys, *invited.endpoint, answer))
     return run, {"label_counts": label_counts([examples])[0].tolist()}
-
-
-def own_images(
-    own: OwnData, recipe: Recipe, invited: Invitation
-) -> tuple[ImageDataset, ImageDataset]:
-    """The site's training data, and the test set of the same data. Raises DataError, InputError."""
-    if own.path is not None:
-        raise InputError("data.path takes texts; in a split run give data.name or data.share")
-    session = Session()
-    if own.share:
-        found, train, test = session.images(recipe.data, lambda line: None)
-        train = train.subset(parts_of(recipe, found)[invited.client])
-    else:
-        wanted = Data(
-            name=own.name,
-            alpha=1,
-            limit=own.limit,
-            augment=recipe.data.augment,
-            classes=recipe.data.classes,
-        )
-        found, train, test = session.images(wanted, lambda line: None)
-    if tuple(found.label_names) != invited.label_names:
-        raise InputError(f"the classes of {found.name} are not those of the run")
-    return train, test

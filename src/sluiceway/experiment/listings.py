@@ -24,14 +24,15 @@ def show(rows: Sequence[tuple[str, str]]) -> None:
 
 def show_methods(kind: str | None) -> None:
     """Print the methods with a line each. Raises InputError."""
-    from sluiceway.experiment.methods import KINDS, methods
+    from sluiceway.experiment.methods import KINDS, found_methods, methods
 
     if kind not in (None, *KINDS):
         raise InputError(f"{quoted(kind)} is no kind of method; allowed: {', '.join(KINDS)}")
     for other, title in KINDS.items():
         if kind in (None, other):
             print(f"{title}:")
-            show([(f"  {m.name}", m.text) for m in methods() if m.kind == other])
+            listed = [*methods(), *found_methods()]
+            show([(f"  {m.name}", m.text) for m in listed if m.kind == other])
 
 
 def show_keys(table: str | None) -> None:

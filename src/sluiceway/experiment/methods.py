@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.keys import sentence
+from sluiceway.experiment.own_code import fault, is_code, load_code, short_name
 from sluiceway.experiment.validation import checked
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
@@ -43,6 +45,13 @@ INNER: dict[str, dict[str, type[Any]]] = {
 }
 
 
+#: Groups of entry points by which packages bring methods of their own, and of what class they are.
+GROUPS: dict[str, tuple[str, type[Any]]] = {
+    "federated": ("sluiceway.strategies", Strategy),
+    "split": ("sluiceway.compressors", Compressor),
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A method as a recipe names it.
@@ -66,7 +75,7 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """Every method: what `sluiceway methods` and the tables of the documentation show."""
+    """Every method that ships: what the tables of the documentation show."""
     tables: dict[str, Mapping[str, type[Any]]] = {
         "federated": {**STRATEGIES, **BASELINES},
         "split": METHODS,
@@ -77,6 +86,50 @@ def methods() -> list[Method]:
         for kind, table in tables.items()
         for name, cls in table.items()
     ]
+
+
+def found_methods() -> list[Method]:
+    """The methods that installed packages bring; of one that fails the text says why."""
+    found = []
+    for kind, (group, _) in GROUPS.items():
+        for point in entry_points(group=group):
+            package = point.dist.name if point.dist else point.value
+            try:
+                cls = found_class(kind, point.name)
+                text = f"{sentence((cls.__doc__ or '').strip().partition(chr(10))[0])} "
+            except InputError as error:
+                cls, text = object, f"Cannot be used: {error} "
+            found.append(Method(point.name, kind, cls, f"{text}(package {package})"))
+    return found
+
+
+def found_class(kind: str, name: str) -> type[Any]:
+    """The method of the user's own that a name stands for: code, or an entry point.
+
+    Raises:
+        InputError: there is none, or it is not what a method of that kind must be.
+    """
+    group, base = GROUPS[kind]
+    if is_code(name):
+        cls = load_code("method.name", name)
+    else:
+        point = next(iter(entry_points(group=group, name=name)))
+        try:
+            cls = point.load()
+        except Exception as error:
+            raise InputError(f"method.name = {quoted(name)}: {fault(error)}") from None
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise InputError(
+            f"method.name = {quoted(short_name(name))}: expected a class derived from "
+            f"sluiceway's {base.__name__}, found {quoted(str(cls))}"
+        )
+    if "__pydantic_fields__" not in vars(cls):
+        raise InputError(
+            f"method.name = {quoted(short_name(name))}: the class needs the decorator "
+            "@pydantic.dataclasses.dataclass(config=PARAMETERS, kw_only=True) of "
+            "sluiceway.strategies.parameters"
+        )
+    return cls
 
 
 def one_line(cls: type[Any], kind: str) -> str:
@@ -90,10 +143,19 @@ def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor
     """The strategy that [method] names, or in a split run the compressor. Raises InputError."""
     known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES, **BASELINES}
     name, apart = table.get("name"), {"name"} if split else {"name", *INNER}
-    if not isinstance(name, str) or name not in known:  # a list is not even hashable
-        raise InputError(f"method.name = {quoted(name)}; allowed: {', '.join(known)}")
+    kind = "split" if split else "federated"
+    named = [point.name for point in entry_points(group=GROUPS[kind][0])]
+    if isinstance(name, str) and name not in known and (is_code(name) or name in named):
+        cls = found_class(kind, name)
+    elif not isinstance(name, str) or name not in known:  # a list is not even hashable
+        raise InputError(
+            f"method.name = {quoted(name)}; allowed: {', '.join([*known, *named])}, "
+            'or your own, "file.py:Class"'
+        )
+    else:
+        cls = known[name]
     parameters = {key: value for key, value in table.items() if key not in apart}
-    made: Strategy | Compressor = checked("method", known[name], parameters, sorted(apart))
+    made: Strategy | Compressor = checked("method", cls, parameters, sorted(apart))
     if isinstance(made, Strategy):
         found = {key: inner(key, table[key]) for key in INNER if key in table}
         if rule := found.get("robust"):

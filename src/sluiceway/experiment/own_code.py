@@ -167,14 +167,35 @@ def _module_of(path: Path) -> ModuleType:
     return module
 
 
-def refuse_code(tables: Mapping[str, Any]) -> None:
-    """Raise InputError for a recipe from elsewhere that names code."""
+def refuse_code(tables: Mapping[str, Any], *, own_model: bool = False) -> None:
+    """Raise InputError for a recipe from elsewhere that names code.
+
+    Args:
+        own_model: the model is made by code of this machine, whatever the recipe names.
+    """
     for key in CODE_KEYS:
         table, _, name = key.partition(".")
         held = tables.get(table)
         value = held.get(name) if isinstance(held, Mapping) else None
-        if is_code(value):
-            raise InputError(
-                f"{key} = {quoted(short_name(str(value)))} is code of whoever wrote the recipe, "
-                "which is run nowhere else"
-            )
+        if not is_code(value) or (own_model and key == "model.name"):
+            continue
+        hint = (
+            "; the server names its own (start --model), a site in its file (model)"
+            if key == "model.name"
+            else ""
+        )
+        raise InputError(
+            f"{key} = {quoted(short_name(str(value)))} is code of whoever wrote the recipe, "
+            f"which is run nowhere else{hint}"
+        )
+
+
+def code_by_name(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tables with files of code by their names alone, as they are sent."""
+    found = dict(tables)
+    for key in CODE_KEYS:
+        table, _, name = key.partition(".")
+        held = found.get(table)
+        if isinstance(held, Mapping) and is_code(held.get(name)):
+            found[table] = {**held, name: Path(held[name]).name}
+    return found

@@ -381,8 +381,9 @@ def require_few(vary: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> None
 class Recipe(BaseModel):
     """A whole run.
 
-    `method` has `name` and the parameters of that strategy. In a federated run it may have a table
-    `robust`: `name` ("none" or a robust rule) and the parameters of
+    `method` has `name` (a method that `sluiceway methods` lists, or your own, "file.py:Class",
+    relative to the recipe) and the parameters of that strategy. In a federated run it may have a
+    table `robust`: `name` ("none" or a robust rule) and the parameters of
     that rule, which hardens the aggregation; and a table `server`: `name` ("none", "momentum",
     "adam" or "yogi") and the parameters of that server optimiser, which steps along what every
     round changed.
@@ -531,12 +532,15 @@ def require_effects(recipes: Sequence[Recipe], file: str | Path, given: Sequence
     require_applying([one.model_dump() for one in recipes], written, given, defaults)
 
 
-def recipe_from(tables: Mapping[str, Any], *, code: bool = False) -> Recipe:
+def recipe_from(
+    tables: Mapping[str, Any], *, code: bool = False, model: str | None = None
+) -> Recipe:
     """Check the tables of a recipe.
 
     Args:
         tables: as TOML has them.
         code: it may name code, which is run: it was written here, not sent by somebody.
+        model: code of this machine, named here, that takes the place of its `model.name`.
 
     Raises:
         InputError: see `load_recipe`; it names code and must not.
@@ -545,7 +549,10 @@ def recipe_from(tables: Mapping[str, Any], *, code: bool = False) -> Recipe:
         raise InputError(f"a recipe is made of tables, not of {quoted(tables)}")
     require_shallow(tables)
     if not code:
-        refuse_code(tables)
+        refuse_code(tables, own_model=model is not None)
+    if model is not None:
+        chosen = tables.get("model", {})
+        tables = {**tables, "model": {**chosen, "name": model}}
     try:
         recipe = Recipe.model_validate(with_current_keys(tables))
     except ValidationError as error:

@@ -18,7 +18,7 @@ from sluiceway.experiment.builders import (
     federated_model,
     plan_of,
 )
-from sluiceway.experiment.own_code import short_name
+from sluiceway.experiment.own_code import code_by_name, short_name
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome, image_input
@@ -56,7 +56,7 @@ def serve_federated(
     result = federate_remote(
         model,
         transport,
-        facts_of(recipe, data.label_names),
+        facts_of(recipe, data.label_names, data if isinstance(data, ImageData) else None),
         test,
         strategy,
         plan_of(recipe),
@@ -106,7 +106,7 @@ def serve_split(
                 model,
                 transport,
                 endpoint,
-                facts_of(recipe, pictures.label_names),
+                facts_of(recipe, pictures.label_names, pictures),
                 test,
                 split_settings(recipe, device),
                 plan_of(recipe),
@@ -139,9 +139,15 @@ def split_settings(recipe: Recipe, device: str) -> SplitSettings:
     )
 
 
-def facts_of(recipe: Recipe, label_names: tuple[str, ...]) -> dict[str, Any]:
-    """The facts that a site gets when it joins."""
-    return {"recipe": recipe.resolved(), "label_names": list(label_names)}
+def facts_of(
+    recipe: Recipe, label_names: tuple[str, ...], pictures: ImageData | None = None
+) -> dict[str, Any]:
+    """The facts that a site gets when it joins; of images it learns the shape."""
+    tables = code_by_name(recipe.resolved())
+    if pictures is not None and recipe.data.path is not None:
+        shape = "x".join(map(str, pictures.train.images.shape[1:]))
+        tables["data"] = {**tables["data"], "image_shape": shape}
+    return {"recipe": tables, "label_names": list(label_names)}
 
 
 def required_sites(recipe: Recipe, transport: Transport) -> str:

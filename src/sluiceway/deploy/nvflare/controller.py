@@ -19,6 +19,7 @@ from sluiceway.deploy.nvflare.names import (
     ENDPOINT,
     FILES,
     KIT,
+    MODEL,
     OUTCOME,
     PROGRESS,
     RESULT,
@@ -97,7 +98,7 @@ class ServerController:
     def _run(self, transport: NvflareTransport, out: Path) -> None:
         kit = read_kit(Path(os.environ[KIT]))
         listen, port = os.environ[ENDPOINT].rsplit(":", 1)
-        recipe = recipe_from(tomllib.loads(self.recipe))
+        recipe = recipe_from(tomllib.loads(self.recipe), model=os.environ.get(MODEL))
         require_allowed(recipe, json.loads(os.environ.get(FILES, "[]")))
         with graceful_stop(self.say):
             run(

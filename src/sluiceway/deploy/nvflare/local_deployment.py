@@ -15,6 +15,7 @@ from sluiceway.deploy.nvflare.start import command_of, environment_of
 from sluiceway.deploy.nvflare.submit import JobSpec, submit
 from sluiceway.deploy.processes import LOOPBACK, Processes, free_port
 from sluiceway.deploy.site_file import write_site_file
+from sluiceway.experiment.own_code import is_code, placed
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress
 from sluiceway.files import scratch_folder
@@ -35,6 +36,7 @@ class Deployment(Processes):
         classes: that jobs may name.
         environment: added for all processes.
         files: folders from which recipes may name files; on one's own machine any.
+        model: the server's code that makes the model; None for none.
     """
 
     folder: Path = field(kw_only=True)
@@ -43,6 +45,7 @@ class Deployment(Processes):
     classes: Sequence[str] = field(default=CLASSES, kw_only=True)
     environment: dict[str, str] = field(default_factory=dict, kw_only=True)
     files: Sequence[str] = field(default=("/",), kw_only=True)
+    model: str | None = field(default=None, kw_only=True)
 
     def __enter__(self) -> Deployment:
         made = provision(
@@ -61,8 +64,9 @@ class Deployment(Processes):
     def start_kit(self, name: str) -> None:
         """Start the server or a site."""
         kit = self.kits[name]
+        model = self.model if kit.role == "server" else None
         environment = environment_of(
-            kit, self.sites.get(name), self.runs, f"{LOOPBACK}:0", self.files
+            kit, self.sites.get(name), self.runs, f"{LOOPBACK}:0", self.files, model
         )
         localise(kit)
         log = kit.folder / "console.log"
@@ -87,13 +91,17 @@ def run_locally(
         InputError, RunFailed, Stopped: see `submit`.
     """
     names = [f"site-{number + 1}" for number in range(recipe.data.clients)]
-    sites = {name: write_site_file(out / "sites" / name, recipe.run.device) for name in names}
+    sites = {name: written(out, name, recipe) for name in names}
     threads = {"OMP_NUM_THREADS": str(recipe.run.threads)}
     progress.say(f"starting a server and {len(names)} sites on this machine")
     with (
         scratch_folder() as folder,
         Deployment(
-            folder=folder / "kits", sites=sites, runs=out.parent, environment=threads
+            folder=folder / "kits",
+            sites=sites,
+            runs=out.parent,
+            environment=threads,
+            model=recipe.model.name if is_code(recipe.model.name) else None,
         ) as deployment,
         opened(deployment.admin, START_TIMEOUT) as session,
     ):
@@ -103,15 +111,23 @@ def run_locally(
     return summary
 
 
+def written(out: Path, name: str, recipe: Recipe) -> Path:
+    """A site's file."""
+    return write_site_file(out / "sites" / name, recipe.run.device, recipe.model.name)
+
+
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, since processes have working folders of their own."""
-    paths = {key: getattr(recipe.data, key) for key in ("path", "test_path")}
-    paths = {key: str(Path(path).resolve()) for key, path in paths.items() if path is not None}
+    paths = {f"data.{key}": getattr(recipe.data, key) for key in ("path", "test_path")}
+    paths = {key: placed(key, path, Path()) for key, path in paths.items() if path is not None}
+    paths = {key: tuple(p) if isinstance(p, list) else p for key, p in paths.items()}
     name = recipe.model.name
     model = {"name": str(Path(name).resolve())} if Path(name).is_dir() else {}
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update=paths),
+            "data": recipe.data.model_copy(
+                update={key.removeprefix("data."): path for key, path in paths.items()}
+            ),
             "model": recipe.model.model_copy(update=model),
         }
     )

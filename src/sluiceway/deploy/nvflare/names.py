@@ -30,6 +30,8 @@ RUNS: Final = "SLUICEWAY_RUNS"
 ENDPOINT: Final = "SLUICEWAY_ENDPOINT"
 #: A JSON list of folders of the server from which recipes may name files.
 FILES: Final = "SLUICEWAY_FILES"
+#: The server's own code that makes a model, "file.py:make", in place of what a recipe names.
+MODEL: Final = "SLUICEWAY_MODEL"
 
 #: Parts of a job, by their names in its configuration.
 CONTROLLER, EXECUTOR = "sluiceway_server", "sluiceway_client"

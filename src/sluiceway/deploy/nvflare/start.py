@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sluiceway.deploy.nvflare.kits import ORG, Kit, localise
-from sluiceway.deploy.nvflare.names import ENDPOINT, FILES, KIT, RUNS, SITE
+from sluiceway.deploy.nvflare.names import ENDPOINT, FILES, KIT, MODEL, RUNS, SITE
 from sluiceway.errors import InputError
+from sluiceway.experiment.own_code import is_code, placed
 
 
 def command_of(kit: Kit) -> list[str]:
@@ -32,6 +33,7 @@ def environment_of(
     runs: Path | None = None,
     endpoint: str | None = None,
     files: Sequence[str | Path] = (),
+    model: str | None = None,
 ) -> dict[str, str]:
     """The environment of its processes.
 
@@ -41,6 +43,7 @@ def environment_of(
         endpoint: ADDRESS:PORT to listen on for split learning, for the server; None for any address
             and the port after the server's own. Port 0 is any that is free.
         files: folders of the server from which recipes may name files.
+        model: code that makes the model, "file.py:make", for the server.
 
     Raises:
         InputError: a site without a file, or a server with one.
@@ -57,6 +60,10 @@ def environment_of(
     address, _, port = endpoint.rpartition(":")
     if not address or not port.isdecimal() or int(port) > 65535:
         raise InputError(f"--gate {endpoint}: give ADDRESS:PORT, such as 0.0.0.0:8003")
+    if model is not None:
+        if not is_code(model):
+            raise InputError(f"--model {model}: give FILE.py:FUNCTION")
+        made |= {MODEL: placed("model.name", model, Path())}
     return (
         made
         | {RUNS: str((runs or kit.folder / "runs").resolve()), ENDPOINT: endpoint}

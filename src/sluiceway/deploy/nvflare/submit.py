@@ -19,9 +19,10 @@ from sluiceway.deploy.nvflare.job import write_job
 from sluiceway.deploy.nvflare.names import OUTCOME, STOP, require_name
 from sluiceway.deploy.outcome import raise_outcome
 from sluiceway.errors import InputError
+from sluiceway.experiment.own_code import code_by_name
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Say
-from sluiceway.files import scratch_folder
+from sluiceway.files import scratch_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def submit(session: AdminSession, spec: JobSpec, out: Path | None, say: Say) -> 
             shutil.rmtree(out / "model", ignore_errors=True)  # of an earlier run
             shutil.copytree(result, out, dirs_exist_ok=True)
             (out / OUTCOME).unlink(missing_ok=True)
+            if (out / "recipe.toml").exists():  # with the paths of this machine
+                write_atomically(out / "recipe.toml", tomli_w.dumps(spec.recipe.resolved()))
     if not outcome:
         raise RunFailed(f"the job ended as {status}, before the run did; see the server's log")
     raise_outcome(outcome.get("code", 0), str(outcome.get("line")))
@@ -89,7 +92,7 @@ def start_job(session: AdminSession, spec: JobSpec, folder: Path, say: Say) -> s
         )
     session.wait_for_sites(spec.sites, spec.wait, say)
     arguments = {
-        "recipe": tomli_w.dumps(spec.recipe.resolved()),
+        "recipe": tomli_w.dumps(code_by_name(spec.recipe.resolved())),
         "name": spec.name,
         "sites": list(spec.sites),
         "resume": spec.resume,

@@ -1,0 +1,221 @@
+"""Code and files that a recipe names: where they are looked for, and who may name them."""
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sluiceway import load
+from sluiceway.errors import InputError
+from sluiceway.experiment import methods as listed
+from sluiceway.experiment.export import export
+from sluiceway.experiment.own_code import is_code, placed
+from sluiceway.experiment.predict import agreement, read_inputs
+from sluiceway.experiment.recipe import load_recipe, recipe_from
+from sluiceway.experiment.run import run
+
+NET = """
+import torch
+from torch import nn
+import neighbour
+
+class Net(nn.Module):
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.stem = nn.Conv2d(shape[0], neighbour.WIDE, 3, padding=1)
+        self.more = nn.Conv2d(4, 4, 3, padding=1)
+        self.narrow = nn.Conv2d(4, 4, 3, stride=2)
+        self.head = nn.Linear(36, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.narrow(torch.relu(x + self.more(x)))
+        return self.head(torch.flatten(x, 1))
+
+def make(classes, shape):
+    return Net(classes, shape)
+
+def fails():
+    raise RuntimeError("no such thing")
+
+def wrong(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes + 1))
+
+number = 3
+"""
+OWN = """
+from typing import ClassVar
+from pydantic.dataclasses import dataclass
+from sluiceway.strategies import FedAvg
+from sluiceway.strategies.parameters import PARAMETERS
+from sluiceway.split import Compressor
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Uniform(FedAvg):
+    \"\"\"Every client counts alike.\"\"\"
+    name: ClassVar[str] = "uniform"
+    power: float = 0.0
+    def weight(self, update, piece):
+        return float(update.examples) ** self.power
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Plain(Compressor):
+    \"\"\"Everything crosses.\"\"\"
+    name: ClassVar[str] = "plain"
+
+class Bare(FedAvg):
+    pass
+"""
+RECIPE = """
+[run]
+rounds = 1
+device = "cpu"
+workers = 1
+[data]
+path = "pics"
+test_path = "pics"
+clients = 2
+partition = "iid"
+[model]
+name = "net.py:make"
+[method]
+name = "own.py:Uniform"
+power = 0.5
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe with its own data, network and strategy, and another working folder."""
+    home = tmp_path / "home"
+    for number in range(12):
+        file = home / "pics" / f"c{number % 3}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 80 * (number % 3) + number).save(file)
+    texts = {"net.py": NET, "own.py": OWN, "neighbour.py": "WIDE = 4", "r.toml": RECIPE}
+    for name, text in texts.items():
+        (home / name).write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("net", "own", "neighbour"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return home
+
+
+def same_after_export(folder: Path, pics: Path, accuracy: float) -> None:
+    """The model of a run, and the same exported, predict what was reported."""
+    export(load(folder), folder / "out")
+    for model in (load(folder), load(folder / "out")):
+        inputs = read_inputs(pics, model)
+        said = agreement(inputs, model.predict(inputs.values))
+        assert said is not None
+        assert said.endswith(f"accuracy {accuracy:.4f}")
+
+
+def test_own_data_network_and_strategy_federated(place: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(place / "r.toml")
+    _, summary = run(recipe, tmp_path / "run")
+    assert summary["method"] == "Uniform"
+    assert summary["label_names"] == ["c0", "c1", "c2"]
+    assert summary["data_source"] == "folder pics and folder pics"
+    same_after_export(tmp_path / "run", place / "pics", summary["accuracy"])
+    exported = (tmp_path / "run" / "out" / "recipe.toml").read_text()
+    assert str(tmp_path) not in exported
+    assert 'name = "net.py:make"' in exported
+
+
+def test_own_network_and_compressor_split(place: Path, tmp_path: Path) -> None:
+    text = RECIPE.replace('"own.py:Uniform"\npower = 0.5', '"own.py:Plain"\nquantize = "int8"')
+    text = text.replace("workers = 1", 'kind = "split"\nschedule = "u"')
+    text = text.replace('make"', 'make"\ncut = "narrow"\ntail = "head"')
+    (place / "s.toml").write_text(text)
+    with pytest.raises(InputError, match="'head' is the last layer"):
+        run(load_recipe(place / "s.toml"))
+    with pytest.raises(InputError, match=r"behind 'more' more crosses .*: stem also"):
+        run(load_recipe(place / "s.toml", ["model.cut=more"]))
+    recipe = load_recipe(place / "s.toml", ["model.cut=stem", "model.tail=narrow"])
+    _, summary = run(recipe, tmp_path / "run")
+    same_after_export(tmp_path / "run", place / "pics", summary["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("model.name=nosuch.py:make", "there is no file .*nosuch.py"),
+        ("model.name=HOME/net.py:fails", r"RuntimeError: no such thing \(net.py, line 23\)"),
+        ("model.name=HOME/net.py:nothing", "net.py has no nothing"),
+        ("model.name=HOME/net.py:number", "is int, not a function"),
+        (
+            "model.name=HOME/net.py:wrong",
+            r"gives \[2, 4\] for two images; expected logits \[2, 3\]",
+        ),
+        ("model.name=nosuchmodule:make", "No module named 'nosuchmodule'"),
+        ("method.name=HOME/own.py:Bare", "the class needs the decorator"),
+        ("method.name=HOME/own.py:Plain", "expected a class derived from sluiceway's Strategy"),
+        ("method.power=x", "method.power = 'x'"),
+        ("method.name=sgd", r"allowed: fedavg, .*, or your own, \"file.py:Class\""),
+        ("model.name=minilm", "images are for conv4"),
+    ],
+)
+def test_faults_are_one_line(place: Path, setting: str, line: str) -> None:
+    with pytest.raises(InputError, match=line) as caught:
+        run(load_recipe(place / "r.toml", [setting.replace("HOME", str(place))]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_run_is_said(place: Path) -> None:
+    (place / "net.py").write_text("import nosuchmodule\n")
+    with pytest.raises(InputError, match=r"No module named 'nosuchmodule' \(net.py, line 1\)"):
+        run(load_recipe(place / "r.toml"))
+    (place / "net.py").write_text("def make(classes):\n    return classes\n")
+    with pytest.raises(InputError, match=r"'make' makes int; expected a torch.nn.Module"):
+        run(load_recipe(place / "r.toml"))
+
+
+def test_a_recipe_from_elsewhere_runs_no_code(place: Path) -> None:
+    tables = load_recipe(place / "r.toml").resolved()
+    (place / "net.py").write_text("raise SystemExit('run')")
+    (place / "own.py").write_text("raise SystemExit('run')")
+    with pytest.raises(InputError, match=r"model.name = 'make' is code of whoever wrote"):
+        recipe_from(tables)
+    tables["model"]["name"] = "conv4"
+    with pytest.raises(InputError, match=r"method.name = 'Uniform' is code of whoever wrote"):
+        recipe_from(tables)
+
+
+def test_methods_of_packages(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    points = [
+        EntryPoint("alike", "own:Uniform", "sluiceway.strategies"),
+        EntryPoint("broken", "own:Nothing", "sluiceway.strategies"),
+    ]
+
+    def found(group: str, name: str | None = None) -> Any:
+        return [p for p in points if p.group == group and name in (None, p.name)]
+
+    monkeypatch.setattr(listed, "entry_points", found)
+    made = listed.method_of({"name": "alike", "power": 2.0}, split=False)
+    assert vars(made)["power"] == 2.0
+    texts = {method.name: method.text for method in listed.found_methods()}
+    assert texts["alike"].startswith("Every client counts alike.")
+    assert texts["broken"].startswith("Cannot be used: method.name = 'broken': AttributeError")
+
+
+def test_where_names_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "net.py").touch()
+    base = tmp_path
+    assert placed("data.path", ["a.csv", "/b/*.csv"], base) == [f"{base}/a.csv", "/b/*.csv"]
+    assert placed("model.name", "pkg.net:make", base) == f"{base}/pkg/net.py:make"
+    assert placed("model.name", "torch.nn:Linear", base) == "torch.nn:Linear"
+    assert placed("model.name", "minilm", base) == "minilm"
+    assert placed("model.pretrained", "pkg/net.py", base) == f"{base}/pkg/net.py"
+    assert placed("model.pretrained", "org/name", base) == "org/name"
+    assert placed("data.name", "a.csv", base) == "a.csv"
+    assert is_code("a.py:b")
+    assert is_code("m.n:f")
+    assert not any(is_code(value) for value in ("cuda:1", "a:b c", "org/name", 3))
