@@ -145,9 +145,9 @@ class Skips(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-        self.one = nn.Conv2d(4, 4, 3, padding=1)
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
         self.narrow = nn.Conv2d(4, 6, 3, padding=1, stride=2)
-        self.two = nn.Conv2d(6, 6, 3, padding=1)
+        self.last = nn.Conv2d(6, 6, 3, padding=1)
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.register_buffer("shift", torch.tensor(0.1), persistent=False)
         self.blocks = nn.ModuleList([nn.Linear(96, 96), nn.Linear(96, 96)])
@@ -156,9 +156,9 @@ class Skips(nn.Module):
     def forward(self, x: Tensor, double: bool = False) -> Tensor:
         count = x.shape[0]
         x = self.stem(x)
-        x = torch.relu(x + self.one(x) * self.scale)
+        x = torch.relu(x + self.first(x) * self.scale)
         x = self.narrow(x)
-        x = x + self.two(x) + self.shift
+        x = x + self.last(x) + self.shift
         x = x.view(count, -1)
         for block in self.blocks:
             x = x + block(x)
@@ -203,11 +203,11 @@ def test_a_traced_half_is_cut_again_and_takes_layers() -> None:
     middle, end = cut(rest, "narrow")
     assert torch.equal(end(middle(front(x))), model(x))
     names = [n.partition(".")[0] for n in (*middle.state_dict(), *end.state_dict())]
-    assert list(dict.fromkeys(names)) == ["scale", "one", "narrow", "two", "blocks", "head"]
+    assert list(dict.fromkeys(names)) == ["scale", "first", "narrow", "last", "blocks", "head"]
     assert isinstance(middle, Traced)
     longer = middle.with_layers({"a": nn.ReLU()}, {"b": nn.Sigmoid()})
     assert torch.equal(longer(front(x)), torch.sigmoid(middle(front(x))))
-    assert list(longer._modules) == ["a", "one", "narrow", "b"]
+    assert list(longer._modules) == ["a", "first", "narrow", "b"]
 
 
 def test_a_block_is_cut_inside() -> None:
@@ -234,10 +234,10 @@ class Decides(Skips):
 
     def encode(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return self.narrow(x + self.one(x) if x.sum() > 0 else x)
+        return self.narrow(x + self.first(x) if x.sum() > 0 else x)
 
     def classify(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head((x + self.two(x)).flatten(1) * self.scale)
+        out: Tensor = self.head((x + self.last(x)).flatten(1) * self.scale)
         return out
 
     def forward(self, x: Tensor, double: bool = False) -> Tensor:
@@ -251,8 +251,8 @@ def test_functions_make_a_chain() -> None:
     chain = chained(model, "encode", "classify", example=x)
     front, back = cut(chain.eval(), "encode")
     assert torch.equal(back(front(x)), model.eval()(x))
-    assert {n.split(".")[2] for n in front.state_dict()} == {"stem", "one", "narrow"}
-    assert {n.split(".")[2] for n in back.state_dict()} == {"two", "head", "scale"}
+    assert {n.split(".")[2] for n in front.state_dict()} == {"stem", "first", "narrow"}
+    assert {n.split(".")[2] for n in back.state_dict()} == {"last", "head", "scale"}
     apart = copy.deepcopy(front)
     with torch.no_grad():
         model.narrow.weight.zero_()

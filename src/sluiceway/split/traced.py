@@ -31,20 +31,21 @@ class Traced(nn.Sequential):
 
     def __init__(self, run: Forward, first: Iterable[str] = (), last: Iterable[str] = ()) -> None:
         super().__init__()
-        self.run, self.first, self.last = run, tuple(first), tuple(last)
+        # Names that no layer has.
+        self._part, self._ahead, self._behind = run, tuple(first), tuple(last)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the part of the module gives for x."""
-        for name in self.first:
+        for name in self._ahead:
             x = self._modules[name](x)
-        x = self.run(self, x)
-        for name in self.last:
+        x = self._part(self, x)
+        for name in self._behind:
             x = self._modules[name](x)
         return x
 
     def with_layers(self, first: Mapping[str, nn.Module], last: Mapping[str, nn.Module]) -> Traced:
         """The same with more layers at its ends."""
-        more = Traced(self.run, (*first, *self.first), (*self.last, *last))
+        more = Traced(self._part, (*first, *self._ahead), (*self._behind, *last))
         more._modules.update({**first, **self._modules, **last})
         more._parameters, more._buffers = self._parameters, self._buffers
         more._non_persistent_buffers_set = self._non_persistent_buffers_set
