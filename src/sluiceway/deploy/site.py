@@ -25,6 +25,7 @@ from sluiceway.core.evaluation import label_counts
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.privacy import arrange_privacy, releases_of, told
 from sluiceway.data import ChoiceData, TextData
+from sluiceway.data.own import found_files
 from sluiceway.deploy.site_file import (
     Invitation,
     OwnData,
@@ -84,9 +85,15 @@ def open_site(path: Path, keys: Credentials | None = None) -> Site:
         file = SiteFile.model_validate(toml_of(path))
     except ValidationError as error:
         raise InputError(f"{path}: {first_fault(error, SiteFile)}") from None
-    named = {"data.path": file.data.path, "data.test_path": file.data.test_path}
-    for key, value in (named | {"model": file.model}).items():
-        if value is not None and not (path.parent / value).exists():
+    model = file.model
+    if model is not None and is_code(model):
+        model = model.rpartition(":")[0]
+        model = model if model.endswith(".py") else None  # of an installed package
+    named = {"data.path": file.data.path, "data.test_path": file.data.test_path, "model": model}
+    for key, value in named.items():
+        if value is not None and not all(
+            f.exists() for f in found_files(within(path.parent, value))
+        ):
             raise InputError(f"{path}: {key} = {quoted(value)}: there is no such file")
     usable_device(file.device)
     return Site(file, path.parent.resolve(), keys)
