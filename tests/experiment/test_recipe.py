@@ -64,11 +64,12 @@ def test_old_keys_are_accepted_and_said_once(
     monkeypatch.setattr(tables, "_told", set())
     own = tmp_path / "own.toml"
     own.write_text(
-        '[run]\nkind = "split"\nform = "copies"\nrepeats = 3\n[data]\nname = "mnist5k"\n'
+        '[run]\nkind = "split"\nform = "copies"\n[data]\nname = "mnist5k"\n'
         'alpha = 1.0\n[model]\nname = "conv4"\ncut = "conv1"\n[method]\nname = "sl"\n'
     )
     run = load_recipe(own, ["run.fronts=scaffold"]).run
-    assert (run.schedule, run.client_aggregation, run.max_retries) == ("copies", "scaffold", 3)
+    assert (run.schedule, run.client_aggregation) == ("copies", "scaffold")
+    assert load_recipe("quickstart", ["run.repeats=3"]).run.max_retries == 3
     for name, schedule in {"splitfed-v1": "copies", "splitfed-v2": "parallel"}.items():
         overrides = ["run.schedule=u", f"run.form={name}"]  # the later one counts
         assert load_recipe(own, overrides).run.schedule == schedule
@@ -128,7 +129,7 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("data.name=cifar10", r"model\.name = 'minilm': images are for conv4, resnet18"),
         ("data.partition=fair", r"data\.partition = 'fair': must be 'iid', 'dirichlet'"),
         ("method.name=fedsgd", r"method\.name = 'fedsgd'; allowed: fedavg, fedprox"),
-        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, robust, server"),
+        ("method.mu=1", r"unknown key method\.mu; allowed in \[method\]: name, privacy, robust"),
         ("method.name=[1]", r"method\.name = \[1\]; allowed: fedavg"),
         ("method.robust=median", r"method\.robust = 'median': must be a table with a name"),
         ("method.robust.name=mean", r"method\.robust\.name = 'mean'; allowed: none, median, trim"),
@@ -141,7 +142,6 @@ def test_values_are_read_as_toml_or_as_words(text: str, value: object) -> None:
         ("train.lr=0", r"train\.lr = 0: must be greater than 0"),
         ("train.rl=1", r"unknown key train\.rl; allowed in \[train\]: lr, batch_size"),
         ("models.name=x", r"unknown key models; allowed: description, run, data"),
-        ("data.path=x.csv", r"give either data\.name \(one of 20newsgroups"),
         ("alpha=1", r"cannot set 'alpha=1'; write table\.key=value"),
         ("data.alpha", r"cannot set 'data\.alpha'; write table\.key=value"),
         ("data.alpha.x=1", r"cannot set data\.alpha\.x: alpha is not a table"),
@@ -151,6 +151,11 @@ def test_a_wrong_override_is_one_line(override: str, line: str) -> None:
     with pytest.raises(InputError, match=line) as caught:
         load_recipe("agnews", [override])
     assert "\n" not in str(caught.value)
+
+
+def test_data_has_one_source() -> None:
+    with pytest.raises(InputError, match=r"give either data\.name \(one of 20newsgroups"):
+        recipe_from({"data": {"name": "agnews", "path": "x.csv"}})
 
 
 @pytest.mark.parametrize(
