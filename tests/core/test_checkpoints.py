@@ -13,7 +13,13 @@ from tests.worlds import TinyClassifier, TinyText, slow
 from torch import Tensor
 
 from sluiceway.core import round_loop
-from sluiceway.core.checkpoints import Checkpoint, CheckpointError, Snapshot, StorageError
+from sluiceway.core.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Snapshot,
+    StorageError,
+    checksum,
+)
 from sluiceway.core.round_loop import Record, Result
 from sluiceway.core.settings import Training
 from sluiceway.strategies import STRATEGIES, Strategy
@@ -127,6 +133,20 @@ def test_without_a_whole_checkpoint_a_run_is_not_begun_anew(tmp_path: Path) -> N
     for folder in Checkpoint(tmp_path).found():
         damage(folder, "cut")
     with pytest.raises(CheckpointError, match=r"round-00002 is damaged .* no other is whole"):
+        history("fedavg", Checkpoint(tmp_path, resume=True), 3)
+
+
+@pytest.mark.parametrize("usual", [7, [1], {"norm": 3}, {"norm": ["x"]}, None])
+def test_facts_of_another_form_are_refused(usual: object, tmp_path: Path) -> None:
+    history("fedavg", Checkpoint(tmp_path), 2)
+    for folder in Checkpoint(tmp_path).found():
+        facts = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(facts | {"usual": usual}))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        path = folder / "run.json"
+        manifest["files"]["run.json"] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"run\.json is not ours"):
         history("fedavg", Checkpoint(tmp_path, resume=True), 3)
 
 

@@ -135,7 +135,7 @@ def test_two_runs_do_not_share_a_folder(
     run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    run = [*run, "--set", "run.rounds=4000"]
+    run = [*run, "--set", "run.rounds=900"]
     first = start([*run, "--out", str(out)])
     wait_for(first, "round 2:")
     for flag in ("--resume", "--force"):
@@ -233,6 +233,21 @@ def test_a_file_is_no_folder(
     (tmp_path / "out").write_text("")
     assert main(["run", str(recipe), "--out", str(tmp_path / "out")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_folder_that_is_deleted_meanwhile_does_not_come_back(
+    run: list[str], every: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    seldom = ["--set", f"run.checkpoint_every={every}"]
+    process = start([*run, *seldom, "--set", "run.rounds=4000", "--out", str(out)])
+    wait_for(process, "round 2:")
+    os.rename(out, tmp_path / "elsewhere")
+    said = last_line(process, 1)
+    assert said.startswith("sluiceway: ")
+    assert "was deleted while the run went on" in said
+    assert not out.exists()
 
 
 # -- whatever the clock and the language -----------------------------------------------------------

@@ -129,6 +129,16 @@ def test_a_run_says_what_it_came_to(tmp_path: Path) -> None:
     assert "Unfinished" not in seen
 
 
+def test_a_private_run_says_its_epsilon(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", recipe_of(), result_of())
+    assert "epsilon" not in words(write_report([folder])[0])
+    summary = json.loads((folder / "summary.json").read_text())
+    private = {"epsilon": 3.9999, "delta": 1e-5, "privacy": {"where": "client"}}
+    (folder / "summary.json").write_text(json.dumps(summary | private))
+    seen = words(write_report([folder])[0])
+    assert "epsilon 4 of each client, delta 1e-05, noise at the client" in seen
+
+
 def test_a_report_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", recipe_of(), result_of())
     text = write_report([folder])[0].read_text(encoding="utf-8")

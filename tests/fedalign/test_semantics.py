@@ -1,6 +1,7 @@
 """Semantic-aware aggregation against loops written from the equations."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -227,3 +228,25 @@ def test_like_minded_clients_outweigh_a_stranger() -> None:
     weights = semantic_weights(regions, torch.ones(3, 2), D)
     assert weights[0, 0] == pytest.approx(0.4, abs=0.01)
     assert weights[2, 0] == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("form", ["select", "smooth"])
+def test_without_regions_clients_weigh_by_their_load(form: Literal["select", "smooth"]) -> None:
+    """Experts: nobody tells a region; one of three does not; all do."""
+    regions, load, D = layer_of_three()
+    regions[:, 0] = 0
+    regions[2, 1] = 0
+    found = semantic_weights(regions, load, D, 1.0, form)
+    torch.testing.assert_close(found[:, 0], load[:, 0].double() / load[:, 0].sum())
+    # The silent one agrees with the two others, which are opposed to each other.
+    gamma = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 1]]).double()
+    weigh = expert_weights if form == "select" else smoothed_weights
+    torch.testing.assert_close(found[:, 1], weigh(gamma, load[:, 1]))
+    torch.testing.assert_close(found.sum(0), torch.ones(3).double())
+
+
+def layer_of_three() -> tuple[Tensor, Tensor, Tensor]:
+    """Regions [3, 3, 2], load [3, 3] and directions [3, 3, 3]; clients 0 and 1 are opposed."""
+    regions = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]).unsqueeze(1).repeat(1, 3, 1)
+    load = torch.tensor([[3.0, 4, 5], [1, 4, 5], [6, 2, 5]])
+    return regions, load, torch.ones(3, 3, 3)

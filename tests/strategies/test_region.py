@@ -36,7 +36,7 @@ FORMS = [
 
 def region(**parameters: object) -> FedAlignMoE:
     """A strategy whose experts are averaged by region, set up."""
-    made = FedAlignMoE(**{"experts": "region", "moments": "full", **parameters})  # type: ignore[arg-type]
+    made = FedAlignMoE(**{"experts": "region", "moments": "full", "least_tokens": 0, **parameters})  # type: ignore[arg-type]
     made.setup(TENSORS, LAYOUT, 5)
     return made
 
@@ -232,7 +232,7 @@ def test_a_client_sends_the_moments_of_its_tokens(dtype: torch.dtype) -> None:
     model.register_forward_pre_hook(
         lambda m, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    made = FedAlignMoE(experts="region", moments="full", gate="region", align=False)
+    made = FedAlignMoE(experts="region", moments="full", gate="region", align=False, least_tokens=0)
     _, update = one_round(model, made, Training(batch_size=64), personal_examples=0)
     assert fault(replace(update, client=0), made, 1, [0]) is None
     assert set(update.extra) == set(made.client_extra())
@@ -251,6 +251,49 @@ def test_a_client_sends_the_moments_of_its_tokens(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sent, wanted, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_of_few_tokens_neither_region_nor_moments_are_told(epochs: int) -> None:
+    """Tokens count once, however often they are trained on."""
+    whole = FedAlignMoE(experts="region", moments="full", least_tokens=0)
+    _, update = one_round(tiny(dropout=0.0), whole, Training(local_epochs=1))
+    least = int(update.routing[0].load.median()) + 1
+    made = FedAlignMoE(experts="region", moments="full", least_tokens=least)
+    training = Training(local_epochs=epochs, lr=1e-12)
+    _, update = one_round(tiny(dropout=0.0), made, training)
+    load = update.routing[0].load / epochs
+    assert 0 < int((load < least).sum()) < E
+    for e in range(E):
+        assert (f"moment/0/{e}/hidden" in update.extra) == bool(load[e] >= least)
+        assert (f"moment/0/{e}/inner" in update.extra) == bool(load[e] >= least)
+    semantic = FedAlignMoE(experts="semantic", least_tokens=least)
+    _, update = one_round(tiny(dropout=0.0), semantic, training)
+    told = update.routing[0].region
+    assert told is not None
+    assert torch.equal(told.any(1), load >= least)
+
+
+def test_a_map_of_which_one_client_tells_no_moment_is_the_mean_by_tokens() -> None:
+    made, whole, plain = (
+        region(down="mean", least_tokens=4),
+        region(down="mean"),
+        region(down="mean"),
+    )
+    updates = [with_moments(made, u) for u in several()]
+    aggregate(whole, updates)
+    aggregate(plain, several())
+    name = "moment/0/1/hidden"
+    at = next(i for i, u in enumerate(updates) if name in u.extra)
+    rest = {key: value for key, value in updates[at].extra.items() if key != name}
+    updates[at] = replace(updates[at], extra=rest)
+    aggregate(made, updates)
+    first = {piece.key for piece in LAYOUT.expert(0, 1)}
+    for piece in LAYOUT.pieces(TENSORS):
+        as_here = plain if piece.key in first else whole
+        assert torch.equal(piece.of(made.tensors), piece.of(as_here.tensors)), piece.key
+    up = next(p for p in LAYOUT.expert(0, 1) if "up_proj" in p.key)
+    assert not torch.equal(up.of(plain.tensors), up.of(whole.tensors))
+
+
 def lora_model() -> TinyClassifier:
     pytest.importorskip("peft", reason="the extra [lora] is not installed")
     model = TinyClassifier()
@@ -266,7 +309,9 @@ def lora_model() -> TinyClassifier:
 def test_lora_pairs_are_combined_on_their_product() -> None:
     """B minimises the error of B A x, as the loop over x in the full space says."""
     model = lora_model()
-    made = FedAlignMoE(experts="region", moments="full", align=False, consistency=False)
+    made = FedAlignMoE(
+        experts="region", moments="full", align=False, consistency=False, least_tokens=0
+    )
     prepare(model, made, 2)
     one = next(one for one, _ in made.sources.values())
     assert one.pair is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.nearby import NearbyTransport, sharing
 
 from sluiceway.core.guards import RunFailed, TooFewUpdates
 from sluiceway.core.handshake import HandshakeError, ModelSignature
+from sluiceway.core.messages import read_update, write_update
 from sluiceway.deploy.site import open_site
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import Recipe, load_recipe
@@ -189,6 +191,28 @@ def test_a_spoiled_update_is_left_out(recipe: Path, tmp_path: Path, spoil: Any, 
     found, _ = run(small(recipe), transport=Spoiling(tmp_path / "sites", spoil))
     for record in found.records:
         assert list(getattr(record, where)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("lie", "where", "why"),
+    [
+        ({"client": 0}, "failed", "it calls itself client 0"),
+        ({"client": 2}, "failed", "it calls itself client 2"),
+        ({"round": 9}, "rejected", "round 9"),
+    ],
+)
+def test_an_answer_in_the_name_of_another_is_told_of_who_sent_it(
+    recipe: Path, tmp_path: Path, lie: dict[str, int], where: str, why: str
+) -> None:
+    def forge(path: Path) -> None:
+        write_update(path, replace(read_update(path), **lie))
+
+    found, _ = run(small(recipe), transport=Spoiling(tmp_path / "sites", forge))
+    for record in found.records:
+        left_out = getattr(record, where)
+        assert list(left_out) == [1]
+        assert why in left_out[1]
+        assert not record.as_dict()["rejected" if where == "failed" else "failed"]
 
 
 def test_a_site_with_other_shapes_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self.log = RecordLog(self.folder / "records.jsonl")
         self._replaces = not self.resume
+        self._begun = False
 
     def found(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
@@ -251,8 +252,10 @@ class Checkpoint:
             ends: this was the last round.
 
         Raises:
-            StorageError: it cannot be written; earlier checkpoints are as they were.
+            StorageError: it cannot be written; earlier checkpoints are as they were. Or the folder
+                was deleted since the one before.
         """
+        self.require_there()
         if self.best and is_best(snapshot.records, self.metric):
             self.save_model("best", snapshot)
         if ends:
@@ -262,6 +265,16 @@ class Checkpoint:
             self.write(snapshot)
         else:
             self._unsaved = snapshot.cloned()
+
+    def require_there(self) -> None:
+        """Make the folder the first time; StorageError if it cannot, or if it was deleted since."""
+        if self._begun and not self.folder.is_dir():
+            raise StorageError(f"{self.folder} was deleted while the run went on")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make {self.folder}: {error.strerror}") from error
+        self._begun = True
 
     def save_model(self, name: str, snapshot: Snapshot) -> None:
         """Write the model of a round. Raises StorageError."""
@@ -288,10 +301,10 @@ class Checkpoint:
 
     def write(self, snapshot: Snapshot) -> None:
         """Write one checkpoint. Raises StorageError."""
+        self.require_there()
         made = self.folder / f".new-{snapshot.round:05d}"
         final = self.folder / f"round-{snapshot.round:05d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in [*self.folder.glob(".new-*"), *self.folder.glob(".old-*")]:
                 shutil.rmtree(unfinished)
             self.fill(made, snapshot)

@@ -365,7 +365,11 @@ class Loop:
         state = saved.tensors("strategy")
         require_same(state, self.strategy.state_dict(), f"method {self.strategy.name}")
         self.result.take(saved, Record)
-        self.usual.take(saved.facts.get("usual", {}))
+        try:
+            self.usual.take(saved.facts.get("usual", {}))
+        except (AttributeError, TypeError, ValueError) as error:
+            path = saved.folder / "run.json"
+            raise CheckpointError(f"{path} is not ours ({line(str(error))})") from error
         self.strategy.load_state_dict(state)
         self.result.tensors = self.strategy.tensors
         if self.states is not None:

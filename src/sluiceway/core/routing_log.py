@@ -81,16 +81,17 @@ def overlap(routing: Tensor) -> float:
 
 
 def agreement(regions: Tensor, load: Tensor) -> float | None:
-    """Mean cosine of the regions of pairs of clients, over experts that both used  [ours].
+    """Mean cosine of the regions of pairs of clients, over experts that both tell of  [ours].
 
     Args:
-        regions: [N, E, d]. load: [N, E].
+        regions: [N, E, d]; zeros where a client does not tell one. load: [N, E].
 
     Returns:
-        In [-1, 1]; None where no expert was used by two clients.
+        In [-1, 1]; None where two clients tell of no expert.
     """
-    unit = torch.nn.functional.normalize(regions.double(), dim=2) * (load > 0).unsqueeze(2)
-    used = (load > 0).double().sum(0)
+    told = fedalign.told_regions(regions, load)
+    unit = torch.nn.functional.normalize(regions.double(), dim=2) * told.unsqueeze(2)
+    used = told.double().sum(0)
     pairs = (used * (used - 1)).sum()
     if not pairs:
         return None

@@ -96,6 +96,11 @@ class Training(Optimisation):
         size = self.batch_size * self.accumulate
         return self.local_steps or self.local_epochs * -(-examples // size)
 
+    def passes(self, examples: int) -> float:
+        """How often each of a client's examples is trained on in a round."""
+        size = self.batch_size * self.accumulate
+        return self.local_steps * size / examples if self.local_steps else float(self.local_epochs)
+
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """The context that a forward pass runs in; `mixed` "no" leaves everything as it is."""
         if self.mixed == "no":

@@ -124,6 +124,7 @@ class RunDirectory:
 
     def add(self, record: Record) -> None:
         """Append a round to metrics.jsonl."""
+        self.require_there()
         with self.writing(), (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(strict_json(record.as_dict()) + "\n")
 
@@ -132,10 +133,16 @@ class RunDirectory:
 
         A round that was stopped between its checkpoint and its line left a line too few.
         """
+        self.require_there()
         lines = "".join(strict_json(record.as_dict()) + "\n" for record in result.records)
         with self.writing():
             write_atomically(self.out / "metrics.jsonl", lines)
             write_json(self.out / "summary.json", summary)
+
+    def require_there(self) -> None:
+        """Raise StorageError if somebody has deleted the folder since it was opened."""
+        if not (self.out / "recipe.toml").is_file():
+            raise StorageError(f"{self.out} was deleted while the run went on, and what it held")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -54,6 +54,7 @@ from sluiceway.fedalign.semantics import (
     selection_threshold,
     semantic_weights,
     smoothed_weights,
+    told_regions,
 )
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "selection_threshold",
     "semantic_weights",
     "smoothed_weights",
+    "told_regions",
     "unpacked_triangle",
     "update_moment",
     "with_one",

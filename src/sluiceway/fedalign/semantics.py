@@ -26,7 +26,8 @@ def centred_regions(regions: Tensor, load: Tensor) -> Tensor:
 
     Uncentred cosines are all near 1. Regions of experts without load are ignored, whatever they
     hold, and come out as zero. So does a region that differs from mu by no more than the rounding
-    of its own floating type: its direction would be noise [ours].
+    of its own floating type: its direction would be noise [ours]. So is a region of zeros, which
+    says that its client does not tell it.
 
     Args:
         regions: mu_i(e) of all clients and experts of one layer, [N, E, d], finite where load > 0.
@@ -40,6 +41,7 @@ def centred_regions(regions: Tensor, load: Tensor) -> Tensor:
     """
     values = as_double("regions", regions, "N", "E", "d")
     counts = as_double("load", load, *regions.shape[:2])
+    counts = counts * told_regions(values, counts)
     unused = (counts <= 0).unsqueeze(-1)
     values = values.masked_fill(unused, 0.0)
     mean = torch.einsum("ne,ned->d", counts, values) / counts.sum().clamp(min=1e-300)
@@ -48,6 +50,11 @@ def centred_regions(regions: Tensor, load: Tensor) -> Tensor:
     scale = values.norm(dim=-1, keepdim=True).clamp(min=mean.norm().item())
     noise = centred.norm(dim=-1, keepdim=True) <= rounding * scale
     return centred.masked_fill(unused | noise, 0.0)
+
+
+def told_regions(regions: Tensor, load: Tensor) -> Tensor:
+    """Which regions are known, [N, E] bool: those with load that are not all zero."""
+    return (load > 0) & (regions != 0).any(dim=-1)
 
 
 def region_similarity(regions: Tensor, load: Tensor) -> Tensor:
@@ -293,6 +300,9 @@ def semantic_weights(
     S from `region_similarity`, then for each expert `region_weights`, and `expert_weights` or
     `smoothed_weights` [paper: region-conditioned gated weights; form ours]. O(N^2 E d) operations.
 
+    A client that tells no region of an expert, a row of zeros, agrees with everybody about it; of
+    clients none of which tells one the weights are by load alone [ours].
+
     Args:
         regions: mu_i(e), [N, E, d], finite where load > 0.
         load: tokens routed, c_i(e), [N, E], at least 0.
@@ -309,8 +319,12 @@ def semantic_weights(
     """
     S = region_similarity(regions, load)
     require_shape("D", D, *S.shape)
-    columns = [
-        WEIGHTS[form](region_weights(S[e], D[e], load[:, e] > 0, beta), load[:, e])
-        for e in range(load.shape[1])
-    ]
+    told = told_regions(regions, load)
+    columns = []
+    for e in range(load.shape[1]):
+        gamma = region_weights(S[e], D[e], told[:, e], beta)
+        silent = (load[:, e] > 0) & ~told[:, e]
+        gamma[silent, :] = 1
+        gamma[:, silent] = 1
+        columns.append(WEIGHTS[form](gamma, load[:, e]))
     return torch.stack(columns, dim=1)

@@ -161,10 +161,11 @@ class Worker:
                 observer=seen,
                 state=state,
                 master_params=master_params_of(self.params),
+                passes=self.training.passes(len(examples)),
             )
             self.strategy.start_training(client)
             metrics = self.fit(client, examples)
-            routing = self.reported(seen.routing() if seen else [])
+            routing = self.reported(seen.routing() if seen else [], client.passes)
             extra = dict(self.strategy.finish_training(client))
         state |= {f"private/{n}": self.exchanged[n].detach().cpu().clone() for n in self.initial}
         if personal and self.personal_examples and self.strategy.privacy is None:
@@ -179,11 +180,11 @@ class Worker:
         )
         return self.sent(update, broadcast, state)
 
-    def reported(self, routing: list[BlockRouting]) -> list[BlockRouting]:
+    def reported(self, routing: list[BlockRouting], passes: float) -> list[BlockRouting]:
         """The routing by which a client's tensors are chosen; under its own noise it tells none."""
         private = self.strategy.privacy
         if private is None or private.where == "server":
-            return routing
+            return self.strategy.reports(routing, passes)
         return [unmeasured(block) for block in self.layout.blocks]
 
     def sent(self, update: Update, broadcast: Broadcast, state: dict[str, Tensor]) -> Update:

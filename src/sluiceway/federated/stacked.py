@@ -239,7 +239,8 @@ class StackedTrainer:
                     own = {n: nn.Parameter(t[place]) for n, t in values.items()}
                     before = {n: t.detach().clone() for n, t in own.items()}
                     client = self.context(
-                        own, before, broadcast, observers[place], states[shard.number]
+                        *(own, before, broadcast, observers[place], states[shard.number]),
+                        worker.training.passes(shard.held),
                     )
                     worker.strategy.start_training(client)
                     clients.append(client)
@@ -253,7 +254,9 @@ class StackedTrainer:
                 extras.append(dict(worker.strategy.finish_training(client)))
         for place, shard in enumerate(shards):
             tensors = worker.exchanged | {n: t[place] for n, t in values.items()}
-            routing = worker.reported(seen[place].routing() if seen else [])
+            routing = worker.reported(
+                seen[place].routing() if seen else [], worker.training.passes(shard.held)
+            )
             metrics = {"loss": losses[place]}
             if penalties is not None:
                 metrics["penalty"] = penalties[place]
@@ -459,6 +462,7 @@ class StackedTrainer:
         broadcast: Broadcast,
         observer: Observer | None = None,
         state: dict[str, Tensor] | None = None,
+        passes: float = 1.0,
     ) -> LocalContext:
         """A client with these parameters, as its strategy sees it."""
         return LocalContext(
@@ -469,6 +473,7 @@ class StackedTrainer:
             layout=self.worker.layout,
             observer=observer,
             state={} if state is None else state,
+            passes=passes,
         )
 
     def texts(self) -> bool:

@@ -74,6 +74,7 @@ class LocalContext:
         masters: what the optimiser steps, by name: the parameters themselves, or float32 copies
             of half-precision ones, which follow each step. `correct` finds gradients here.
         steps: optimiser steps taken in this round.
+        passes: how often each example is trained on in this round.
         scratch: for the strategy to use within this round.
     """
 
@@ -86,6 +87,7 @@ class LocalContext:
     state: dict[str, Tensor]
     master_params: dict[str, nn.Parameter] = field(default_factory=dict)
     steps: int = 0
+    passes: float = 1.0
     scratch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -338,6 +340,15 @@ class Strategy:
         """Whether a client with this routing sends the piece: all but experts without a token."""
         owner = self.layout.owner(piece.key)
         return owner is None or float(routing[owner[0]].load[owner[1]]) > 0
+
+    def reports(self, routing: list[BlockRouting], passes: float) -> list[BlockRouting]:
+        """What a client tells of its routing.
+
+        Args:
+            routing: as it was measured.
+            passes: how often it trained on each of its examples.
+        """
+        return routing
 
     def wants_regions(self) -> bool:
         """Whether updates must carry the experts' region means ([E, d] per block)."""

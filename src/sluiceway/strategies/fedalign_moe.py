@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from sluiceway.errors import InputError
 from sluiceway.moe import (
     Adapter,
     Block,
+    BlockRouting,
     BlockStep,
     LinearMap,
     MoELayout,
@@ -45,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reference": "marginal",
         "gate": "consistency",
         "match": "index",
+        "least_tokens": 0,
     }
 }
 
@@ -92,6 +95,9 @@ class FedAlignMoE(FedAvg):
     beta: selection threshold tau = mean - beta * std of the pairwise values, >= 0 [ours].
     sample: values of each expert on which update directions are compared, 0 for all; a cosine
         then has a standard error of about 1 / sqrt(sample) [ours].
+    least_tokens: of an expert that fewer of a client's tokens enter, in one pass over its
+        examples, the client tells neither region nor moments, which would tell of those tokens;
+        0 for always, as the preset has it. The server then goes by the tokens alone [ours].
     """
 
     name: ClassVar[str] = "fedalign-moe"
@@ -115,6 +121,7 @@ class FedAlignMoE(FedAvg):
     weights: Literal["select", "smooth"] = "smooth"
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
+    least_tokens: int = Field(default=4096, ge=0, le=1 << 40)
 
     @model_validator(mode="before")
     @classmethod
@@ -183,6 +190,21 @@ class FedAlignMoE(FedAvg):
     def wants_regions(self) -> bool:
         return bool(self.semantic) or self.match == "meaning"
 
+    def reports(self, routing: list[BlockRouting], passes: float) -> list[BlockRouting]:
+        return [
+            report
+            if report.region is None
+            else replace(
+                report,
+                region=report.region.masked_fill(self.few(report, passes).unsqueeze(1), 0.0),
+            )
+            for report in routing
+        ]
+
+    def few(self, report: BlockRouting, passes: float) -> Tensor:
+        """Experts of which too few tokens are known to tell of them, [E] bool."""
+        return report.load < self.least_tokens * passes
+
     def wants_samples(self) -> int:
         return SAMPLE if self.sources else 0
 
@@ -211,7 +233,11 @@ class FedAlignMoE(FedAvg):
             packed, why = update.extra.get(f"moment/{source}"), None
             if packed is not None:
                 why = fedalign.moment_fault(packed.cpu())
-            elif one.reads == "hidden" and usage(update.routing[one.block], one.expert):
+            elif (
+                not self.least_tokens
+                and one.reads == "hidden"
+                and usage(update.routing[one.block], one.expert)
+            ):
                 why = "it is missing"  # of an inner activation that is not known there is none
             if why is not None:
                 return f"moment/{source}: {why}"
@@ -401,6 +427,10 @@ class FedAlignMoE(FedAvg):
         for source, (one, inputs) in self.sources.items():
             sample = samples[one.block]
             if sample is None or not usage(report[one.block], one.expert):
+                continue
+            few = self.few(report[one.block], client.passes)
+            # A gate is entered by every token.
+            if bool(few.all() if one.expert is None else few[one.expert]):
                 continue
             rows = self.inputs_of(client, one, sample)
             if rows is not None:

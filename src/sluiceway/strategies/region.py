@@ -16,6 +16,7 @@ class RegionSums:
     """sum_i Delta_i A_i and sum_i A_i of each map, one update at a time.
 
     A_i is what the client sent, `moment/<source>` in its extra tensors, or estimated from Delta_i.
+    A map of which one client sends a change and no moment is left as the clients' mean.
 
     Memory: two copies of the maps, and a matrix [n, n] of each source in float32, however many
     updates.
@@ -36,6 +37,7 @@ class RegionSums:
         self.weighted: dict[str, Tensor] = {}
         self.total: dict[str, Tensor] = {}
         self.clients: dict[str, int] = {}
+        self.silent: set[str] = set()
 
     def add(self, update: Update) -> None:
         """Count one client, by its share of the examples; maps that it lacks are left out."""
@@ -43,7 +45,10 @@ class RegionSums:
         for one in self.maps:
             packed = update.extra.get(f"moment/{one.source}")
             sent = packed is not None or self.estimated is not None
-            if one.weight.key not in update.tensors or not sent:
+            if one.weight.key not in update.tensors:
+                continue
+            if not sent:
+                self.silent.add(one.weight.key)
                 continue
             change = one.change(update.tensors, self.old)
             matrix = self.matrix_of(one)
@@ -77,7 +82,7 @@ class RegionSums:
         One client alone is left as it is: the mean holds it exactly.
         """
         for one in self.maps:
-            if self.clients.get(one.weight.key, 0) < 2:
+            if self.clients.get(one.weight.key, 0) < 2 or one.weight.key in self.silent:
                 continue
             mean = {p.key: p.of(new).float() for p in one.pieces}
             old = one.of(self.old)

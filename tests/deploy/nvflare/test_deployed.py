@@ -20,7 +20,7 @@ from tests.worlds import tiny_bert
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
 import sluiceway
-from sluiceway.deploy.nvflare.admin import opened
+from sluiceway.deploy.nvflare.admin import AdminSession, opened
 from sluiceway.deploy.nvflare.kits import Credentials, provision
 from sluiceway.deploy.nvflare.local_deployment import START_TIMEOUT, Deployment
 from sluiceway.deploy.nvflare.submit import JobSpec, start_job, submit
@@ -72,6 +72,12 @@ def until(happened: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+def last_heard(session: AdminSession, site: str) -> float:
+    """When the server last heard of a site; one that was just killed still counts as connected."""
+    clients = session.session.get_connected_client_list()
+    return max((each.last_connect_time for each in clients if each.name == site), default=0.0)
+
+
 def rounds_in(folder: Path) -> int:
     metrics = folder / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
@@ -84,7 +90,7 @@ def test_a_run_whose_server_was_killed_gives_the_local_numbers(
     recipe = recipe_of(tables, "nvflare")
     with opened(deployment.admin, START_TIMEOUT) as session:
         start_job(session, spec_of(recipe, "killed"), tmp_path / "job", print)
-    until(lambda: rounds_in(deployment.runs / "killed") >= 1)
+    until(lambda: rounds_in(deployment.runs / "killed") >= 1, START_TIMEOUT)
     deployment.kill("server")
     assert not (deployment.runs / "killed" / "summary.json").exists()
     deployment.start_kit("server")
@@ -106,14 +112,18 @@ def test_fifty_strangers_who_say_nothing_keep_nobody_out(
     tables["run"]["rounds"] = 2
     _, local = run(recipe_of(tables, "local"))
     address = deployment.admin.address
+    with opened(deployment.admin, START_TIMEOUT) as session:
+        session.wait_for_sites(SITES, START_TIMEOUT, print)
     with contextlib.ExitStack() as stack:
         for number in range(50):
             stranger = stack.enter_context(socket.create_connection(address, 10))
             if number % 2:
                 stranger.sendall(b"\x16\x03\x01")  # the beginning of a TLS handshake, and no more
         deployment.kill("north")
+        began = time.time()
         deployment.start_kit("north")
         with opened(deployment.admin, START_TIMEOUT) as session:
+            until(lambda: last_heard(session, "north") > began, START_TIMEOUT)
             spec = spec_of(recipe_of(tables, "nvflare"), "strangers")
             submit(session, spec, tmp_path / "home", print)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())

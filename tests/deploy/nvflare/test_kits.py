@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,3 +99,43 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         assert main(["deploy", "nvflare", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[Path]:
+    """An admin's kit of a server that accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        made = provision(tmp_path, "localhost", server.getsockname()[1], ["north"], ADMIN)
+        yield made[1].folder
+
+
+def submitting(kit: Path, *more: str) -> subprocess.Popen[str]:
+    command = ["deploy", "nvflare", "submit", "quickstart", "--kit", str(kit), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "sluiceway.cli", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.mark.slow
+def test_submitting_to_who_says_nothing_ends_in_time(silent: Path) -> None:
+    process = submitting(silent, "--wait", "1")
+    # To wait is a second, and a try takes 5; the rest is for starting on a busy machine.
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.strip().count("\n") == 0
+    assert "no session with the server" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 8.0])
+def test_ctrl_c_just_after_submit_is_one_line(silent: Path, seconds: float) -> None:
+    process = submitting(silent, "--wait", "100")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("sluiceway: stopped")
