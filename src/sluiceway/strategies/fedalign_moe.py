@@ -121,7 +121,7 @@ class FedAlignMoE(FedAvg):
     weights: Literal["select", "smooth"] = "smooth"
     beta: float = Field(default=1.0, ge=0)
     sample: int = Field(default=32768, ge=0, le=1 << 40)
-    least_tokens: int = Field(default=4096, ge=0, le=1 << 40)
+    least_tokens: int = Field(default=8192, ge=0, le=1 << 40)
 
     @model_validator(mode="before")
     @classmethod

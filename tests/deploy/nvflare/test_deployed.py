@@ -65,7 +65,7 @@ def spec_of(recipe: Recipe, name: str, resume: bool = False) -> JobSpec:
     return JobSpec(recipe, name, SITES, resume, wait=START_TIMEOUT)
 
 
-def until(happened: Callable[[], bool], seconds: float = 120) -> None:
+def until(happened: Callable[[], bool], seconds: float = START_TIMEOUT) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen"
@@ -90,7 +90,7 @@ def test_a_run_whose_server_was_killed_gives_the_local_numbers(
     recipe = recipe_of(tables, "nvflare")
     with opened(deployment.admin, START_TIMEOUT) as session:
         start_job(session, spec_of(recipe, "killed"), tmp_path / "job", print)
-    until(lambda: rounds_in(deployment.runs / "killed") >= 1, START_TIMEOUT)
+    until(lambda: rounds_in(deployment.runs / "killed") >= 1)
     deployment.kill("server")
     assert not (deployment.runs / "killed" / "summary.json").exists()
     deployment.start_kit("server")
@@ -123,7 +123,7 @@ def test_fifty_strangers_who_say_nothing_keep_nobody_out(
         began = time.time()
         deployment.start_kit("north")
         with opened(deployment.admin, START_TIMEOUT) as session:
-            until(lambda: last_heard(session, "north") > began, START_TIMEOUT)
+            until(lambda: last_heard(session, "north") > began)
             spec = spec_of(recipe_of(tables, "nvflare"), "strangers")
             submit(session, spec, tmp_path / "home", print)
     summary = json.loads((tmp_path / "home" / "summary.json").read_text())
