@@ -72,6 +72,10 @@ class Training(Optimisation):
         counts alike: k batches of b make the step that one batch of k * b would, up to rounding,
         where the loss is a mean over examples. What an epoch's last step lacks in batches it does
         without.
+    aux_loss: weight of the auxiliary load-balancing loss, >= 0, of a model with experts: the mean
+        over its trained MoE layers of E * sum_e f(e) P(e), 1 where tokens are spread evenly
+        (Switch, arXiv 2101.03961, eq. 4 to 6; .01 there), is added to a client's loss, batch by
+        batch.
     mixed: "bfloat16" or "float16" runs forward passes and losses in that type where PyTorch's
         autocast holds it to be safe, in training and in evaluation alike; "no" in the
         parameters' own.
@@ -88,6 +92,7 @@ class Training(Optimisation):
     local_steps: int = Field(default=0, ge=0, le=10**9)
     max_grad_norm: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1, le=1_000_000)
+    aux_loss: float = Field(default=0.0, ge=0)
     mixed: Literal["no", "bfloat16", "float16"] = "no"
     checkpointing: bool = False
 

@@ -9,9 +9,9 @@ Marks, as in docs/methods.md: [paper] is stated by the paper or by a note on it,
 reconstruction.
 
 Two kinds of function. Those of every training step (`routing_statistics`, `marginal_penalty`,
-`conditional_penalty`) check nothing and stay on the device and in the precision of the logits, but
-at least float32. Those of once a round check shapes (ValueError), detach, and compute and return in
-float64, unless they say otherwise.
+`conditional_penalty`, `load_balance`) check nothing and stay on the device and in the precision of
+the logits, but at least float32. Those of once a round check shapes (ValueError), detach, and
+compute and return in float64, unless they say otherwise.
 """
 
 from sluiceway.fedalign.heads import gram, label_sums, means_head, ridge_head
@@ -40,6 +40,7 @@ from sluiceway.fedalign.routing import (
     consistency_score,
     consistency_weights,
     global_routing,
+    load_balance,
     marginal_penalty,
     mean_routing,
     overlap,
@@ -74,6 +75,7 @@ __all__ = [
     "global_routing",
     "gram",
     "label_sums",
+    "load_balance",
     "low_rank_moment",
     "marginal_penalty",
     "match_experts",

@@ -162,6 +162,35 @@ def conditional_penalty(
     return _mean_over_tokens(terms.sum(-1), mask)
 
 
+def load_balance(logits: Tensor, selected: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The auxiliary load-balancing loss of one MoE layer on one batch::
+
+        L_balance = E * sum over e of f(e) P(e)     [paper: Switch, arXiv 2101.03961, eq. 4 to 6]
+        f(e) = (1 / (k T)) * number of x with e in top-k(x)     [paper: k = 1; else ours]
+        P(e) = (1 / T) * sum over x of p(e|x)                                            [paper]
+
+    with T the counted tokens and p the softmax over all E logits. It is 1 where the choices or the
+    probabilities are uniform, and E where one expert gets all with certainty (k = 1). f has no
+    gradient [paper]. Mixtral's in transformers is k times as large: there f sums to k.
+
+    Args:
+        logits: router logits with their graph, [T, E], finite for counted tokens; T may be 0.
+        selected: top-k(x), [T, k] int64 in [0, E), distinct within a row.
+        mask: [T] bool, True for tokens that count; None counts all.
+
+    Returns:
+        L_balance, in [0, E], a scalar with graph; 0, still with graph, if no token counts.
+    """
+    p = _log_probabilities(logits, mask).exp()
+    ones = p.new_ones(len(p)) if mask is None else mask.to(p)
+    chosen = torch.zeros_like(p, requires_grad=False).scatter(
+        1, selected, ones.unsqueeze(1).expand_as(selected)
+    )
+    tokens = ones.sum().clamp(min=1)
+    f = chosen.sum(0) / (selected.shape[1] * tokens)
+    return p.shape[1] * (f * (p * ones.unsqueeze(1)).sum(0)).sum() / tokens
+
+
 def _log_probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
     """log p(e|x), [T, E], in float32 or better; rows of uncounted tokens are uniform."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -24,6 +24,8 @@ from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
 from sluiceway.core.waits import counted
+from sluiceway.errors import InputError
+from sluiceway.fedalign import load_balance
 from sluiceway.federated.stepping import (
     Stepper,
     checkpointable,
@@ -31,7 +33,15 @@ from sluiceway.federated.stepping import (
     master_params_of,
     refuse_reentrant,
 )
-from sluiceway.moe import BlockRouting, MoELayout, Observer, find_adapters, find_layout, repair
+from sluiceway.moe import (
+    BlockRouting,
+    BlockStep,
+    MoELayout,
+    Observer,
+    find_adapters,
+    find_layout,
+    repair,
+)
 from sluiceway.strategies import Broadcast, LocalContext, Strategy, Update
 from sluiceway.strategies.privacy import unmeasured
 
@@ -104,6 +114,11 @@ class Worker:
         seed: int = 0,
         personal_examples: int = 500,
     ) -> None:
+        if training.aux_loss and not strategy.layout.blocks:
+            raise InputError(
+                f"train.aux_loss = {training.aux_loss:g} has no effect here: it balances experts, "
+                "and the model has none that are trained"
+            )
         if training.checkpointing:
             checkpointable(model)  # so that it fails before the first round and not in it
         self.model = model
@@ -242,7 +257,8 @@ class Worker:
         """Forward and backward of a batch that is `share` of its step, in (0, 1].
 
         Returns:
-            Loss and penalty (None if there is none), weighted by the share, without graph.
+            Loss and penalty (None if there is none), weighted by the share, without graph. The
+            auxiliary load-balancing loss is part of the penalty.
         """
         seen = client.observer
         observing = seen.observing(batch.mask, batch.decoder_mask) if seen else None
@@ -253,6 +269,9 @@ class Worker:
             if share != 1:
                 loss = loss * share
             penalty = self.strategy.penalty(client)
+            if seen and self.training.aux_loss:
+                balance = self.training.aux_loss * imbalance(seen.last)
+                penalty = balance if penalty is None else penalty + balance
         if penalty is None:
             stepper.backward(loss)
             return loss.detach(), None
@@ -319,6 +338,12 @@ class Worker:
             else:  # the same on a CPU, and faster: it looks for no other device
                 torch.default_generator.manual_seed(seed)
             yield
+
+
+def imbalance(last: Sequence[BlockStep | None]) -> Tensor:
+    """The load-balancing loss of a forward, mean over the MoE layers that it ran; a scalar."""
+    steps = [step for step in last if step is not None]
+    return torch.stack([load_balance(s.logits, s.selected, s.mask) for s in steps]).mean()
 
 
 def total(terms: list[Tensor]) -> Tensor:

@@ -572,6 +572,8 @@ def hindrance(worker: Worker) -> str | None:
             return f"{block.name} holds experts that are not upcycled ({block.family.name})"
         if not isinstance(module.experts, UpcycledExperts):
             return f"the experts of {block.name} have adapters"
+    if training.aux_loss:
+        return f"aux_loss = {training.aux_loss:g}"
     if training.checkpointing:
         return "checkpointing = true"
     if training.mixed != "no":
