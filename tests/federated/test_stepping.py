@@ -165,7 +165,7 @@ class Telling(FedAlignMoE):
 
 def test_the_regulariser_in_mixed_precision() -> None:
     """0 while the gate is as received, which is asked in the same precision; sums are float32."""
-    model, method = tiny(), Telling()
+    model, method = tiny(), Telling(align=True)
     prepare(model, method, 1)
     method.told, method.routing = [], [torch.tensor([0.7, 0.1, 0.1, 0.1])]
     training = Training(mixed="bfloat16", lr=1e-30, optimizer="sgd")
