@@ -57,10 +57,10 @@ _PLACES = {
 def _methods() -> dict[str, Any]:
     """Every class that a recipe can name as its method, by the name of the class."""
     from sluiceway.split.methods import METHODS
-    from sluiceway.strategies import BASELINES, ROBUST, SERVER, STRATEGIES
+    from sluiceway.strategies import BASELINES, PRIVACY, ROBUST, SERVER, STRATEGIES
 
     tables: tuple[Mapping[str, type[Any]], ...]
-    tables = (STRATEGIES, BASELINES, ROBUST, SERVER, METHODS)
+    tables = (STRATEGIES, BASELINES, ROBUST, SERVER, PRIVACY, METHODS)
     return {cls.__name__: cls for table in tables for cls in table.values()}
 
 

@@ -61,7 +61,7 @@ def split_recipe(method: str, seed: int = 0) -> Recipe:
             "run": {"kind": "split", "rounds": 5, "seed": seed},
             "data": {"name": "mnist5k", "clients": 3, "alpha": 0.3},
             "model": {"name": "conv4", "width": 8, "cut": "conv1"},
-            "method": {"name": method},
+            "method": {"name": method} | ({"preset": "paper"} if method == "acp-sl" else {}),
         }
     )
 

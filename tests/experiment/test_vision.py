@@ -187,7 +187,7 @@ def test_what_cannot_be_cut_or_does_not_fit_is_one_line(
     assert "has no weights of " in why(grey)
     assert "model.pretrained" in refused("run", split_recipe, "--set", "model.name=huggingface")
     assert "image_size" in refused("run", split_recipe, "--set", "model.image_size=32")
-    assert "split runs" in refused("run", recipe, "--set", "model.pretrained=x")
+    assert "is for images" in refused("run", recipe, "--set", "model.pretrained=x")
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -47,7 +47,7 @@ def test_the_regularisers_gradient_passes_through_checkpointing(reference: str) 
     found = []
     for checkpointing, lambda_ in [(False, 5.0), (True, 5.0), (True, 0.0)]:
         model = tiny(dropout=0)
-        method = FedAlignMoE(reference=reference, lambda_=lambda_)  # type: ignore[arg-type]
+        method = FedAlignMoE(align=True, reference=reference, lambda_=lambda_)  # type: ignore[arg-type]
         prepare(model, method, 1)
         method.routing = [torch.tensor([0.7, 0.1, 0.1, 0.1])]
         training = Training(

@@ -99,7 +99,9 @@ def start(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.py:FUNCTION", help="The server's code that makes a recipe's own model."
+            metavar="FILE.py:FUNCTION",
+            help="The server's code that makes a recipe's own model.",
+            show_default="none",
         ),
     ] = None,
 ) -> None:

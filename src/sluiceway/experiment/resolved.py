@@ -55,9 +55,18 @@ def lines(tables: Mapping[str, Any], path: str, source: Any) -> Iterator[str]:
         yield f"[{path}]"
     for key, value in values.items():
         name = key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
-        text = f"{name} = {json.dumps(value, ensure_ascii=False)}"
-        yield f"{text:{COMMENT}}# {source(f'{path}.{key}' if path else key, value)}".rstrip()
+        text = f"{name} = {inline(value)}"
+        yield f"{text:{COMMENT}} # {source(f'{path}.{key}' if path else key, value)}".rstrip()
     if values:
         yield ""
     for key, value in inner.items():
         yield from lines(value, f"{path}.{key}" if path else key, source)
+
+
+def inline(value: Any) -> str:
+    """A value as TOML has it on one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {inline(v)}" for key, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
