@@ -1,0 +1,37 @@
+"""The rows of docs/results.md that are called like a method are the method as it ships."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sluiceway.experiment.methods import method_of
+from sluiceway.experiment.recipe import load_recipe
+
+TABLES = Path(__file__).parents[1] / "benchmarks" / "evidence" / "tables"
+SHIPPED = [
+    ("federated", "fedalign-moe"),
+    ("federated", "fedavg"),
+    ("federated", "scaffold"),
+    ("federated", "fc-moe"),
+    ("coarse", "fedalign-moe"),
+    ("ablation", "region alone, as shipped"),
+]
+
+
+def is_as_shipped(table: str, row: str) -> bool:
+    content = tomllib.loads((TABLES / f"{table}.toml").read_text("utf-8"))
+    recipe = load_recipe(content["recipe"], [*content["set"], *content["methods"][row]["set"]])
+    alone = {"name": recipe.method["name"]}
+    return method_of(recipe.method, split=False) == method_of(alone, split=False)
+
+
+@pytest.mark.parametrize(("table", "row"), SHIPPED)
+def test_a_row_of_a_shipped_method_has_its_defaults(table: str, row: str) -> None:
+    assert is_as_shipped(table, row)
+
+
+def test_a_row_of_another_form_is_told() -> None:
+    assert not is_as_shipped("federated", "fedalign-moe, moments sent")
