@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from sluiceway.errors import InputError
 from sluiceway.experiment.models import classifier, load_pretrained
-from sluiceway.experiment.recipe import Model
+from sluiceway.experiment.recipe import Model, load_recipe
+from sluiceway.experiment.run import run
 
 Save = Callable[..., Path]
 
@@ -197,3 +198,13 @@ def test_smollm2_is_a_language_model_from_a_gguf_file() -> None:
     with torch.no_grad():
         best = loaded.backbone(**ids).logits[0, -1].argmax()
     assert loaded.tokenizer.decode(best) == " Paris"
+
+
+def test_more_tokens_than_positions(recipe: Path, csv_file: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.csv"
+    long.write_text("text,label\n" + "".join(f"{'a b ' * 400},{i % 2}\n" for i in range(8)))
+    chosen = load_recipe(
+        recipe, [f"data.path={long}", "data.max_tokens=700", "data.clients=1", "data.partition=iid"]
+    )
+    with pytest.raises(InputError, match=r"data\.max_tokens = 700: a text has 700 tokens, and the"):
+        run(chosen)

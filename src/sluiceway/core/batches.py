@@ -107,6 +107,13 @@ class Batch:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def whole_labels(labels: Tensor) -> Tensor:
+    """Labels [N] as int64. Raises ValueError for one that is no whole number."""
+    if labels.is_floating_point() and (odd := labels[labels != labels.round()]).numel():
+        raise ValueError(f"a label is {float(odd[0]):g}; expected class numbers, as 0 or 1")
+    return labels.to(torch.int64)
+
+
 #: Labels of data sets that have no `labels`, by the data set, with its length.
 _LABELS: WeakKeyDictionary[Any, tuple[int, Tensor]] = WeakKeyDictionary()
 
@@ -115,13 +122,13 @@ def labels_of(examples: Examples) -> Tensor:
     """All labels, [N] int64. Of a data set without `labels` each example is read, once."""
     labels = getattr(examples, "labels", None)
     if labels is not None:
-        return torch.as_tensor(labels, dtype=torch.int64)
+        return whole_labels(torch.as_tensor(labels))
     with contextlib.suppress(TypeError):  # a list cannot be a key
         size, known = _LABELS.get(examples, (-1, torch.empty(0)))
         if size == len(examples):
             return known
     every: Iterable[Any] = (examples[i][1] for i in range(len(examples)))
-    found = torch.as_tensor([int(label) for label in every], dtype=torch.int64)
+    found = whole_labels(torch.as_tensor([float(label) for label in every], dtype=torch.float64))
     with contextlib.suppress(TypeError):
         _LABELS[examples] = (len(examples), found)
     return found

@@ -125,6 +125,25 @@ def label_counts(clients: Sequence[Examples]) -> Tensor:
     return torch.stack([widened(c, width) for c in found]) if found else torch.zeros(0, 0).long()
 
 
+def require_labels(clients: Sequence[Examples], test: Examples) -> None:
+    """Check labels before anything is trained; whether the model has so many outputs shows later.
+
+    Raises:
+        ValueError: the test set is empty, or a label is no class number (the message names the data
+            set).
+    """
+    if not len(test):
+        raise ValueError("the test set is empty: there is nothing to evaluate on")
+    parts = [(f"client {number}", held) for number, held in enumerate(clients)]
+    for what, held in [*parts, ("the test set", test)]:
+        try:
+            low = int(labels_of(held).min()) if len(held) else 0
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+        if low < 0:
+            raise ValueError(f"{what} has the label {low}: labels must be class numbers from 0")
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -143,6 +162,21 @@ def evaluate(
         if len(part):
             batch = Batch.of(examples, part, device)
             logits = batch.run(model)
+            require_outputs(logits.shape[-1], classes)
             kept = len(examples) * logits.shape[-1] <= SCORES_LIMIT
             found += Evaluation.of(logits, batch.labels, loss, classes, scores=kept)
     return found
+
+
+def require_outputs(outputs: int, classes: int) -> None:
+    """Raise ValueError for a model whose logits do not tell the classes of the test set."""
+    if outputs < 2:
+        raise ValueError(
+            "the model gives one logit for an example; accuracy needs one for each class, two for "
+            "yes and no"
+        )
+    if classes > outputs:
+        raise ValueError(
+            f"the test set has the label {classes - 1}, and the model gives {outputs} logits: "
+            f"labels must be in 0..{outputs - 1}"
+        )

@@ -39,7 +39,21 @@ def encoded(
         if model.answer == "likelihood":
             texts = prompted(texts, model.prompt, tokenizer, max_tokens)
         tokens = encode(texts, tokenizer, max_tokens)
+    width = max(tensor.shape[-1] for tensor in tokens.values())
+    if width > (most := positions(loaded)):
+        raise InputError(
+            f"data.max_tokens = {max_tokens}: a text has {width} tokens, and the model takes {most}"
+        )
     return TextDataset(tokens, table.labels)
+
+
+def positions(loaded: Pretrained) -> int:
+    """Tokens that a model takes, as its configuration and its tokenizer say; many if none does."""
+    config: Any = getattr(loaded.backbone, "config", None)
+    texts = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(texts, "max_position_embeddings", None)
+    told = [known, getattr(loaded.tokenizer, "model_max_length", None)]
+    return min((one for one in told if isinstance(one, int) and one > 0), default=1 << 30)
 
 
 def prompted(texts: Sequence[str], prompt: str, tokenizer: Any, max_tokens: int) -> list[str]:

@@ -143,6 +143,9 @@ class Worker:
         self.model.to(device)
         owned = sorted(self.strategy.server_owned(self.layout))
         self.exchanged = exchanged(self.model) | {n: self.model.get_parameter(n) for n in owned}
+        # What is neither exchanged nor trained must not pass from one client to the next.
+        others = {n: b for n, b in self.model.named_buffers() if n not in self.exchanged}
+        self.others = [(buffer, buffer.clone()) for buffer in others.values()]
 
     def train(
         self, number: int, broadcast: Broadcast, state: dict[str, Tensor], *, personal: bool
@@ -217,16 +220,25 @@ class Worker:
         """
         stepper = Stepper(client, self.training, self.device)
         self.training_mode()
-        losses, penalties = [], []
+        losses: list[Tensor] = []
+        penalties: list[Tensor] = []
         recomputing = checkpointed(self.model) if self.training.checkpointing else None
         with recomputing or contextlib.nullcontext():
             of = self.training.steps(len(examples))
             for rows in counted("training of a client, steps", self.steps(examples), of):
                 check_stop()
-                terms = []
+                terms: list[tuple[Tensor, Tensor | None]] = []
                 for part in self.parts(rows):
                     batch = Batch.of(examples, part, self.device)
-                    terms.append(self.descend(client, stepper, batch, len(part) / len(rows)))
+                    try:
+                        terms.append(self.descend(client, stepper, batch, len(part) / len(rows)))
+                    except ValueError as error:
+                        # BatchNorm of [B, C] cannot train on a last batch of one: it is left out.
+                        alone = len(part) == 1 and "more than 1 value per channel" in str(error)
+                        if not alone or not (terms or losses):
+                            raise
+                if not terms:
+                    continue
                 stepper.step(self.strategy.correct)
                 losses.append(total([loss for loss, _ in terms]))
                 if held := [penalty for _, penalty in terms if penalty is not None]:
@@ -290,8 +302,13 @@ class Worker:
             module.eval()
 
     def load(self, tensors: Mapping[str, Tensor], needed: Iterable[str] = ()) -> None:
-        """Write the named values into the model; see `take_values`. Raises WireError."""
+        """Write the named values into the model; see `take_values`. Raises WireError.
+
+        Buffers that are not exchanged (counts of batches, those not in its state) begin anew.
+        """
         take_values(self.exchanged, tensors, needed)
+        for buffer, initial in self.others:
+            buffer.copy_(initial)
 
     def evaluate(self, tensors: Mapping[str, Tensor], indices: Sequence[int]) -> Evaluation:
         """The model with these values on some of the test set, in the precision of training."""

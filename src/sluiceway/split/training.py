@@ -11,7 +11,7 @@ from torch import nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, Snapshot
-from sluiceway.core.evaluation import label_counts
+from sluiceway.core.evaluation import label_counts, require_labels
 from sluiceway.core.guards import Diverged, TooFewUpdates, finite
 from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.parameters import exchanged
@@ -123,6 +123,7 @@ def split_train(
         device=torch.device(device),
         seed=seed,
     )
+    require_labels(clients, test)
     counts = label_counts(clients)
     if not counts.shape[1]:
         raise ValueError("no client holds any example")

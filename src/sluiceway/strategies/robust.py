@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.strategies.base import Strategy, Update, UpdateRule
-from sluiceway.strategies.parameters import PARAMETERS
+from sluiceway.strategies.parameters import PARAMETERS, is_statistic
 
 #: Values that are worked on at a time: of one client, or of up to sixteen together.
 SLICE = 1 << 16
@@ -127,7 +127,9 @@ class NormClipping:
         pieces = {piece.key: piece for piece in strategy.shared_pieces}
 
         def received(name: str) -> Tensor | None:
-            return pieces[name].of(strategy.tensors) if name in pieces else None
+            piece = pieces.get(name)
+            known = piece is not None and not is_statistic(piece.param)
+            return piece.of(strategy.tensors) if piece and known else None
 
         tensors = [Change(update.tensors, received) for update in updates]
         if self.limit is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, StorageError
-from sluiceway.core.evaluation import Evaluation, label_counts
+from sluiceway.core.evaluation import Evaluation, label_counts, require_labels
 from sluiceway.core.guards import Failure
 from sluiceway.core.head_start import (
     HeadStart,
@@ -574,6 +574,7 @@ def federate(
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
     require_head(head_start, strategy)
+    require_labels(clients, test)
     arrange_privacy(strategy, model, rounds, head_start)
     counts = told(label_counts(clients), strategy)
     with ExitStack() as stack:
