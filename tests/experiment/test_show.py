@@ -117,6 +117,21 @@ def test_a_dry_run_writes_nothing_and_foretells_the_bytes(
         assert 0.8 * actual < up[0] + layers < actual
 
 
+def test_a_dry_run_of_federated_images(
+    split_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = load_recipe(split_recipe).data.name
+    path = tmp_path / "federated.toml"
+    path.write_text(
+        f'[data]\nname = "{name}"\nclients = 3\nalpha = 1.0\nlimit = 60\ntest_limit = 20\n'
+        '[model]\nname = "conv4"\nwidth = 8\n[method]\nname = "fedavg"\n[run]\nrounds = 2\n'
+    )
+    assert main(["run", str(path), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "model: conv4 from Sluiceway" in shown
+    assert "on 60 examples a round" in shown
+
+
 def test_a_dry_comparison_names_each_variant(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,12 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
     chosen_network,
     chosen_strategy,
-    language_model,
+    federated_model,
     parts_of,
     plan_of,
 )
 from sluiceway.experiment.compare import PlannedRun, variant_name
+from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.client import prepare
@@ -55,9 +56,8 @@ def clients_line(parts: Sequence[Any], taking_part: int, recipe: Recipe) -> str:
 
 def federated_lines(recipe: Recipe, session: Session, progress: Progress) -> Iterator[str]:
     """Of a federated run. What experts without a token save is not known before."""
-    data = session.data(recipe.data, progress.say)
+    data, model, _, _, source = federated_model(recipe, session, progress.say)
     parts = parts_of(recipe, data)
-    model, _, _, source = language_model(recipe, data, session)
     strategy, training = chosen_strategy(recipe)
     prepare(model, strategy, len(parts))
     plan, held = plan_of(recipe), [i for i, part in enumerate(parts) if len(part)]
@@ -70,7 +70,8 @@ def federated_lines(recipe: Recipe, session: Session, progress: Progress) -> Ite
     total = sum(p.numel() for p in model.parameters())
     yield clients_line(parts, count, recipe)
     yield (
-        f"model: {recipe.model.name} from {source}, {total:,} parameters, {trained:,} trained"
+        f"model: {short_name(recipe.model.name)} from {source}, {total:,} parameters, "
+        f"{trained:,} trained"
         + (f", {len(strategy.layout.blocks)} mixtures" if strategy.layout.blocks else "")
     )
     if isinstance(strategy, Central) or not strategy.trains_clients:
@@ -89,11 +90,7 @@ def federated_lines(recipe: Recipe, session: Session, progress: Progress) -> Ite
         f"{megabytes(rounds * count * up + start)} up"
     )
     steps = [training.steps(len(parts[i])) for i in held]
-    examples = [
-        training.local_steps * training.batch_size * training.accumulate
-        or training.local_epochs * len(parts[i])
-        for i in held
-    ]
+    examples = [training.passes(len(parts[i])) * len(parts[i]) for i in held]
     share = count / len(held)
     yield (
         f"work: about {share * sum(steps):,.0f} steps on {share * sum(examples):,.0f} examples a "
@@ -151,8 +148,9 @@ def split_lines(recipe: Recipe, session: Session, progress: Progress) -> Iterato
     total = sum(p.numel() for p in model.parameters())
     yield clients_line(parts, count, recipe)
     yield (
-        f"model: {recipe.model.name}, {total:,} parameters, {front.front_parameters:,} of them "
-        f"before the cut at {cut}, behind which an example is {'x'.join(map(str, front.shape))}"
+        f"model: {short_name(recipe.model.name)}, {total:,} parameters, "
+        f"{front.front_parameters:,} of them before the cut at {cut}, behind which an example is "
+        f"{'x'.join(map(str, front.shape))}"
     )
     trains = not isinstance(training, SplitTraining) or training.front
     examples = training.local_epochs * sum(len(parts[i]) for i in held) * count / len(held)
