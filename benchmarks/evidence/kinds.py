@@ -132,10 +132,8 @@ def split(runs: Runs, docs: Path, picture: str = "split.png") -> dict[str, str]:
     names = methods_of(runs)
     groups = {setting.rsplit(" ", 1)[0]: None for setting in runs}
     lines = [f"{name} {traffic}" for name in names for traffic in ("1x", "32x")]
-    panels(
-        *(by_group(runs), list(groups), lines, docs / picture, by_megabytes),
-        *("MB, both directions", True),
-    )
+    path, axis = docs / picture, "MB, both directions"
+    panels(by_group(runs), list(groups), lines, path, by_megabytes, axis, log=True)
     parts = []
     for group in groups:
         settings = [f"{group} {x}" for x in LEVELS if f"{group} {x}" in runs]

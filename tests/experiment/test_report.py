@@ -29,6 +29,7 @@ from sluiceway.experiment.recipe import Recipe, recipe_from
 from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
 from sluiceway.experiment.run_directory import strict_json, write_json
 from sluiceway.experiment.summary import Outcome, summarise
+from sluiceway.experiment.tables import data_name
 
 COUNTS = [[3, 0, 5], [0, 0, 0], [0, 40, 1]]
 LABELS = ("sport & <play>", "price in $ and $", "漢字")
@@ -215,6 +216,12 @@ def test_a_comparison_of_one_seed_claims_no_interval(tmp_path: Path) -> None:
     assert "±" not in seen
     assert "nan" not in seen
     assert "no difference shown" not in seen
+
+
+def test_data_of_several_files_are_called_like_the_first() -> None:
+    assert data_name({"data": {"path": ["/notes/a.csv", "/notes/b.csv"]}}) == "a.csv"
+    assert data_name({"data": {"path": "/notes/a.csv"}}) == "a.csv"
+    assert data_name({"data": {"name": "agnews"}}) == "agnews"
 
 
 def test_every_file_of_a_comparison_is_strict_json(tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ class Batch:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def is_alone(error: ValueError) -> bool:
+    """Whether a layer refused to train on a batch of one, as BatchNorm of [B, C] does."""
+    return "more than 1 value per channel" in str(error)
+
+
 def whole_labels(labels: Tensor) -> Tensor:
     """Labels [N] as int64. Raises ValueError for one that is no whole number."""
     if labels.is_floating_point() and (odd := labels[labels != labels.round()]).numel():

@@ -122,9 +122,10 @@ class StartingHead:
             assert isinstance(answer, HeadSums)
             used += 1
             for name, total in self.total.items():
-                private = self.privacy is not None and self.privacy.where == "server"
-                share = self.privacy.head_share if self.privacy and private else lambda sums: sums
-                total.add_(share(answer.tensors[name]))
+                sums = answer.tensors[name]
+                if self.privacy is not None and self.privacy.where == "server":
+                    sums = self.privacy.head_share(sums)
+                total.add_(sums)
         if not used:
             client, why = next(iter(self.failed.items()))
             raise RunFailed(f"no client gave sums for the head's start (client {client}: {why})")

@@ -46,7 +46,7 @@ from sluiceway.experiment.builders import (
     parts_of,
     usable_device,
 )
-from sluiceway.experiment.own_code import is_code, placed
+from sluiceway.experiment.own_code import code_file, is_code, placed
 from sluiceway.experiment.recipe import Data, Recipe
 from sluiceway.experiment.session import Session, capped, load_texts
 from sluiceway.experiment.validation import first_fault
@@ -85,11 +85,12 @@ def open_site(path: Path, keys: Credentials | None = None) -> Site:
         file = SiteFile.model_validate(toml_of(path))
     except ValidationError as error:
         raise InputError(f"{path}: {first_fault(error, SiteFile)}") from None
-    model = file.model
-    if model is not None and is_code(model):
-        model = model.rpartition(":")[0]
-        model = model if model.endswith(".py") else None  # of an installed package
-    named = {"data.path": file.data.path, "data.test_path": file.data.test_path, "model": model}
+    model = code_file(file.model) if is_code(file.model) else file.model
+    named = {
+        "data.path": file.data.path,
+        "data.test_path": file.data.test_path,
+        "model": None if model is None else str(model),
+    }
     for key, value in named.items():
         if value is not None and not all(
             f.exists() for f in found_files(within(path.parent, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -360,6 +361,13 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", note if seeds > 1 else "One seed.", ""])
 
 
+def cut_ends(mean: float, half: float) -> tuple[float, float] | None:
+    """The ends of a share's interval that would pass 0 or 1, which end there; None of others."""
+    if math.isnan(half) or half <= mean <= 1 - half:
+        return None
+    return max(mean - half, 0), min(mean + half, 1)
+
+
 def shown(interval: Mapping[str, float], *, sign: bool = False) -> str:
     """An interval for a table cell."""
     if interval["mean"] != interval["mean"]:  # NaN: not measured in this kind of run
@@ -368,6 +376,6 @@ def shown(interval: Mapping[str, float], *, sign: bool = False) -> str:
     text = f"{mean:+.4f}" if sign else f"{mean:.4f}"
     if half != half:
         return text
-    if not sign and not half <= mean <= 1 - half:  # a share ends at 0 and 1
-        return f"{text} ({max(mean - half, 0):.4f} to {min(mean + half, 1):.4f})"
+    if not sign and (ends := cut_ends(mean, half)):
+        return f"{text} ({ends[0]:.4f} to {ends[1]:.4f})"
     return f"{text} ± {half:.4f}"

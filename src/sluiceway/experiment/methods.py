@@ -143,17 +143,17 @@ def method_of(table: Mapping[str, Any], *, split: bool) -> Strategy | Compressor
     """The strategy that [method] names, or in a split run the compressor. Raises InputError."""
     known: dict[str, type[Any]] = {**METHODS} if split else {**STRATEGIES, **BASELINES}
     name, apart = table.get("name"), {"name"} if split else {"name", *INNER}
-    kind = "split" if split else "federated"
-    named = [point.name for point in entry_points(group=GROUPS[kind][0])]
-    if isinstance(name, str) and name not in known and (is_code(name) or name in named):
-        cls = found_class(kind, name)
-    elif not isinstance(name, str) or name not in known:  # a list is not even hashable
-        raise InputError(
-            f"method.name = {quoted(name)}; allowed: {', '.join([*known, *named])}, "
-            'or your own, "file.py:Class"'
-        )
-    else:
+    if isinstance(name, str) and name in known:  # a list is not even hashable
         cls = known[name]
+    else:
+        kind = "split" if split else "federated"
+        named = [point.name for point in entry_points(group=GROUPS[kind][0])]
+        if not is_code(name) and name not in named:
+            raise InputError(
+                f"method.name = {quoted(name)}; allowed: {', '.join([*known, *named])}, "
+                'or your own, "file.py:Class"'
+            )
+        cls = found_class(kind, str(name))
     parameters = {key: value for key, value in table.items() if key not in apart}
     made: Strategy | Compressor = checked("method", cls, parameters, sorted(apart))
     if isinstance(made, Strategy):

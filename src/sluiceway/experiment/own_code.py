@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -40,6 +40,31 @@ def short_name(value: str) -> str:
     return value.rpartition(":")[2] if is_code(value) else value
 
 
+def code_file(value: Any) -> Path | None:
+    """The file of the code that a value names; None for a module's, and for what is no code."""
+    where = value.rpartition(":")[0] if is_code(value) else ""
+    return Path(where) if where.endswith(".py") else None
+
+
+def values_at(tables: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Of these dotted keys, those that a recipe's tables have, with their values."""
+    for key in keys:
+        table, _, name = key.partition(".")
+        if isinstance(held := tables.get(table), Mapping) and name in held:
+            yield key, held[name]
+
+
+def changed(
+    tables: Mapping[str, Any], keys: Iterable[str], change: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    """A copy of a recipe's tables with (key, value) -> value taken at these dotted keys."""
+    found = {name: dict(t) if isinstance(t, Mapping) else t for name, t in tables.items()}
+    for key, value in values_at(tables, keys):
+        table, _, name = key.partition(".")
+        found[table][name] = change(key, value)
+    return found
+
+
 def placed(key: str, value: Any, base: Path) -> Any:
     """A recipe's value with what it names found relative to the recipe's folder.
 
@@ -49,7 +74,7 @@ def placed(key: str, value: Any, base: Path) -> Any:
         base: the folder of the recipe; for values of the command line the working folder.
     """
     if isinstance(value, list | tuple):
-        return [placed(key, each, base) for each in value]
+        return type(value)(placed(key, each, base) for each in value)
     if not isinstance(value, str) or not value:
         return value
     if key in PATH_KEYS:
@@ -70,13 +95,8 @@ def placed(key: str, value: Any, base: Path) -> Any:
 
 def without_folders(tables: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's tables as others may see them: files and code by their names alone."""
-    found = {name: dict(t) if isinstance(t, Mapping) else t for name, t in tables.items()}
-    for key in (*PATH_KEYS, *CODE_KEYS, "model.pretrained"):
-        table, _, name = key.partition(".")
-        held = found.get(table)
-        if isinstance(held, dict) and name in held:
-            held[name] = _without_folder(held[name], key in PATH_KEYS)
-    return found
+    keys = (*PATH_KEYS, *CODE_KEYS, "model.pretrained")
+    return changed(tables, keys, lambda key, value: _without_folder(value, key in PATH_KEYS))
 
 
 def _without_folder(value: Any, path: bool) -> Any:
@@ -89,13 +109,10 @@ def _without_folder(value: Any, path: bool) -> Any:
 def copy_code(tables: Mapping[str, Any], out: Path) -> list[str]:
     """Copy the files of the code that a recipe names into a folder; their names."""
     names = []
-    for key in CODE_KEYS:
-        table, _, name = key.partition(".")
-        value = tables.get(table, {}).get(name)
-        where = Path(value.rpartition(":")[0]) if is_code(value) else Path()
-        if where.suffix == ".py" and where.name not in names:
-            shutil.copy(where, out / where.name)
-            names.append(where.name)
+    for _, value in values_at(tables, CODE_KEYS):
+        if (file := code_file(value)) is not None and file.name not in names:
+            shutil.copy(file, out / file.name)
+            names.append(file.name)
     return names
 
 
@@ -173,10 +190,7 @@ def refuse_code(tables: Mapping[str, Any], *, own_model: bool = False) -> None:
     Args:
         own_model: the model is made by code of this machine, whatever the recipe names.
     """
-    for key in CODE_KEYS:
-        table, _, name = key.partition(".")
-        held = tables.get(table)
-        value = held.get(name) if isinstance(held, Mapping) else None
+    for key, value in values_at(tables, CODE_KEYS):
         if not is_code(value) or (own_model and key == "model.name"):
             continue
         hint = (
@@ -192,10 +206,6 @@ def refuse_code(tables: Mapping[str, Any], *, own_model: bool = False) -> None:
 
 def code_by_name(tables: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's tables with files of code by their names alone, as they are sent."""
-    found = dict(tables)
-    for key in CODE_KEYS:
-        table, _, name = key.partition(".")
-        held = found.get(table)
-        if isinstance(held, Mapping) and is_code(held.get(name)):
-            found[table] = {**held, name: Path(held[name]).name}
-    return found
+    return changed(
+        tables, CODE_KEYS, lambda _, value: Path(value).name if is_code(value) else value
+    )

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sluiceway.errors import InputError
-from sluiceway.experiment.compare import metric_of, tabulate, variant_name
+from sluiceway.experiment.compare import cut_ends, metric_of, tabulate, variant_name
 from sluiceway.experiment.moe_plots import moe_figures, overlaps_figure
 from sluiceway.experiment.plots import (
     NAMED,
@@ -38,7 +38,7 @@ from sluiceway.experiment.plots import (
 )
 from sluiceway.experiment.split_plots import at_the_cut, split_figures
 from sluiceway.experiment.summary import summary_so_far
-from sluiceway.experiment.tables import flattened, method_label, with_current_keys
+from sluiceway.experiment.tables import data_name, flattened, method_label, with_current_keys
 
 #: Keys of a recipe that change no result or name no variant of a joint report.
 ASIDE = (
@@ -257,12 +257,6 @@ def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Figure], **more:
     return path
 
 
-def data_name(recipe: Mapping[str, Any]) -> str:
-    """The data set of a run for people."""
-    data = recipe.get("data", {})
-    return str(data.get("name") or Path(data.get("path", "data")).name)
-
-
 def partition_name(recipe: Mapping[str, Any]) -> str:
     """How a run's examples are divided, in a word or two."""
     data = recipe.get("data", {})
@@ -320,8 +314,8 @@ def percent(value: float | None, half: float | None = None) -> str:
     """
     if value is None or math.isnan(value):
         return "-"
-    if half is not None and not half <= value <= 1 - half and not math.isnan(half):
-        return f"{value:.1%} ({max(value - half, 0):.1%} to {min(value + half, 1):.1%})"
+    if half is not None and (ends := cut_ends(value, half)):
+        return f"{value:.1%} ({ends[0]:.1%} to {ends[1]:.1%})"
     return f"{value:.1%}{plus_minus(half)}"
 
 

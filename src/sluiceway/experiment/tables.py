@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sluiceway.errors import InputError, line, quoted
-from sluiceway.experiment.own_code import CODE_KEYS, MAYBE_PATH_KEYS, PATH_KEYS, placed
+from sluiceway.experiment.own_code import CODE_KEYS, MAYBE_PATH_KEYS, PATH_KEYS, changed, placed
 
 #: Largest recipe file and largest `key=value`, in bytes and characters.
 RECIPE_LIMIT: Final = 256 << 10
@@ -116,10 +116,8 @@ def read_tables(recipe: str | Path) -> dict[str, Any]:
 
 def anchored(tables: dict[str, Any], base: Path) -> dict[str, Any]:
     """The tables of a recipe with the files that it names found relative to its folder."""
-    for key in dict.fromkeys((*PATH_KEYS, *CODE_KEYS, *MAYBE_PATH_KEYS)):
-        table, _, name = key.partition(".")
-        if isinstance(held := tables.get(table), dict) and name in held:
-            held[name] = placed(key, held[name], base)
+    keys = dict.fromkeys((*PATH_KEYS, *CODE_KEYS, *MAYBE_PATH_KEYS))
+    tables = changed(tables, keys, lambda key, value: placed(key, value, base))
     compare = tables.get("compare")
     vary = compare.get("vary") if isinstance(compare, dict) else None
     if isinstance(vary, dict):
@@ -167,6 +165,13 @@ def method_label(method: Mapping[str, Any]) -> str:
     names = [one.get("name") for one in inner if isinstance(one, Mapping)]
     parts = [name for name in names if name not in (None, "none")]
     return " + ".join(map(str, [method.get("name", "unknown method"), *parts]))
+
+
+def data_name(recipe: Mapping[str, Any]) -> str:
+    """The data set of a recipe's tables for people."""
+    data = recipe.get("data", {})
+    path = data.get("path", "data")
+    return str(data.get("name") or Path(path if isinstance(path, str) else path[0]).name)
 
 
 def key_of(override: str) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Final, Protocol
 
 from sluiceway.core.round_loop import Record
 from sluiceway.errors import InputError, first_line
-from sluiceway.experiment.tables import flattened, method_label
+from sluiceway.experiment.summary import overlaps
+from sluiceway.experiment.tables import data_name, flattened, method_label
 
 
 class Tracker(Protocol):
@@ -52,8 +52,7 @@ def scalars(record: Record) -> dict[str, float]:
     by_client = [value for value in plain["accuracy_by_client"] if value is not None]
     if by_client:
         found["client_accuracy_worst"] = min(by_client)
-    if plain["routing"]:
-        found["routing_overlap"] = fmean(block["overlap"] for block in plain["routing"])
+    found["routing_overlap"] = overlaps([plain])[0]
     known = {name: float(value) for name, value in found.items() if value is not None}
     return {name: value for name, value in known.items() if not math.isnan(value)}
 
@@ -66,7 +65,7 @@ def results(summary: Mapping[str, Any]) -> dict[str, float]:
 
 def run_name(recipe: Mapping[str, Any]) -> str:
     """A run's name where several are listed."""
-    data = recipe["data"].get("name") or Path(recipe["data"]["path"]).stem
+    data = Path(data_name(recipe)).stem
     return f"{data} {method_label(recipe['method'])} seed {recipe['run']['seed']}"
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sluiceway.core.batches import Batch, Examples, Loss, labels_of
+from sluiceway.core.batches import Batch, Examples, Loss, is_alone, labels_of
 from sluiceway.core.evaluation import Evaluation, evaluate
 from sluiceway.core.handshake import ModelSignature, check_joining
 from sluiceway.core.messages import take_values
@@ -128,7 +128,8 @@ class Worker:
         self.training = training
         self.loss = loss
         self.seed = seed
-        self.personal_examples = personal_examples
+        # Under privacy no client tells its accuracy.
+        self.personal_examples = personal_examples if strategy.privacy is None else 0
         self.layout = strategy.layout
         self.move(device)
         check_joining(ModelSignature.of(strategy.tensors), ModelSignature.of(self.exchanged))
@@ -186,7 +187,7 @@ class Worker:
             routing = self.reported(seen.routing() if seen else [], client.passes)
             extra = dict(self.strategy.finish_training(client))
         state |= {f"private/{n}": self.exchanged[n].detach().cpu().clone() for n in self.initial}
-        if personal and self.personal_examples and self.strategy.privacy is None:
+        if personal and self.personal_examples:
             metrics["personal_accuracy"] = self.personal_accuracy(examples)
         tensors = {
             piece.key: piece.of(self.exchanged).detach()
@@ -234,7 +235,7 @@ class Worker:
                         terms.append(self.descend(client, stepper, batch, len(part) / len(rows)))
                     except ValueError as error:
                         # BatchNorm of [B, C] cannot train on a last batch of one: it is left out.
-                        alone = len(part) == 1 and "more than 1 value per channel" in str(error)
+                        alone = len(part) == 1 and is_alone(error)
                         if not alone or not (terms or losses):
                             raise
                 if not terms:

@@ -239,7 +239,11 @@ class StackedTrainer:
                     own = {n: nn.Parameter(t[place]) for n, t in values.items()}
                     before = {n: t.detach().clone() for n, t in own.items()}
                     client = self.context(
-                        *(own, before, broadcast, observers[place], states[shard.number]),
+                        own,
+                        before,
+                        broadcast,
+                        observers[place],
+                        states[shard.number],
                         worker.training.passes(shard.held),
                     )
                     worker.strategy.start_training(client)
@@ -262,8 +266,7 @@ class StackedTrainer:
                 metrics["penalty"] = penalties[place]
             kept = {n: tensors[n].detach().cpu().clone() for n in worker.initial}
             states[shard.number].update({f"private/{n}": t for n, t in kept.items()})
-            private = worker.strategy.privacy is not None
-            if shard.number in personal and worker.personal_examples and not private:
+            if shard.number in personal and worker.personal_examples:
                 worker.load({n: tensors[n] for n in values.keys() | worker.initial.keys()})
                 examples = worker.clients[shard.number]
                 metrics["personal_accuracy"] = worker.personal_accuracy(examples)

@@ -39,6 +39,15 @@ class ParamSlice:
         """Expert ``index``'s part of a fused parameter."""
         return ParamSlice(f"{param}[{index}]", param, index, shape, axis)
 
+    @property
+    def is_statistic(self) -> bool:
+        """Whether it is a running statistic of BatchNorm, by its name.
+
+        Clients' statistics are averaged. They are no parameters: no optimiser steps along their
+        change, and no norm of an update counts them  [ours].
+        """
+        return self.param.rpartition(".")[2] in ("running_mean", "running_var")
+
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The piece inside ``tensors[param]``: a view, never a copy.
 

@@ -10,12 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from sluiceway.split.traced import Traced, ancestors, cut_nodes, graph_of, traced_cut
+from sluiceway.split.traced import Traced, ancestors, cut_nodes, graph_of, is_chain, traced_cut
 
 
 @dataclass(frozen=True)
@@ -123,30 +122,22 @@ def _chain_values(chain: nn.Sequential, value: Tensor) -> Iterator[_Value]:
 def _values(model: nn.Module, example: Tensor) -> Iterator[_Value]:
     """Of every layer behind which nothing but its output crosses."""
     graph = graph_of(model)
-    places = {node.name: node for node in cut_nodes(graph)}
+    places = cut_nodes(graph)
+    held: dict[fx.Node, object] = {}
 
     class Values(fx.Interpreter):
-        held: ClassVar[dict[str, object]] = {}
-
         def run_node(self, n: fx.Node) -> object:
             found = super().run_node(n)
-            if n.name in places:
-                self.held[n.name] = found
+            if n in places:
+                held[n] = found
             return found
 
-    run = Values(model, graph=graph)
-    run.held.clear()
-    run.run(example)
-    for name, node in places.items():
+    Values(model, graph=graph).run(example)
+    for node in places:
         front = [
             model.get_submodule(str(n.target)) for n in ancestors(node) if n.op == "call_module"
         ]
-        yield str(node.target), front, run.held[name]
-
-
-def _is_chain(module: nn.Module) -> bool:
-    """An nn.Sequential, or a subclass that runs like one."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        yield str(node.target), front, held[node]
 
 
 def _layers(chain: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -154,7 +145,7 @@ def _layers(chain: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
     # Not named_children(): that leaves out a module's second appearance.
     for name, child in chain._modules.items():
         assert child is not None
-        if _is_chain(child) and len(child._modules):
+        if is_chain(child) and len(child._modules):
             yield from _layers(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
@@ -164,7 +155,7 @@ class _Calls(fx.Tracer):
     """Traces which layers a forward calls, and does not look into them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not _is_chain(m)
+        return not is_chain(m)
 
 
 def _as_chain(model: nn.Module) -> nn.Sequential | None:
@@ -173,7 +164,7 @@ def _as_chain(model: nn.Module) -> nn.Sequential | None:
     Its forward is traced, since the order of children and what is done between them is only known
     from there.
     """
-    if _is_chain(model):
+    if is_chain(model):
         assert isinstance(model, nn.Sequential)
         return model
     children = OrderedDict((k, child) for k, child in model._modules.items() if child is not None)

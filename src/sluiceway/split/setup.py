@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sluiceway.core.batches import Batch, Examples, Loss
+from sluiceway.core.batches import Batch, Examples, Loss, is_alone
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.messages import message_of
 from sluiceway.core.parameters import exchanged, frozen_values
@@ -308,7 +308,7 @@ def smallest_batch(layers: nn.Module, example: Batch) -> int:
     try:
         Batch(copy.deepcopy(example.inputs), example.labels).run(layers)
     except ValueError as error:
-        if "more than 1 value per channel" in str(error):
+        if is_alone(error):
             return 2
         raise
     return 1

@@ -53,6 +53,11 @@ class Traced(nn.Sequential):
         return more
 
 
+def is_chain(module: nn.Module) -> bool:
+    """An nn.Sequential, or a subclass that runs like one."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 class _Within(fx.Tracer):
     """Traces into nn.Sequential and into what holds the named layer, and into nothing else."""
 
@@ -61,9 +66,8 @@ class _Within(fx.Tracer):
         self.name = name
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        chain = isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
         holds = self.name.startswith(f"{module_qualified_name}.")
-        return not (holds or (chain and len(m._modules)))
+        return not (holds or (is_chain(m) and len(m._modules)))
 
 
 def graph_of(model: nn.Module, name: str = "") -> fx.Graph:

@@ -252,7 +252,8 @@ class FedAlignMoE(FedAvg):
         self.regions = RegionSums(
             self.tensors, self.maps, self.rank if self.moments == "update" else None
         )
-        self.shares = [torch.zeros(2, b.num_experts).double() for b in self.layout.blocks]
+        blocks = self.layout.blocks if self.align else ()
+        self.shares = [torch.zeros(2, b.num_experts).double() for b in blocks]
         self.ordered: dict[int, Update] = {}
         if not updates:
             return

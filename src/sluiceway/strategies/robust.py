@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.strategies.base import Strategy, Update, UpdateRule
-from sluiceway.strategies.parameters import PARAMETERS, is_statistic
+from sluiceway.strategies.parameters import PARAMETERS
 
 #: Values that are worked on at a time: of one client, or of up to sixteen together.
 SLICE = 1 << 16
@@ -128,7 +128,7 @@ class NormClipping:
 
         def received(name: str) -> Tensor | None:
             piece = pieces.get(name)
-            known = piece is not None and not is_statistic(piece.param)
+            known = piece is not None and not piece.is_statistic
             return piece.of(strategy.tensors) if piece and known else None
 
         tensors = [Change(update.tensors, received) for update in updates]

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.moe import ParamSlice
-from sluiceway.strategies.parameters import PARAMETERS, is_statistic
+from sluiceway.strategies.parameters import PARAMETERS
 
 
 class ServerOptimizer:
@@ -66,7 +66,7 @@ class ServerOptimizer:
         stepped = dict(new)
         for piece in pieces:
             before, after = piece.of(old), piece.of(new)
-            moves = before.is_floating_point() and not is_statistic(piece.param)
+            moves = before.is_floating_point() and not piece.is_statistic
             if not moves or torch.equal(before, after):
                 continue
             if stepped[piece.param] is new[piece.param]:

@@ -118,16 +118,13 @@ def written(out: Path, name: str, recipe: Recipe) -> Path:
 
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, since processes have working folders of their own."""
-    paths = {f"data.{key}": getattr(recipe.data, key) for key in ("path", "test_path")}
-    paths = {key: placed(key, path, Path()) for key, path in paths.items() if path is not None}
-    paths = {key: tuple(p) if isinstance(p, list) else p for key, p in paths.items()}
+    paths = {key: getattr(recipe.data, key) for key in ("path", "test_path")}
+    paths = {key: placed(f"data.{key}", path, Path()) for key, path in paths.items()}
     name = recipe.model.name
     model = {"name": str(Path(name).resolve())} if Path(name).is_dir() else {}
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(
-                update={key.removeprefix("data."): path for key, path in paths.items()}
-            ),
+            "data": recipe.data.model_copy(update=paths),
             "model": recipe.model.model_copy(update=model),
         }
     )
