@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from sluiceway.deploy.processes import Processes, descendants
+from sluiceway.deploy.processes import Processes, marked
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def repeated(look: Callable[[], None], every: float) -> Iterator[None]:
 
 @dataclass
 class Memory:
-    """Peak memory and CPU time of a deployment's processes, their descendants included.
+    """Peak memory and CPU time of a deployment's processes, what they started included.
 
     Attributes:
         deployment: the processes.
@@ -50,8 +50,8 @@ class Memory:
     def look(self) -> None:
         """Note the present state."""
         total = 0
-        for name, process in list(self.deployment.running.items()):
-            for number in (process.pid, *descendants(process.pid)):
+        for name in list(self.deployment.running):
+            for number in marked(self.deployment.mark_of(name)):
                 with suppress(psutil.Error):
                     found = psutil.Process(number)
                     memory, times = found.memory_info(), found.cpu_times()

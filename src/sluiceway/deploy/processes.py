@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -29,19 +30,25 @@ PR_SET_PDEATHSIG: Final = 1
 class Processes:
     """Named processes, each in a session of its own; all end when the block is left.
 
+    What they start in turn inherits an environment variable, by which it is found and ended too:
+    in sessions of its own, and after the process that started it.
+
     Attributes:
         running: by name.
         logs: path of each log, by name.
+        mark: the beginning of that variable's name.
     """
 
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     logs: dict[str, Path] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: f"SLUICEWAY_{secrets.token_hex(8)}")
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end(*reversed(self.running))
+        end_marked(f"{self.mark}_")  # of processes that were taken out of `running` meanwhile
 
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
@@ -55,7 +62,7 @@ class Processes:
         with log.open("ab") as file:
             self.running[name] = subprocess.Popen(
                 command,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, self.mark_of(name): "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -64,22 +71,22 @@ class Processes:
             )
 
     def end(self, *names: str, how: signal.Signals = signal.SIGTERM) -> None:
-        """Send a signal to processes; after `END_TIMEOUT` kill them and all their descendants."""
-        ending = [self.running.pop(name) for name in names]
-        families = [descendants(process.pid) for process in ending]
-        for process in ending:
+        """Send a signal to processes; after `END_TIMEOUT` kill them and all that they started."""
+        ending = {name: self.running.pop(name) for name in names}
+        for process in ending.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, how)
         deadline = time.monotonic() + END_TIMEOUT
-        for process, family in zip(ending, families, strict=True):
+        for process in ending.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            for number in {process.pid, *family, *descendants(process.pid)}:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(number, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
+        end_marked(*map(self.mark_of, ending))
+
+    def mark_of(self, name: str) -> str:
+        """The variable that marks a process, and all that it starts."""
+        return f"{self.mark}_{name.encode().hex()}_"
 
     def ended(self) -> str | None:
         """The name of a process that ended by itself, if there is one."""
@@ -104,6 +111,27 @@ def descendants(number: int) -> list[int]:
         return [child.pid for child in psutil.Process(number).children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def end_marked(*marks: str) -> None:
+    """Kill all processes that have an environment variable whose name begins with one of these."""
+    while found := marked(*marks):
+        for number in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def marked(*marks: str) -> list[int]:
+    """Process ids of this user's that have such a variable and have not ended."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if any(name.startswith(marks) for name in process.environ()):
+                found.append(process.pid)
+    return found
 
 
 def end_with_parent() -> None:

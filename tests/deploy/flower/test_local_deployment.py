@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import ssl
 import tempfile
 import time
 import tomllib
@@ -45,6 +47,20 @@ def running(folder: Path) -> list[str]:
     return found
 
 
+def status_for(user: int, port: int) -> int:
+    """What the SuperLink's port answers a user who asks for its runs, as root can try."""
+    connection = http.client.HTTPSConnection(
+        "127.0.0.1", port, context=ssl._create_unverified_context()
+    )
+    os.seteuid(user)
+    try:
+        connection.connect()
+    finally:
+        os.seteuid(os.getuid())
+    connection.request("POST", "/v1/control/list-runs", headers={"X-Forwarded-For": "127.0.0.1"})
+    return connection.getresponse().status
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_one_command_gives_the_local_numbers(
@@ -53,7 +69,7 @@ def test_one_command_gives_the_local_numbers(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And a SuperNode whose key is not registered is rejected meanwhile."""
+    """And a SuperNode whose key is not registered is rejected meanwhile, and so are other users."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     here, local = run(load_recipe(recipe, SMALL))
     rejected = []
@@ -63,6 +79,9 @@ def test_one_command_gives_the_local_numbers(
         key, _ = new_node_key(flower.folder, "stranger")
         flower.start_node("stranger", {}, key)
         process = flower.running.pop("stranger")
+        assert status_for(os.getuid(), flower.port) != 403
+        if os.getuid() == 0:
+            assert status_for(65534, flower.port) == 403
         plain(flower, *rest)
         assert process.wait(60) != 0
         rejected.append(flower.logs["stranger"].read_text())

@@ -20,6 +20,7 @@ from typing import Any, Final, Self
 import tomli_w
 from flwr.app.user_config import UserConfigValue
 
+from sluiceway.deploy.flower import own_user
 from sluiceway.deploy.flower.certificates import new_certificates, new_node_key, write_secret
 from sluiceway.deploy.processes import LOOPBACK, Processes, free_port
 from sluiceway.errors import line
@@ -190,8 +191,12 @@ class Deployment(Processes):
         ]
 
     def start_flower(self, name: str, command: str, *arguments: str | int | Path) -> None:
-        """Start one of Flower's programs, with a log named after it."""
-        words = [program(command), *map(str, arguments)]
+        """Start one of Flower's programs, with a log named after it.
+
+        Its ports answer this user's processes alone, on Linux.
+        """
+        guard = [sys.executable, "-P", "-m", own_user.__name__] if own_user.TABLE.exists() else []
+        words = [*guard, command if guard else program(command), *map(str, arguments)]
         self.start(name, words, self.environment(), self.folder / f"{name}.log")
 
     def kill(self, name: str) -> None:

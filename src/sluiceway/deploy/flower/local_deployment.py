@@ -14,6 +14,7 @@ import tomli_w
 
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.signals import Stopped, check_stop
+from sluiceway.deploy.flower import own_user
 from sluiceway.deploy.flower.apps import DEFAULTS, IDLE
 from sluiceway.deploy.flower.deployment import (
     SUPEREXEC,
@@ -76,6 +77,10 @@ def run_locally(
     count, out = recipe.data.clients, out.resolve()
     names = [f"site-{number}" for number in range(count)]
     progress.say(f"Flower: a SuperLink and {count} SuperNodes on this machine, over TLS")
+    if not own_user.TABLE.exists():
+        progress.say(
+            "while it runs, other users of this machine can run code as you: Flower's port"
+        )
     with scratch_folder() as folder, Deployment(folder=folder / "flower") as flower:
         (folder / "recipe.toml").write_text(tomli_w.dumps(recipe.resolved()), encoding="utf-8")
         write_app(folder / "app", f"{APPS}:server", f"{APPS}:client", DEFAULTS)
