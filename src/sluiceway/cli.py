@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = command.main(arguments, prog_name="sluiceway", standalone_mode=False)
     except click.ClickException as error:
         at = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
-        print(f"{at or 'sluiceway'}: {line(error.format_message())}", file=sys.stderr)
+        said = line(error.format_message())
+        if isinstance(error, click.NoSuchOption) and not error.possibilities:
+            said += f" See `{at or 'sluiceway'} --help`."
+        print(f"{at or 'sluiceway'}: {said}", file=sys.stderr)
         return BAD_INPUT
     return code
 
@@ -76,7 +79,9 @@ def say_version(asked: bool) -> None:
 def top(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=say_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", "-v", callback=say_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Train on data that must not leave its owners."""
@@ -295,7 +300,9 @@ def inspect(
     inversion: Annotated[
         bool, typer.Option("--inversion", help="Rebuild images from what crosses, of a split run.")
     ] = False,
-    device: Device = None,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="Where to rebuild, with --inversion.")
+    ] = "cpu",
 ) -> None:
     """Show routers, experts or cut points of a model, and what would cross.
 
@@ -306,7 +313,7 @@ def inspect(
     if inversion:
         from sluiceway.experiment.inversion import show_inversion
 
-        show_inversion(Path(model), device or "cpu")
+        show_inversion(Path(model), device)
         return
     from sluiceway.experiment.inspect import show_cuts, show_layout
     from sluiceway.experiment.recipe import NETWORKS

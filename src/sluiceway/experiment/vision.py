@@ -163,7 +163,8 @@ def vision_network(
     from transformers import AutoConfig, AutoModel
 
     name = first_source(name)
-    place, key = model_place(name), "model.pretrained"
+    key = "model.pretrained"
+    place = model_place(name, key=key)
     with readable(name, place, key), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(place.where)
