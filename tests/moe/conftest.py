@@ -105,7 +105,8 @@ def as_released(name: str) -> nn.Module:
 
     model, settings = FAMILIES[name]
     kind = getattr(transformers, model)
-    return kind(kind.config_class(**settings))
+    released: nn.Module = kind(kind.config_class(**settings))
+    return released
 
 
 def build(name: str) -> nn.Module:
