@@ -118,6 +118,7 @@ def run(
         with stoppable("") as progress:
             print(*described(chosen, Session(), progress), sep="\n")
         return
+    from sluiceway.core.waits import announced
     from sluiceway.experiment.report import write_report
     from sluiceway.experiment.run import run as run_here
 
@@ -128,7 +129,8 @@ def run(
             _, summary = run_here(chosen, out, **how)
         else:
             summary = trial_of(chosen.run.engine)(chosen, out, **how)
-    write_report([out])
+        with announced("writing the report"):
+            write_report([out])
     personal, full = summary["mean_personal_accuracy"], summary.get("accuracy_full")
     also = f", personal {personal:.4f}" if personal is not None else ""
     also += f", with nothing dropped {full:.4f}" if full is not None else ""
@@ -188,12 +190,14 @@ def compare(
             planned = comparison.planned_runs(recipe, given, *how)
             print(*compared(planned, progress), sep="\n")
         return
+    from sluiceway.core.waits import announced
     from sluiceway.experiment.report import write_report
 
     out = out or new_folder(recipe, chosen)
     with stoppable(f"--out {out}") as progress:
         table = comparison.compare(recipe, given, *how, out, progress=progress)
-    write_report([out])
+        with announced("writing the reports"):
+            write_report([out])
     print(comparison.markdown(table))
     print(f"comparison folder: {out} (compare.json, compare.md, report.html)")
 
@@ -231,10 +235,12 @@ def export(
     networks of images safetensors with a manifest.
     """
     from sluiceway.experiment.export import export as export_model
+    from sluiceway.experiment.progress import shown
     from sluiceway.experiment.trained import load
 
-    for said in export_model(load(run, which), out, merge=merge):
-        print(said)
+    with shown():
+        written = export_model(load(run, which), out, merge=merge)
+    print(*written, sep="\n")
 
 
 @app.command()
@@ -261,14 +267,16 @@ def predict(
     for a model of images an image, or a folder of images.
     """
     from sluiceway.experiment import predict as predicting
+    from sluiceway.experiment.progress import shown
     from sluiceway.experiment.trained import load
 
     predicting.require_form(out)
-    model = load(run, which, device=device)
-    if client is not None:
-        model.use_mask_of(client)
-    inputs = predicting.read_inputs(file, model)
-    found = model.predict(inputs.values)
+    with shown():
+        model = load(run, which, device=device)
+        if client is not None:
+            model.use_mask_of(client)
+        inputs = predicting.read_inputs(file, model)
+        found = model.predict(inputs.values)
     print(predicting.write(predicting.table(inputs, found), out), end="")
     if said := predicting.agreement(inputs, found):
         print(said, file=sys.stderr)
@@ -312,8 +320,10 @@ def inspect(
     """
     if inversion:
         from sluiceway.experiment.inversion import show_inversion
+        from sluiceway.experiment.progress import shown
 
-        show_inversion(Path(model), device)
+        with shown():
+            show_inversion(Path(model), device)
         return
     from sluiceway.experiment.inspect import show_cuts, show_layout
     from sluiceway.experiment.recipe import NETWORKS

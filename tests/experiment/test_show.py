@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -16,6 +17,8 @@ from tests.experiment.conftest import Run
 
 from sluiceway.cli import main
 from sluiceway.core import waits
+from sluiceway.core.round_loop import Record
+from sluiceway.experiment import progress
 from sluiceway.experiment.compare import folder_names
 from sluiceway.experiment.recipe import load_recipe, recipe_from
 from sluiceway.experiment.tables import method_label, shipped_recipes
@@ -182,6 +185,49 @@ def test_waits_are_told_of_ever_more_seldom(monkeypatch: pytest.MonkeyPatch) -> 
         assert list(waits.counted("short", range(1), 1)) == [0]
     assert told == [("frozen layers", n, 20) for n in (1, 3, 7, 15, 20)]
     assert list(waits.counted("nobody listens", "ab", 2)) == ["a", "b"]
+
+
+def test_what_cannot_be_counted_is_told_of_after_two_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waits, "PATIENCE", 0.05)
+    told: list[tuple[str, int, int]] = []
+    with waits.listening(lambda *said: told.append(said)):
+        with waits.announced("loading"):
+            time.sleep(0.2)
+        with waits.announced("short"):
+            pass
+        with contextlib.suppress(ValueError), waits.announced("failing"):
+            time.sleep(0.2)
+            raise ValueError
+    assert told == [(what, n, 1) for what in ("loading", "failing") for n in (0, 1)]
+
+
+def test_plain_progress_of_a_slow_run_stays_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred rounds of forty seconds: every client of every round waits and says so."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+
+    def lines_of(rounds: int, seconds: float) -> list[str]:
+        with progress.plain() as told:
+            told.begin(rounds)
+            for number in range(1, rounds + 1):
+                for client in range(10):
+                    told.on_update(client, 10)
+                    for _ in waits.counted("training of a client, steps", range(8), 8):
+                        clock[0] += seconds / 80
+                told.on_round(Record(number, 0.5, 1.0, 1.0, 10, 10, seconds, [0], {}, []))
+        return capsys.readouterr().err.splitlines()
+
+    slow = lines_of(100, 40.0)
+    assert sum(one.startswith("round ") and ":" in one and "loss" in one for one in slow) == 100
+    assert len([one for one in slow if "loss" not in one]) <= 2 * (6 + 100 * 40 / 60)
+    quick = lines_of(1000, 0.1)
+    assert quick[0].startswith("round 1:")
+    assert quick[-1].startswith("round 1000:")
+    assert len(quick) <= 100 / 2 + 2
 
 
 def test_every_option_says_its_default_and_needs_no_torch() -> None:

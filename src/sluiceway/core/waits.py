@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-#: Called with what is waited for, how much of it is done, and how much there is.
+#: Called with what is waited for, how much of it is done, and how much there is (1 where it cannot
+#: be counted).
 Listener = Callable[[str, int, int], None]
 #: Seconds from the beginning of a wait until it is told of.
 PATIENCE = 2.0
@@ -50,3 +52,30 @@ def counted(what: str, items: Iterable[T], of: int) -> Iterator[T]:
         yield item
     if next_at > PATIENCE:
         tell(what, of, of)
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Something that cannot be counted is done inside; above `PATIENCE` seconds it is told of.
+
+    The listener is called from another thread.
+    """
+    if not _listeners or _listeners[-1][0] != os.getpid():
+        yield
+        return
+    tell, told = _listeners[-1][1], threading.Event()
+
+    def late() -> None:
+        told.set()
+        tell(what, 0, 1)
+
+    timer = threading.Timer(PATIENCE, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if told.is_set():
+            tell(what, 1, 1)

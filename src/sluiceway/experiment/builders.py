@@ -12,6 +12,7 @@ from torch import nn
 
 from sluiceway.core.round_loop import Rounds
 from sluiceway.core.settings import Training
+from sluiceway.core.waits import announced
 from sluiceway.data import (
     ChoiceData,
     ImageData,
@@ -91,7 +92,8 @@ def language_model(
     loaded = pretrained_of(chosen)
     train, test = session.encoded(recipe.data, data, loaded, chosen)
     head = head_for(data.label_names, isinstance(data, ChoiceData), loaded, chosen)
-    model = assembled(loaded, chosen, head, recipe.run.seed)
+    with announced("building the model"):
+        model = assembled(loaded, chosen, head, recipe.run.seed)
     return model, train, test, loaded.source
 
 

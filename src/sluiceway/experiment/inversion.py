@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from sluiceway.core.evaluation import BATCH
 from sluiceway.core.seeds import derive_seed
+from sluiceway.core.waits import counted
 from sluiceway.data import ImageDataset, ImageTable, holdout, limit
 from sluiceway.errors import InputError
 from sluiceway.experiment.session import Session
@@ -202,7 +203,7 @@ def trained_decoder(seen: Tensor, images: Tensor, steps: int, device: torch.devi
     decoder = Decoder(seen, tuple(images.shape[1:])).to(device)
     optimiser = torch.optim.Adam(decoder.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(steps):
+    for _ in counted("training of the attack, steps", range(steps), steps):
         rows = torch.randint(len(seen), (min(32, len(seen)),))
         loss = functional.mse_loss(decoder(seen[rows].to(device)), images[rows].to(device))
         optimiser.zero_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sluiceway.core.waits import announced
 from sluiceway.data import DataError, check_tokenizer, wheel_folder
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import TextClassifier
@@ -84,7 +85,8 @@ def load_pretrained(
             no language model, or the tokenizer does not fit it.
     """
     place = model_place(name, gguf)
-    tokenizer, backbone = loaded(name, place, language, dtype)
+    with announced(f"loading the model from {place.source}"):
+        tokenizer, backbone = loaded(name, place, language, dtype)
     repair(backbone)
     try:
         check_tokenizer(tokenizer, backbone.get_input_embeddings().num_embeddings)

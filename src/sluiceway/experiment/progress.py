@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -28,25 +30,55 @@ def shown() -> Iterator[Progress]:
             yield progress
 
 
+#: Seconds between two plain lines about the same thing: at first, and in a long run.
+GAPS: Final = (5.0, 60.0)
+
+
+class Seldom:
+    """Whether it is time for another plain line, of what is told again and again, by its name.
+
+    The time between two lines doubles within `GAPS`: an hour of waits takes about as many lines.
+    """
+
+    def __init__(self) -> None:
+        self.next: dict[str, float] = {}
+        self.gap: dict[str, float] = {}
+
+    def __call__(self, what: str) -> bool:
+        now = time.monotonic()
+        if now < self.next.get(what, now):
+            return False
+        gap = self.gap.get(what, GAPS[0])
+        self.next[what], self.gap[what] = now + gap, min(2 * gap, GAPS[1])
+        return True
+
+
 @contextmanager
 def plain() -> Iterator[Progress]:
-    """A line for each round; in a long one for what is waited for, ever more seldom."""
-    state = {"round": 1, "began": time.monotonic(), "next": PATIENCE}
+    """Lines for rounds and for what is waited for; short rounds share a line every few seconds."""
+    state = {"round": 1, "rounds": 0, "began": time.monotonic(), "told": -math.inf}
+    is_time = Seldom()
 
     def on_round(record: Record) -> None:
-        line(described(record))
-        state.update(round=record.round + 1, began=time.monotonic(), next=PATIENCE)
+        now = time.monotonic()
+        ends = record.round == state["rounds"]
+        if ends or record.rejected or record.failed or now - state["told"] >= PATIENCE:
+            line(described(record))
+            state["told"] = now
+        state.update(round=record.round + 1, began=now)
 
     def begin(rounds: int) -> None:
-        state.update(round=1, began=time.monotonic(), next=PATIENCE)
+        state.update(round=1, rounds=rounds, began=time.monotonic(), told=-math.inf)
 
     def on_update(done: int, of: int) -> None:
-        passed = time.monotonic() - state["began"]
-        if passed >= state["next"] and done < of:
-            state["next"] = 2 * passed
+        if done < of and time.monotonic() - state["began"] >= PATIENCE and is_time("clients"):
             line(f"round {state['round']:.0f}: {done} of {of} clients")
 
-    with listening(lambda what, done, of: line(f"{what}: {done} of {of}")):
+    def on_wait(what: str, done: int, of: int) -> None:
+        if done < of and is_time(what):
+            line(what if of == 1 else f"{what}: {done} of {of}")
+
+    with listening(on_wait):
         yield Progress(begin=begin, say=line, on_round=on_round, on_update=on_update)
 
 
@@ -117,8 +149,9 @@ def bar(console: Console) -> Iterator[Progress]:
             if done == of:
                 shown_bar.remove_task(waits.pop(what))
             elif what not in waits:
-                waits[what] = shown_bar.add_task(what, total=of, round="", told="")
-            if what in waits:
+                total_known = of if of > 1 else None
+                waits[what] = shown_bar.add_task(what, total=total_known, round="", told="")
+            if what in waits and of > 1:
                 shown_bar.update(waits[what], completed=done, told=f"{done} of {of}")
 
         with listening(on_wait):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sluiceway.core.round_loop import Record
+from sluiceway.core.waits import announced
 from sluiceway.data import (
     CHOICE_NAMES,
     ChoiceData,
@@ -61,7 +62,8 @@ class Session:
         """The texts or questions of [data], limited as it says. Raises DataError."""
         key = without_partition(wanted)
         if key not in self.texts:
-            self.texts[key] = load_texts(wanted)
+            with announced("reading the data"):
+                self.texts[key] = load_texts(wanted)
             say(described(self.texts[key]))
         return self.texts[key]
 
@@ -72,7 +74,8 @@ class Session:
         augment = augment and wanted.augment
         key = without_partition(wanted).model_copy(update={"augment": augment})
         if key not in self.pictures:
-            found = load_pictures(wanted)
+            with announced("reading the data"):
+                found = load_pictures(wanted)
             self.pictures[key] = (found, *image_datasets(found, augment))
             say(described(found))
         return self.pictures[key]
@@ -84,11 +87,10 @@ class Session:
         asked = without_partition(wanted).model_dump_json()
         key = (asked, loaded.source, model.answer, model.prompt)
         if key not in self.tokens:
-            train, test = data.train, data.test
-            self.tokens[key] = (
-                encoded(train, loaded, model, wanted.max_tokens),
-                encoded(test, loaded, model, wanted.max_tokens),
-            )
+            tables = data.train, data.test
+            with announced(f"tokenising {sum(map(len, tables)):,} examples"):
+                train, test = (encoded(t, loaded, model, wanted.max_tokens) for t in tables)
+            self.tokens[key] = train, test
         return self.tokens[key]
 
     def feature_cache(self, memory_mb: int, disk_mb: int) -> FeatureCache:

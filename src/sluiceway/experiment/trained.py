@@ -19,6 +19,7 @@ from sluiceway.channels import Basis
 from sluiceway.core.batches import Batch, Examples
 from sluiceway.core.evaluation import BATCH
 from sluiceway.core.settings import Training
+from sluiceway.core.waits import counted
 from sluiceway.data import CHOICE_NAMES, ImageDataset, TextTable
 from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.builders import (
@@ -123,7 +124,7 @@ class TrainedModel:
         training, rows = self.recipe.training(), torch.arange(len(examples)).split(BATCH)
         assert isinstance(training, Training) or self.pretrained is None
         found = []
-        for part in rows:
+        for part in counted("prediction", rows, len(rows)):
             batch = Batch.of(examples, part, self.device)
             with (
                 training.precision(self.device)

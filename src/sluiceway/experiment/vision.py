@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sluiceway.core.waits import announced
 from sluiceway.data.images import ImageSet
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.models import model_place, readable
@@ -165,7 +166,8 @@ def vision_network(
     name = first_source(name)
     key = "model.pretrained"
     place = model_place(name, key=key)
-    with readable(name, place, key), torch.random.fork_rng(devices=[]):
+    loading = announced(f"loading the model from {place.source}")
+    with loading, readable(name, place, key), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(place.where)
         if config.model_type not in KINDS:
@@ -173,10 +175,10 @@ def vision_network(
                 f"{key} = {quoted(name)} is a {config.model_type}; a split run takes "
                 f"{', '.join(KINDS)}"
             )
-        model, loading = AutoModel.from_pretrained(
+        model, said = AutoModel.from_pretrained(
             place.where, dtype=torch.float32, output_loading_info=True
         )
-        lacking = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+        lacking = sorted(key for key in said["missing_keys"] if not key.startswith("pooler."))
         if lacking:
             raise InputError(f"{key} = {quoted(name)} has no weights of {lacking[0]}")
         own = normalisation(place.where)
