@@ -42,6 +42,11 @@ def outcome_of(action: Callable[[], None]) -> tuple[int, str]:
     return 0, ""
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra, for messages: Sluiceway is on no package index."""
+    return f"pip install -c constraints.txt -e '.[{extra}]', in a checkout of Sluiceway"
+
+
 def quoted(value: object, most: int = 80) -> str:
     """A value as Python writes it, on one line and cut after `most` characters."""
     try:

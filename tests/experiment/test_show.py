@@ -23,6 +23,9 @@ from sluiceway.experiment.compare import folder_names
 from sluiceway.experiment.recipe import load_recipe, recipe_from
 from sluiceway.experiment.tables import method_label, shipped_recipes
 
+#: Makes a recipe of texts one of images.
+IMAGES = "--set data.name=digits --set model.name=conv4 --set method.name=fedavg"
+
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_show_reads_back_as_the_same_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,9 +61,12 @@ def test_show_says_where_values_come_from(recipe: Path, capsys: pytest.CaptureFi
     ("own", "command", "said"),
     [
         ("split_recipe", "--set run.workers=2", "run.workers = 2 has no effect here: it needs run"),
+        ("split_recipe", "--set run.timeout=9", "run.timeout = 9.0 has no effect here: it needs"),
         ("recipe", "--set model.width=64", "model.width = 64 has no effect here"),
         ("recipe", "--set data.group=site", "it needs data.partition = 'natural'"),
         ("recipe", "--set train.momentum=0.9", "it needs train.optimizer = 'sgd'"),
+        ("recipe", f"{IMAGES} --set model.lora=4", "model.lora = 4 has no effect here: it needs a"),
+        ("recipe", f"{IMAGES} --set data.max_tokens=9", "has no effect here: it needs texts"),
         ("recipe", "--set model.lora_gate=true", "it needs model.lora above 0"),
     ],
 )

@@ -125,5 +125,8 @@ def test_a_recipe_names_them(
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     where = ["--out", tmp_path / "none"]
     said = refused("run", recipe, "--set", 'run.track=["wandb"]', *where)
-    assert "run.track names wandb, which needs its extra: pip install 'sluiceway[wandb]'" in said
+    assert (
+        "run.track names wandb, which needs its extra: pip install -c constraints.txt -e '.[wandb]'"
+        in said
+    )
     assert not (tmp_path / "none").exists()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, how_to_install
 from sluiceway.experiment.command_line import (
     PLAIN,
     Device,
@@ -38,9 +38,7 @@ def part_of(engine: str, module: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS[engine]:
             raise
-        raise InputError(
-            f"the engine {engine} needs its extra: pip install 'sluiceway[{engine}]'"
-        ) from None
+        raise InputError(f"the engine {engine} needs its extra: {how_to_install(engine)}") from None
 
 
 def trial_of(engine: str) -> Callable[..., dict[str, Any]]:

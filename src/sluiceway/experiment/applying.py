@@ -76,6 +76,21 @@ IMAGES: Final = Condition(
 #: Keys that another key makes idle.
 OTHERS: Final = (
     Condition(
+        "model.gguf model.dtype model.answer model.prompt model.words model.lora model.lora_alpha "
+        "model.lora_gate model.experts model.top_k model.layers model.noise model.scale "
+        "model.sliced model.skip_padding model.train",
+        'a model of texts that is not your own code: model.name = "minilm", a folder, ...',
+        lambda tables: (
+            not (tables["model"]["name"] in NETWORKS or is_code(tables["model"]["name"]))
+        ),
+    ),
+    Condition("data.max_tokens", "texts", lambda tables: tables["model"]["name"] not in NETWORKS),
+    Condition(
+        "run.timeout",
+        "run.kind = 'federated', or sites: run.engine = 'nvflare'",
+        lambda tables: of_kind("federated")(tables) or tables["run"]["engine"] != "local",
+    ),
+    Condition(
         "data.alpha", "data.partition = 'dirichlet'", has("data.partition", "dirichlet", "natural")
     ),
     Condition(

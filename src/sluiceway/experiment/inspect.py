@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sluiceway.errors import InputError, first_line
+from sluiceway.errors import InputError, first_line, how_to_install
 from sluiceway.experiment.builders import network
 from sluiceway.experiment.models import outlined
 from sluiceway.experiment.vision import KINDS, chain_of
@@ -177,7 +177,7 @@ def adapters_table(model: nn.Module, rank: int) -> Table:
     try:
         add_lora(model, experts, rank, rank)
     except ImportError:
-        raise InputError("--lora needs a package: pip install 'sluiceway[lora]'") from None
+        raise InputError(f"--lora needs a package: {how_to_install('lora')}") from None
     except ValueError as error:
         raise InputError(str(error)) from None
     params = dict(model.named_parameters())

@@ -15,7 +15,7 @@ from torch import nn
 
 from sluiceway.core.waits import announced
 from sluiceway.data import DataError, check_tokenizer, wheel_folder
-from sluiceway.errors import InputError, first_line
+from sluiceway.errors import InputError, first_line, how_to_install
 from sluiceway.experiment.heads import TextClassifier
 from sluiceway.experiment.recipe import Model
 from sluiceway.moe import MoELayout, add_lora, find_layout, repair, skip_padding, upcycle
@@ -158,7 +158,7 @@ def readable(name: str, place: Place, key: str = "model.name") -> Iterator[None]
     except Exception as error:
         why = first_line(error)
         if isinstance(error, ImportError) and place.gguf:
-            why = "GGUF files need a package: pip install 'sluiceway[gguf]'"
+            why = f"GGUF files need a package: {how_to_install('gguf')}"
         elif place.source.startswith("hub "):
             why += f" There is no folder {name!r} either."
         raise InputError(f"{key} = {name!r}: no model could be loaded ({why})") from None
@@ -262,7 +262,7 @@ def adapt(built: nn.Module, model: Model, trained: set[str]) -> set[str]:
     try:
         add_lora(built, targets, model.lora, model.lora_alpha)
     except ImportError:
-        raise InputError("model.lora needs a package: pip install 'sluiceway[lora]'") from None
+        raise InputError(f"model.lora needs a package: {how_to_install('lora')}") from None
     return whole | {name for name, _ in built.named_parameters() if ".lora_" in name}
 
 

@@ -94,7 +94,9 @@ def heat_figure(blocks: Sequence[tuple[int, Mapping[str, Sequence[float]]]]) -> 
     row = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
     for axes, (number, by_client) in zip(row, blocks, strict=True):
         shares: Numbers = np.array([by_client[client] for client in clients], float)
-        shade = np.where(shares > 0, 0.08 + 0.92 * shares / max(shares.max(), 1e-12), 0)
+        shade = np.where(shares > 0, 0.08 + 0.92 * (shares / max(shares.max(), 1e-12)), 0).clip(
+            max=1
+        )
         hue = np.broadcast_to(to_rgb(HEAT), (*shares.shape, 3))
         axes.imshow(np.dstack([hue, shade]), aspect="auto", interpolation="none")
         if shares.shape[1] * len(blocks) <= 20 and len(clients) <= 40:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sluiceway.core.round_loop import Record
-from sluiceway.errors import InputError, first_line
+from sluiceway.errors import InputError, first_line, how_to_install
 from sluiceway.experiment.summary import overlaps
 from sluiceway.experiment.tables import data_name, flattened, method_label
 
@@ -155,7 +155,7 @@ def chosen_trackers(names: Sequence[str]) -> dict[str, Tracker]:
     for name in names:
         if find_spec(TRACKERS[name][1]) is None:
             raise InputError(
-                f"run.track names {name}, which needs its extra: pip install 'sluiceway[{name}]'"
+                f"run.track names {name}, which needs its extra: {how_to_install(name)}"
             )
     return {name: TRACKERS[name][0]() for name in names}
 
