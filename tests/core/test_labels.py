@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import sluiceway
-from sluiceway.core.guards import TooFewUpdates
+from sluiceway.core.batches import Batch, Rows, without_ignored
+from sluiceway.errors import InputError
 from sluiceway.strategies import NormClipping
 
 X = torch.randn(120, 8, generator=torch.Generator().manual_seed(0)) * 0.01
@@ -32,8 +33,9 @@ def federated(model: nn.Module, held: Any, test: Any, **how: Any) -> Any:
     return sluiceway.federate(model, held, test, how.pop("strategy", sluiceway.FedAvg()), **how)
 
 
-def split(model: nn.Module, held: Any, test: Any) -> Any:
-    return sluiceway.split_train(model, "0", held, test, "sl", rounds=1)
+def split(model: nn.Module, held: Any, test: Any, **how: Any) -> Any:
+    how.setdefault("rounds", 1)
+    return sluiceway.split_train(model, "0", held, test, "sl", **how)
 
 
 def labelled(change: Callable[[Tensor], Tensor]) -> list[TensorDataset]:
@@ -44,7 +46,6 @@ def labelled(change: Callable[[Tensor], Tensor]) -> list[TensorDataset]:
 FAULTS = {
     "halves": (labelled(lambda y: y + 0.5), TEST, r"client 1: a label is [01]\.5; expected class"),
     "below": (labelled(lambda y: y - 1), TEST, "client 1 has the label -1: labels must be class"),
-    "ignored": (labelled(lambda y: y * -100), TEST, "client 1 has the label -100"),
     "empty": (clients(), TensorDataset(X[:0], Y[:0]), "the test set is empty"),
 }
 
@@ -56,18 +57,102 @@ def test_labels_are_checked_at_the_start(run: Any, held: Any, test: Any, line: s
         run(network(), held, test)
 
 
-def test_a_test_label_beyond_the_head_is_said() -> None:
+@pytest.mark.parametrize("run", [federated, split])
+def test_labels_beyond_the_head_are_said_before_training(run: Any) -> None:
     wrong = TensorDataset(TEST.tensors[0], TEST.tensors[1] + 1)
-    with pytest.raises(TooFewUpdates, match=r"test set has the label 2, .* must be in 0\.\.1"):
-        federated(network(), clients(), wrong, rounds=1)
+    with pytest.raises(InputError, match=r"test set has the label 2, .* 2 logits.* in 0\.\.1"):
+        run(network(), clients(), wrong)
+    with pytest.raises(InputError, match=r"client 1 has the label 3, .* must be in 0\.\.1"):
+        run(network(), labelled(lambda y: y + 2), TEST)
 
 
-def test_one_logit_has_no_accuracy() -> None:
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+@pytest.mark.parametrize("run", [federated, split])
+def test_ignored_examples_change_nothing(run: Any) -> None:
+    """Examples of the label -100 among the others: the same run as without them."""
+    first, second = clients()
+    more = torch.cat([second.tensors[0], 9 + X[:7]])
+    labels = torch.cat([second.tensors[1], torch.full((7,), -100)])
+    tested = torch.cat([torch.full((3,), -100), TEST.tensors[1]])
+    with_test = TensorDataset(torch.cat([X[:3], TEST.tensors[0]]), tested)
+    plain = run(network(), [first, second], TEST)
+    found = run(network(), [first, TensorDataset(more, labels)], with_test)
+    assert found.label_counts == plain.label_counts
+    assert found.records[-1].loss == plain.records[-1].loss
+    assert all(torch.equal(value, found.tensors[name]) for name, value in plain.tensors.items())
 
-    with pytest.raises(TooFewUpdates, match="one logit for an example"):
-        federated(network(outputs=1), clients(), TEST, rounds=1, loss=loss)
+
+class Gathered(TensorDataset):
+    """Gives whole batches."""
+
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tensors[0][indices], self.tensors[1][indices]
+
+
+def test_ignored_rows_of_any_data_set() -> None:
+    labels = torch.tensor([0, -100, 1, -100, 1])
+    inputs = torch.arange(5.0)[:, None]
+    listed = list(zip(inputs, labels, strict=True))
+    gathered = Rows(Gathered(inputs, labels), torch.tensor([0, 2, 4]))
+    for held in (without_ignored(TensorDataset(inputs, labels)), without_ignored(listed), gathered):
+        batch = Batch.of(held, torch.tensor([2, 1]), torch.device("cpu"))
+        assert len(held) == 3
+        assert isinstance(batch.inputs, Tensor)
+        assert batch.inputs.flatten().tolist() == [4, 2]
+        assert batch.labels.tolist() == [1, 1]
+    assert without_ignored(TEST) is TEST
+
+
+def yes_or_no(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+
+
+def hits(labels: Any, probabilities: Any) -> float:
+    """Twice the share of right answers."""
+    return 2 * float(((probabilities[:, 1] > 0.5) == (labels == 1)).mean())
+
+
+@pytest.mark.parametrize("run", [federated, split])
+def test_one_logit_needs_a_metric(run: Any) -> None:
+    with pytest.raises(InputError, match=r"one logit for an example.*metric=function"):
+        run(network(outputs=1), clients(), TEST, loss=yes_or_no)
+    model = network(outputs=1)
+    found = run(model, clients(), TEST, loss=yes_or_no, metric=hits, rounds=3)
+    with torch.no_grad():
+        right = (found.model(TEST.tensors[0])[:, 0] > 0).long() == TEST.tensors[1]
+    assert found.accuracy == pytest.approx(float(right.float().mean()))
+    assert found.records[-1].metrics["hits"] == pytest.approx(2 * found.accuracy)
+    with pytest.raises(InputError, match=r"client 1 has the label 2, .* 1 logit: .* in 0\.\.1"):
+        run(network(outputs=1), labelled(lambda y: y * 2), TEST, loss=yes_or_no, metric=hits)
+
+
+def test_an_own_metric_says_which_round_is_best() -> None:
+    """Values that fall: with patience 1 the run ends after the second round."""
+    values = iter([0.5, 0.4, 0.9])
+
+    def falling(labels: Any, probabilities: Any) -> float:
+        assert probabilities.shape == (len(labels), 2)
+        return next(values)
+
+    found = federated(network(), clients(), TEST, rounds=3, metric=falling, patience=1)
+    assert [record.metrics["falling"] for record in found.records] == [0.5, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [(float("nan"), "metric bad gives nan"), ("three", "metric bad: ValueError: could not")],
+)
+def test_an_own_metric_that_fails_is_named(value: Any, line: str) -> None:
+    def bad(labels: Any, probabilities: Any) -> Any:
+        return value
+
+    with pytest.raises(InputError, match=line):
+        federated(network(), clients(), TEST, rounds=1, metric=bad)
+
+    def auc(labels: Any, probabilities: Any) -> float:
+        return 0.0
+
+    with pytest.raises(InputError, match="not called auc"):
+        federated(network(), clients(), TEST, rounds=1, metric=auc)
 
 
 def test_whole_floats_are_labels() -> None:

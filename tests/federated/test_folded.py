@@ -184,9 +184,21 @@ def test_what_clients_keep_lasts_over_a_resume(method: str, tmp_path: Path) -> N
         assert torch.equal(resumed.tensors[name], tensor), name
 
 
+class Unreadable(TinyText):
+    """Can be read twice, for the outputs of frozen layers, and not in training."""
+
+    reads = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads > 2 * len(self):
+            raise OSError("disk on fire")
+        return super().__getitem__(index)
+
+
 def test_a_client_that_fails_leaves_the_others_and_what_they_keep() -> None:
     def run(stacked: int) -> Result:
-        clients = [TinyText(6, 1), TinyText(9, 2, classes=9), TinyText(11, 3)]
+        clients = [TinyText(6, 1), Unreadable(9, 2), TinyText(11, 3)]
         return federate(
             upcycled(),
             clients,

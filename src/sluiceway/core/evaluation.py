@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sluiceway.core.batches import Batch, Examples, labels_of
+from sluiceway.core.batches import Batch, Examples, labels_of, without_ignored
 from sluiceway.core.waits import counted
 
+#: Of (labels [N], probabilities [N, K]), numpy arrays, to a number of which more is better.
+Metric = Callable[[Any, Any], float]
 #: Examples a forward pass; bigger than in training, for nothing is kept for a backward.
 BATCH = 64
 #: Probabilities that are kept of an evaluation, at most (80 MB): beyond, there is no AUC.
@@ -50,8 +53,13 @@ class Evaluation:
         *,
         scores: bool = False,
     ) -> Evaluation:
-        """Counts of one batch: logits [B, K], labels [B] below `classes`, on one device."""
+        """Counts of one batch: logits [B, K], labels [B] below `classes`, on one device.
+
+        A single logit z is read as that of class 1: p = sigmoid(z), class 1 where z > 0.
+        """
         summed = float(loss(logits, labels)) * len(labels)
+        if logits.shape[-1] == 1:
+            logits = torch.cat((torch.zeros_like(logits), logits), -1)
         guessed, labels = logits.argmax(-1).cpu(), labels.cpu()
         correct = torch.bincount(labels[guessed == labels], minlength=classes)
         size = max(classes, logits.shape[-1])
@@ -125,23 +133,35 @@ def label_counts(clients: Sequence[Examples]) -> Tensor:
     return torch.stack([widened(c, width) for c in found]) if found else torch.zeros(0, 0).long()
 
 
-def require_labels(clients: Sequence[Examples], test: Examples) -> None:
-    """Check labels before anything is trained; whether the model has so many outputs shows later.
+def usable_examples(clients: Sequence[Examples], test: Examples) -> tuple[list[Examples], Examples]:
+    """The data sets without examples of the label -100, checked before anything is trained.
+
+    Whether the model has so many outputs `require_outputs` checks.
 
     Raises:
         ValueError: the test set is empty, or a label is no class number (the message names the data
             set).
     """
-    if not len(test):
-        raise ValueError("the test set is empty: there is nothing to evaluate on")
-    parts = [(f"client {number}", held) for number, held in enumerate(clients)]
-    for what, held in [*parts, ("the test set", test)]:
+    found: list[Examples] = []
+    for what, held in named_sets(clients, test):
         try:
-            low = int(labels_of(held).min()) if len(held) else 0
+            kept = without_ignored(held)
+            low = int(labels_of(kept).min()) if len(kept) else 0
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
         if low < 0:
             raise ValueError(f"{what} has the label {low}: labels must be class numbers from 0")
+        found.append(kept)
+    *clients, test = found
+    if not len(test):
+        raise ValueError("the test set is empty: there is nothing to evaluate on")
+    return list(clients), test
+
+
+def named_sets(clients: Sequence[Examples], test: Examples) -> list[tuple[str, Examples]]:
+    """The clients' data sets and the test set with what an error calls them."""
+    parts = [(f"client {number}", held) for number, held in enumerate(clients)]
+    return [*parts, ("the test set", test)]
 
 
 @torch.no_grad()
@@ -152,7 +172,11 @@ def evaluate(
     loss: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
 ) -> Evaluation:
-    """The model, as it is, on the examples at these positions; leaves it in evaluation mode."""
+    """The model, as it is, on the examples at these positions; leaves it in evaluation mode.
+
+    Raises:
+        ValueError: the model's logits do not tell the test set's classes.
+    """
     model.eval()
     classes = int(labels_of(examples).max()) + 1 if len(examples) else 0
     none = torch.zeros(classes, dtype=torch.int64)
@@ -162,21 +186,57 @@ def evaluate(
         if len(part):
             batch = Batch.of(examples, part, device)
             logits = batch.run(model)
-            require_outputs(logits.shape[-1], classes)
+            require_outputs(logits.shape[-1], classes - 1, "the test set")
             kept = len(examples) * logits.shape[-1] <= SCORES_LIMIT
             found += Evaluation.of(logits, batch.labels, loss, classes, scores=kept)
     return found
 
 
-def require_outputs(outputs: int, classes: int) -> None:
-    """Raise ValueError for a model whose logits do not tell the classes of the test set."""
-    if outputs < 2:
+def require_outputs(outputs: int, label: int, what: str) -> None:
+    """Raise ValueError where a label is beyond those that the model's logits tell apart.
+
+    Args:
+        outputs: logits of an example; one tells two classes.
+        label: the greatest of the data set.
+        what: the data set, as "client 3".
+    """
+    classes = max(outputs, 2)
+    if label >= classes:
+        logits = "1 logit" if outputs == 1 else f"{outputs} logits"
+        raise ValueError(
+            f"{what} has the label {label}, and the model gives {logits}: labels must be in "
+            f"0..{classes - 1}"
+        )
+
+
+def require_fitting(
+    logits: Tensor,
+    clients: Sequence[Examples],
+    test: Examples,
+    metric: str | Metric,
+) -> None:
+    """Check before training that a model's logits of a few examples fit every label.
+
+    Args:
+        logits: what the model gives.
+        metric: by which rounds are compared. With one of the user's own a single logit z is
+            allowed: class 1 is where z > 0.
+
+    Raises:
+        ValueError: these are no logits [B, C]; a label is beyond them (the message names the data
+            set, the label and the range); a single logit without a metric that says so.
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model gives logits {list(logits.shape)} for {len(logits)} examples; expected "
+            "[B, C], a row for each example and a number for each class"
+        )
+    if logits.shape[1] < 2 and isinstance(metric, str):
         raise ValueError(
             "the model gives one logit for an example; accuracy needs one for each class, two for "
-            "yes and no"
+            "yes and no. If its loss takes one, say so by a metric of your own: metric=function "
+            "of (labels, probabilities); class 1 is then where the logit is above 0"
         )
-    if classes > outputs:
-        raise ValueError(
-            f"the test set has the label {classes - 1}, and the model gives {outputs} logits: "
-            f"labels must be in 0..{outputs - 1}"
-        )
+    for what, held in named_sets(clients, test):
+        if len(held):
+            require_outputs(logits.shape[1], int(labels_of(held).max()), what)

@@ -7,18 +7,36 @@ from typing import Any
 
 import numpy as np
 
-from sluiceway.core.evaluation import Evaluation
+from sluiceway.core.evaluation import SCORES_LIMIT, Evaluation, Metric
+from sluiceway.errors import InputError, described
 
 #: What `run.metric` may name; of all of them more is better.
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
 
 
-def metrics_of(found: Evaluation) -> dict[str, float]:
-    """Measures by name, each in [0, 1]; those that are not defined for the examples are absent.
+def name_of(metric: str | Metric) -> str:
+    """A metric's name: of a function its own. Raises InputError for one of ours."""
+    if isinstance(metric, str):
+        return metric
+    name = str(getattr(metric, "__name__", type(metric).__name__))
+    if name in (*METRICS, "loss"):
+        raise InputError(f"metric: a function of your own is not called {name}, as one of ours is")
+    return name
+
+
+def metrics_of(found: Evaluation, metric: str | Metric = "accuracy") -> dict[str, float]:
+    """Measures by name; ours are in [0, 1], and absent where the examples do not define them.
+
+    Args:
+        found: what was counted.
+        metric: a function of the user's own is one of them.
 
     `balanced_accuracy`: mean recall over the classes that were tested. `macro_f1`: mean F1 over the
     classes that were tested or predicted. `auc`: mean area under the ROC curve of each class
     against the rest, over the classes that some examples have and some have not.
+
+    Raises:
+        InputError: the user's own function fails.
     """
     from sklearn import metrics
 
@@ -32,7 +50,27 @@ def metrics_of(found: Evaluation) -> dict[str, float]:
     measured = {"balanced_accuracy": float(recalls), "macro_f1": float(f1)}
     if (auc := area(found)) is not None:
         measured["auc"] = auc
+    if not isinstance(metric, str):
+        measured[name_of(metric)] = own(metric, found)
     return measured
+
+
+def own(metric: Metric, found: Evaluation) -> float:
+    """The value of the user's own function. Raises InputError where it has or gives none."""
+    name = name_of(metric)
+    if not found.scores:
+        raise InputError(
+            f"metric {name}: the test set has more than {SCORES_LIMIT:,} probabilities"
+        )
+    labels = np.concatenate([labels.numpy() for labels, _ in found.scores])
+    scores = np.concatenate([scores.numpy() for _, scores in found.scores])
+    try:
+        value = float(metric(labels, scores))
+    except Exception as error:
+        raise InputError(f"metric {name}: {described(error)}") from error
+    if not np.isfinite(value):
+        raise InputError(f"metric {name} gives {value}: expected a number")
+    return value
 
 
 def area(found: Evaluation) -> float | None:

@@ -27,7 +27,7 @@ from sluiceway.core.checkpoints import (
     require_same,
     rounds_without_gain,
 )
-from sluiceway.core.evaluation import Evaluation
+from sluiceway.core.evaluation import Evaluation, Metric
 from sluiceway.core.guards import (
     KINDS,
     Diverged,
@@ -38,7 +38,7 @@ from sluiceway.core.guards import (
     norm,
 )
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
-from sluiceway.core.metrics import metrics_of
+from sluiceway.core.metrics import metrics_of, name_of
 from sluiceway.core.privacy import spent
 from sluiceway.core.routing_log import routing_record
 from sluiceway.core.seeds import LARGEST_SEED
@@ -67,7 +67,10 @@ class Rounds:
     rounds from one evaluation of the global model to the next, in [1, 99999]; the last round
     always has one. patience: evaluations without a better value of `metric` after which the run
     ends early, 0 for never. max_step: how many times the usual norm an update's change,
-    and the global model's step, may have, see `Usual` and `Loop.fault`; 0 for any.
+    and the global model's step, may have, see `Usual` and `Loop.fault`; 0 for any. metric: the
+    measure by which rounds are compared, of `core.metrics.METRICS`, or a function of your own, of
+    (labels [N], probabilities [N, C]), numpy arrays, whose value more is better of and which
+    records then have among their `metrics` by the function's name.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
@@ -78,11 +81,11 @@ class Rounds:
     evaluate_every: int = Field(default=1, ge=1, le=99_999)
     max_step: float = Field(default=MAX_STEP, ge=0, le=1e9)
     patience: int = Field(default=0, ge=0, le=99_999)
-    metric: str = "accuracy"
+    metric: str | Metric = "accuracy"
 
     def over(self, records: Sequence[Record]) -> bool:
         """Whether the run ends with the newest of these rounds."""
-        idle = rounds_without_gain(records, self.metric)
+        idle = rounds_without_gain(records, name_of(self.metric))
         return len(records) >= self.rounds or 0 < self.patience <= idle
 
     def chosen(self, number: int, eligible: Sequence[int], retry: int = 0) -> list[int]:
@@ -504,7 +507,7 @@ class Loop:
             report=self.strategy.report(),
             failed={client: why for one in filters for client, why in one.failed.items()},
             retries=len(attempts) - 1,
-            metrics=metrics_of(evaluation) if evaluation else {},
+            metrics=metrics_of(evaluation, self.rounds.metric) if evaluation else {},
             routing=routing_record(
                 {c: seen for c, seen in attempts[-1].routing.items() if c in final.used}
             ),
@@ -523,7 +526,8 @@ class Loop:
                 metrics = last.metrics
             else:
                 found = self.engine.evaluate(self.strategy.tensors)
-                accuracy, loss, metrics = found.accuracy, found.mean_loss, metrics_of(found)
+                accuracy, loss = found.accuracy, found.mean_loss
+                metrics = metrics_of(found, self.rounds.metric)
                 self.result.confusion = found.confusion.tolist()
                 by_client = found.accuracy_by_client(self.label_counts)
         seconds = time.perf_counter() - began

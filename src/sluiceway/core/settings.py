@@ -76,6 +76,10 @@ class Training(Optimisation):
         over its trained MoE layers of E * sum_e f(e) P(e), 1 where tokens are spread evenly
         (Switch, arXiv 2101.03961, eq. 4 to 6; .01 there), is added to a client's loss, batch by
         batch.
+    routing_mask: which tokens count in what a mixture of experts reports of its routing, and in
+        losses on it: "attention", those that the batch's attention mask marks, or "none", all that
+        enter a router, where its tokens are not those of the mask (behind pooling, with a CLS
+        token before them, without padding).
     mixed: "bfloat16" or "float16" runs forward passes and losses in that type where PyTorch's
         autocast holds it to be safe, in training and in evaluation alike; "no" in the
         parameters' own.
@@ -93,6 +97,7 @@ class Training(Optimisation):
     max_grad_norm: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1, le=1_000_000)
     aux_loss: float = Field(default=0.0, ge=0)
+    routing_mask: Literal["attention", "none"] = "attention"
     mixed: Literal["no", "bfloat16", "float16"] = "no"
     checkpointing: bool = False
 

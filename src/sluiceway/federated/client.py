@@ -119,6 +119,11 @@ class Worker:
                 f"train.aux_loss = {training.aux_loss:g} has no effect here: it balances experts, "
                 "and the model has none that are trained"
             )
+        if training.routing_mask == "none" and not strategy.layout.blocks:
+            raise InputError(
+                'train.routing_mask = "none" has no effect here: it is about the tokens of '
+                "experts, and the model has none that are trained"
+            )
         if training.checkpointing:
             checkpointable(model)  # so that it fails before the first round and not in it
         self.model = model
@@ -271,13 +276,16 @@ class Worker:
 
         Returns:
             Loss and penalty (None if there is none), weighted by the share, without graph. The
-            auxiliary load-balancing loss is part of the penalty.
+            auxiliary load-balancing loss, and a loss that the model returns beside its logits, are
+            part of the penalty.
         """
         seen = client.observer
-        observing = seen.observing(batch.mask, batch.decoder_mask) if seen else None
+        masked = self.training.routing_mask == "attention"
+        masks = (batch.mask, batch.decoder_mask) if masked else (None, None)
+        observing = seen.observing(*masks) if seen else None
         with self.training.precision(self.device):
             with observing or contextlib.nullcontext():
-                logits = batch.run(self.model)
+                logits, own = batch.outcome(self.model)
             loss = self.loss(logits, batch.labels)
             if share != 1:
                 loss = loss * share
@@ -285,6 +293,8 @@ class Worker:
             if seen and self.training.aux_loss:
                 balance = self.training.aux_loss * imbalance(seen.last)
                 penalty = balance if penalty is None else penalty + balance
+            if own is not None:
+                penalty = own if penalty is None else penalty + own
         if penalty is None:
             stepper.backward(loss)
             return loss.detach(), None

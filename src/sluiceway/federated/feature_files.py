@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sluiceway.core.batches import Batch, Examples
+from sluiceway.core.batches import Batch, Examples, tensors_of
 from sluiceway.files import replacing
 
 #: What decides how frozen layers compute, besides the model itself.
@@ -80,8 +80,7 @@ def feature_key(fingerprint: str, model: nn.Module, examples: Examples, rows: Te
     add(digest, f"{len(examples)} rows", rows)
     for part in rows.split(1024):
         inputs = Batch.of(examples, part, torch.device("cpu")).inputs
-        parts = inputs if isinstance(inputs, dict) else {"": inputs}
-        for name, tensor in parts.items():
+        for name, tensor in tensors_of(inputs).items():
             add(digest, name, tensor)
     return digest.hexdigest()
 

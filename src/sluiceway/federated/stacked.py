@@ -25,7 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset
 
-from sluiceway.core.batches import Batch, Loss
+from sluiceway.core.batches import Batch, Loss, tensors_of
 from sluiceway.core.guards import Failure
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.signals import check_stop
@@ -577,6 +577,8 @@ def hindrance(worker: Worker) -> str | None:
             return f"the experts of {block.name} have adapters"
     if training.aux_loss:
         return f"aux_loss = {training.aux_loss:g}"
+    if training.routing_mask != "attention":
+        return f"routing_mask = {training.routing_mask!r}"
     if training.checkpointing:
         return "checkpointing = true"
     if training.mixed != "no":
@@ -626,7 +628,7 @@ def mean_of_examples(loss: Loss, losses: Loss, logits: Tensor) -> bool:
 
 def columns_of(batch: Batch) -> Tensors:
     """A batch as named tensors, [B, ...] each."""
-    inputs = batch.inputs if isinstance(batch.inputs, dict) else {"": batch.inputs}
+    inputs = tensors_of(batch.inputs)
     known = {} if batch.features is None else {"features": batch.features}
     return {f"inputs/{name}": t for name, t in inputs.items()} | known | {"labels": batch.labels}
 
@@ -634,7 +636,10 @@ def columns_of(batch: Batch) -> Tensors:
 def batch_of(columns: Mapping[str, Tensor]) -> Batch:
     """The inverse of `columns_of`."""
     inputs = {n.removeprefix("inputs/"): t for n, t in columns.items() if n.startswith("inputs/")}
-    return Batch(inputs.get("", inputs), columns["labels"], columns.get("features"))
+    held: Any = inputs.get("", inputs)
+    if "0" in inputs:  # places of a tuple
+        held = tuple(inputs[str(place)] for place in range(len(inputs)))
+    return Batch(held, columns["labels"], columns.get("features"))
 
 
 def aligned(shards: Sequence[Shard]) -> list[Shard]:

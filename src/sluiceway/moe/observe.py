@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sluiceway.errors import InputError
 from sluiceway.fedalign.routing import routing_statistics
 from sluiceway.moe.families import RouterOutput, combine_weights
 from sluiceway.moe.layout import Block, MoELayout
@@ -226,7 +227,7 @@ class Observer:
                 (``mask`` is then the encoder's).
 
         Raises:
-            ValueError: in the forward, if a mask does not have one entry per token.
+            InputError: in the forward, if a mask does not have one entry per token.
             RuntimeError: in the forward, if it runs under reentrant gradient checkpointing, which
                 detaches the logits; on entry, if the observer is closed or observing already.
         """
@@ -308,9 +309,11 @@ class Observer:
         mask = self._masks[self._is_decoder[block.position]]
         if mask is not None:
             if mask.numel() != hidden.shape[0]:
-                raise ValueError(
+                raise InputError(
                     f"mask: has {mask.numel()} entries, but {hidden.shape[0]} tokens reach router "
-                    f"{block.router}; give the attention mask [B, S] of the batch in the forward"
+                    f"{block.router}; give the attention mask [B, S] of the batch in the forward, "
+                    "or none where its tokens are others (pooled, unpadded, more of them): "
+                    'train.routing_mask = "none"'
                 )
             mask = mask.to(hidden.device)
         sums = self._sums[block.position]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sluiceway.channels import Basis
 from sluiceway.core.batches import Batch, Examples, labels_of
-from sluiceway.core.evaluation import BATCH, SCORES_LIMIT, Evaluation
-from sluiceway.core.metrics import METRICS, metrics_of
+from sluiceway.core.evaluation import BATCH, SCORES_LIMIT, Evaluation, Metric
+from sluiceway.core.metrics import METRICS, metrics_of, name_of
 from sluiceway.split.config import SplitConfig, SplitModel
 from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.mask_selector import ALL
@@ -44,15 +44,15 @@ class SplitEvaluation:
             sum(weights[c] * found.mean_loss for c, found in self.deployed.items()),
         )
 
-    def metrics(self, sizes: Sequence[int]) -> dict[str, float]:
+    def metrics(self, sizes: Sequence[int], metric: str | Metric = "accuracy") -> dict[str, float]:
         """`metrics_of` as deployed, the mean over clients as in `mean`."""
-        measured = {client: metrics_of(found) for client, found in self.deployed.items()}
+        measured = {client: metrics_of(found, metric) for client, found in self.deployed.items()}
         names = set.intersection(*(set(values) for values in measured.values()))
         whole = 1 if ALL in measured else sum(sizes[client] for client in measured)
         weights = {client: 1 if ALL in measured else sizes[client] for client in measured}
         return {
             name: sum(weights[c] * values[name] for c, values in measured.items()) / whole
-            for name in METRICS
+            for name in (*METRICS, name_of(metric))
             if name in names
         }
 

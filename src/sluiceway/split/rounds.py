@@ -83,7 +83,7 @@ class SplitLoop:
         self.eligible = [client_id for client_id, size in enumerate(self.sizes) if size]
         self.servers = setup.servers()
         self.confusion: list[list[int]] = []
-        self.evaluator = Evaluator(test, setup.config)
+        self.evaluator, self.metric = Evaluator(test, setup.config), plan.metric
         largest = sorted(self.sizes, reverse=True)[: len(plan.chosen(1, self.eligible))]
         nbytes, crossing = setup.round_bytes(largest), setup.model.shape[0]
         self.masks = MaskSelector(setup.choice, crossing, self.sizes, nbytes, plan.seed)
@@ -299,7 +299,7 @@ class SplitLoop:
                 for i, held in enumerate(self.label_counts)
             ],
             report=self.strategy.report(),
-            metrics=found.metrics(self.sizes),
+            metrics=found.metrics(self.sizes, self.metric),
             accuracy_full=found.full.accuracy,
             kept=sum(kept) / len(kept),
             channels=self.model.channels,

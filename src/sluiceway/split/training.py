@@ -11,7 +11,7 @@ from torch import nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, Snapshot
-from sluiceway.core.evaluation import label_counts, require_labels
+from sluiceway.core.evaluation import Metric, label_counts, usable_examples
 from sluiceway.core.guards import Diverged, TooFewUpdates, finite
 from sluiceway.core.memory import keep_freed_memory
 from sluiceway.core.parameters import exchanged
@@ -19,6 +19,7 @@ from sluiceway.core.round_loop import Result, Rounds
 from sluiceway.core.seeds import derive_seed
 from sluiceway.core.settings import Optimisation, SplitTraining
 from sluiceway.core.signals import check_stop
+from sluiceway.core.trial import try_model
 from sluiceway.split.compress import Compressor
 from sluiceway.split.methods import METHODS
 from sluiceway.split.rounds import SplitLoop, SplitRecord
@@ -51,7 +52,7 @@ def split_train(
     checkpoint: Checkpoint | None = None,
     min_clients: int = 1,
     patience: int = 0,
-    metric: str = "accuracy",
+    metric: str | Metric = "accuracy",
     form: str | None = None,
     fronts: Strategy | None = None,
 ) -> Result:
@@ -69,7 +70,8 @@ def split_train(
             evaluation mode. Its memory layout stays: convolutions are faster in
             `model.to(memory_format=torch.channels_last)`, and equal up to rounding.
         cut_at: name of the last layer that clients hold.
-        clients: each client's data set of (input tensor, label); may be empty for some.
+        clients: each client's data set of (input tensor, label); may be empty for some. Examples of
+            the label -100 are left out.
         test: the global test set.
         method: what crosses the cut: an object from `sluiceway.split.METHODS`, or its name.
         schedule: "sequential", "parallel" (or "splitfed-v2"), "copies" (or "splitfed-v1") or "u";
@@ -123,7 +125,9 @@ def split_train(
         device=torch.device(device),
         seed=seed,
     )
-    require_labels(clients, test)
+    clients, test = usable_examples(clients, test)
+    model.to(settings.device)
+    try_model(model, clients, test, metric, settings.device, own_loss=False)
     counts = label_counts(clients)
     if not counts.shape[1]:
         raise ValueError("no client holds any example")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, StorageError
-from sluiceway.core.evaluation import Evaluation, label_counts, require_labels
+from sluiceway.core.evaluation import Evaluation, Metric, label_counts, usable_examples
 from sluiceway.core.guards import Failure
 from sluiceway.core.head_start import (
     HeadStart,
@@ -43,6 +43,7 @@ from sluiceway.core.privacy import arrange_privacy, told
 from sluiceway.core.round_loop import MAX_STEP, Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.signals import check_stop
+from sluiceway.core.trial import try_model
 from sluiceway.errors import InputError, described, line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.federated.frozen_prefix import FeatureCache, FrozenPrefix, agrees, find_frozen_prefix
@@ -497,7 +498,7 @@ def federate(
     max_step: float = MAX_STEP,
     evaluate_every: int = 1,
     patience: int = 0,
-    metric: str = "accuracy",
+    metric: str | Metric = "accuracy",
     personal_examples: int = 500,
     head_start: HeadStart = "random",
     timeout: float = 0,
@@ -510,11 +511,13 @@ def federate(
     """Train a model across clients on this machine.
 
     Args:
-        model: any module whose output is logits [B, C] or has them as `.logits`. Parameters with
+        model: any module whose output is logits [B, C], has them as `.logits`, or is a tuple
+            (logits, auxiliary loss), whose loss, a number, is added in training. Parameters with
             `requires_grad` are trained and exchanged. The global values are in it at the end,
             whether the run ended well or not. Mixture-of-experts blocks are found by themselves
             (`sluiceway.moe`).
-        clients: each client's data set of (inputs, label); may be empty for some.
+        clients: each client's data set of (inputs, label), see `Examples`; may be empty for some.
+            Examples of the label -100 are left out.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
         rounds, participation, seed, min_clients, max_retries, max_step, evaluate_every, patience,
@@ -574,7 +577,18 @@ def federate(
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
     require_head(head_start, strategy)
-    require_labels(clients, test)
+    clients, test = usable_examples(clients, test)
+    training = training or Training()
+    try_model(
+        model,
+        clients,
+        test,
+        metric,
+        place,
+        layout=strategy.layout,
+        masked=training.routing_mask == "attention",
+        precision=training.precision(place),
+    )
     arrange_privacy(strategy, model, rounds, head_start)
     counts = told(label_counts(clients), strategy)
     with ExitStack() as stack:
@@ -584,7 +598,7 @@ def federate(
                 clients,
                 test,
                 strategy,
-                training or Training(),
+                training,
                 loss=loss,
                 device=place,
                 seed=seed,

@@ -1,0 +1,103 @@
+"""A few examples go through a model before anything is trained: what every client would fail at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sluiceway.core.batches import OWN_LOSS, Batch, Examples
+from sluiceway.core.evaluation import Metric, require_fitting
+from sluiceway.errors import InputError
+from sluiceway.moe import MoELayout, Observer
+
+#: Examples that are made a batch, and how many of them go through the model.
+READ, RUN = 32, 2
+
+
+def try_model(
+    model: nn.Module,
+    clients: Sequence[Examples],
+    test: Examples,
+    metric: str | Metric,
+    device: torch.device,
+    *,
+    layout: MoELayout | None = None,
+    masked: bool = True,
+    precision: contextlib.AbstractContextManager[object] | None = None,
+    own_loss: bool = True,
+) -> None:
+    """Check what a model gives for some examples, in evaluation mode; leaves it as it was.
+
+    An example or a model that fails in another way is left to the round, which names the client.
+
+    Args:
+        model: on the device.
+        clients, test: as they are trained and tested on.
+        metric: see `require_fitting`.
+        layout: the mixtures that are observed in training, or None.
+        masked: whether the attention mask says which of their tokens count.
+        precision: the context of a forward pass.
+        own_loss: whether the model may return an auxiliary loss beside its logits.
+
+    Raises:
+        InputError: examples make no batch; the model gives no logits [B, C], or too few for the
+            labels; a mixture's tokens are not those of the attention mask.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.eval()
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.no_grad(),
+            precision or contextlib.nullcontext(),
+        ):
+            found = _outcome(model, clients, device, layout, masked)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer.copy_(value))
+    if found is None:
+        return
+    logits, own = found
+    if own is not None and not own_loss:
+        raise InputError(OWN_LOSS)
+    try:
+        require_fitting(logits, clients, test, metric)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _outcome(
+    model: nn.Module,
+    clients: Sequence[Examples],
+    device: torch.device,
+    layout: MoELayout | None,
+    masked: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Logits and own loss for the first client whose examples can be read and run, or None."""
+    for examples in clients:
+        if not len(examples):
+            continue
+        try:
+            Batch.of(examples, torch.arange(min(READ, len(examples))), torch.device("cpu"))
+            few = Batch.of(examples, torch.arange(min(RUN, len(examples))), device)
+            with contextlib.ExitStack() as stack:
+                if layout is not None and layout.blocks:
+                    observer = stack.enter_context(Observer(model, layout, regions=False))
+                    mask, decoder_mask = (few.mask, few.decoder_mask) if masked else (None, None)
+                    stack.enter_context(observer.observing(mask, decoder_mask))
+                return few.outcome(model)
+        except InputError:
+            raise
+        except Exception:
+            continue
+    return None
