@@ -105,6 +105,7 @@ def test_a_split_run_says_what_crossed_the_cut(tmp_path: Path) -> None:
     assert headings(path) == [
         "Accuracy of the global model",
         "Channels kept by round",
+        "Bits a value by round",
         "Scores of the channels",
         "Client by client",
         "Class by class",
@@ -115,6 +116,24 @@ def test_a_split_run_says_what_crossed_the_cut(tmp_path: Path) -> None:
     assert not [role for role, (light, _) in THEME.items() if light in body]
     ids = re.findall(r'\bid="([^"]+)"', body)
     assert len(ids) == len(set(ids))
+
+
+def test_bits_a_value_are_those_of_what_crossed(tmp_path: Path) -> None:
+    """36 examples of [8, 8, 8] floats and a label each cross in a round: 32 bits and headers."""
+    plain = trained("sl").records[-1].as_dict()
+    assert 32 < plain["bits"] < 33
+    kept, some = trained("acp-sl"), trained("acp-sl").records[-1].as_dict()
+    assert 0 < some["bits"] - 32 * some["kept"] / 8 < 1
+    summary = summary_of(split_recipe("acp-sl"), kept)
+    assert summary["bits_by_round"] == [record.as_dict()["bits"] for record in kept.records]
+    shown = f"{some['bits']:.3g}"
+    path = write_report([split_folder(tmp_path / "one", "acp-sl")])[0]
+    assert f"bits a value {shown} of the smashed data in the last round" in words(path)
+    folder = split_comparison(tmp_path / "two", ("sl", "acp-sl"), (0, 1))
+    assert "Bits a value by round" in headings(write_report([folder])[0])
+    (axes,) = split_figures([SINGLE | {"runs": {0: summary}}])["bits"].axes
+    (line,) = axes.lines
+    assert list(np.asarray(line.get_ydata())) == pytest.approx(summary["bits_by_round"])
 
 
 def test_deployed_is_solid_and_full_is_dashed() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,56 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tell("wandb", tmp_path)
+    records = tell("wandb", tmp_path)
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert written.read_bytes().startswith(b":W&B")
+    said = read_wandb(written)
+    assert said["config"]["data.alpha"] == 0.1
+    history = [(one["_step"], one["accuracy"]) for one in said["history"]]
+    assert history == [(record.round, record.accuracy) for record in records]
+    assert said["history"][1]["rejected"] == 1
+    found = [said["summary"][f"run/{name}"] for name in ("best_accuracy", "seconds")]
+    assert found == [0.7, 6]
+
+
+def records_of(content: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format: pieces with 7 bytes before them, in 32 KiB blocks.
+
+    Before a piece are its checksum, its length and its kind: whole, first, middle or last.
+    """
+    at, record = 7, b""  # behind the file's own header
+    while at + 7 <= len(content):
+        if (left := -at % 32768) and left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def read_wandb(path: Path) -> dict[str, Any]:
+    """Configuration, rounds and summary of an offline file of Weights & Biases."""
+    from wandb.proto.wandb_internal_pb2 import Record as Written
+
+    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+
+    def values(items: Any) -> dict[str, Any]:
+        names = [one.key or ".".join(one.nested_key) for one in items]
+        return {n: json.loads(one.value_json) for n, one in zip(names, items, strict=True)}
+
+    for data in records_of(path.read_bytes()):
+        record = Written()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["config"] |= values(record.run.config.update)
+        elif kind == "history":
+            found["history"].append(values(record.history.item))
+        elif kind == "summary":
+            found["summary"] |= values(record.summary.update)
+    return found
 
 
 def test_a_recipe_names_them(

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 
 from sluiceway.experiment.compare import Interval
@@ -28,6 +28,7 @@ from sluiceway.experiment.plots import (
     curves_figure,
     curves_of,
     looks,
+    panel,
     short,
 )
 
@@ -37,7 +38,8 @@ Summary = Mapping[str, Any]
 def at_the_cut(runs: Mapping[str, Summary]) -> dict[str, Any] | None:
     """Of a variant's split runs, by seed: `full` accuracy, `kept` in the last round, `channels`.
 
-    None for runs of another kind.
+    Also `bits` a value in the last round, None where that is not known. None for runs of another
+    kind.
     """
     if not all(run.get("channels") for run in runs.values()):
         return None
@@ -45,7 +47,14 @@ def at_the_cut(runs: Mapping[str, Summary]) -> dict[str, Any] | None:
         "full": Interval.of([run["accuracy_full"] for run in runs.values()]),
         "kept": float(np.mean([run["kept_by_round"][-1] for run in runs.values()])),
         "channels": max(run["channels"] for run in runs.values()),
+        "bits": mean_of([(run.get("bits_by_round") or [None])[-1] for run in runs.values()]),
     }
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is not known."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
 def split_figures(variants: Sequence[Summary]) -> dict[str, Figure]:
@@ -56,6 +65,8 @@ def split_figures(variants: Sequence[Summary]) -> dict[str, Figure]:
     runs = [run for entry in variants for run in entry["runs"].values() if run.get("channels")]
     if any(kept < run["channels"] for run in runs for kept in run["kept_by_round"]):
         figures["kept"] = kept_figure(variants)
+    if any((bits or 32) < 31 for run in runs for bits in run.get("bits_by_round") or []):
+        figures["bits"] = bits_figure(variants)
     if len(variants) == len(runs) == 1:
         if runs[0]["accuracy_full_by_round"] != runs[0]["accuracy_by_round"]:
             figures["progress"] = two_ways_figure(variants[0])
@@ -103,6 +114,38 @@ def kept_figure(variants: Sequence[Summary]) -> Figure:
         axes.tick_params(axis="y", labelcolor=INK)
     column[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=25, min_n_ticks=1))
     column[-1].set(xlabel="round")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def bits_figure(variants: Sequence[Summary]) -> Figure:
+    """Bits up for each value of the smashed data by round, mean over seeds, a line a variant."""
+    figure, axes = panel(2.7)
+    for entry, (colour, dash) in zip(variants, looks(variants), strict=True):
+        held = [run.get("bits_by_round") or [] for run in entry["runs"].values()]
+        length = min(map(len, held))
+        values: Numbers = np.array([one[:length] for one in held], float)  # NaN for None
+        if not np.isfinite(values).any():
+            continue
+        x, mean = np.arange(length) + 1, values.mean(0)
+        marker = "o" if length <= 25 else ""
+        name = short(entry["name"], 40)
+        axes.plot(x, mean, color=colour, ls=dash, lw=2, marker=marker, ms=3.6, label=name)
+        axes.annotate(
+            f"{mean[-1]:.3g}",
+            (x[-1], mean[-1]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda bits, _: f"{bits:.3g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    low, high = axes.get_ylim()
+    axes.set(xlabel="round", ylabel="bits a value", ylim=(min(low, 0.5), max(high, 33)))
+    if len(variants) > 1:
+        figure.legend(loc="outside upper left", ncols=3, labelcolor="linecolor")
     return figure
 
 

@@ -141,6 +141,7 @@ def split_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy_full_by_round": [record["accuracy_full"] for record in records],
         "kept_by_round": [record["kept"] for record in records],
         "channels": records[-1]["channels"],
+        "bits_by_round": [record.get("bits") for record in records],
         "scores_by_round": [record["scores"] for record in records],
         "masks_by_round": [record["mask"] for record in records],
     }

@@ -46,7 +46,9 @@ def scalars(record: Record) -> dict[str, float]:
     """The numbers of a round by name; those that were not measured are absent."""
     plain = record.as_dict()
     names = ("accuracy", "loss", "train_loss", "bytes_up", "bytes_down", "seconds")
-    found = {name: plain[name] for name in (*names, "accuracy_full", "kept") if name in plain}
+    found = {
+        name: plain[name] for name in (*names, "accuracy_full", "kept", "bits") if name in plain
+    }
     found |= plain["metrics"] | plain["report"]
     found |= {name: len(plain[name]) for name in ("rejected", "failed")}
     by_client = [value for value in plain["accuracy_by_client"] if value is not None]
@@ -138,7 +140,9 @@ class WeightsAndBiases:
         self.run.log(scalars(record), step=record.round)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        self.run.summary.update(results(summary))
+        # Under names of their own: a round's seconds would overwrite those of the run.
+        found = {f"run/{name}": value for name, value in results(summary).items()}
+        self.run.summary.update(found)
         self.run.finish()
 
 

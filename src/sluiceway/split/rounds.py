@@ -37,6 +37,7 @@ class SplitRecord(Record):
     `accuracy`, `loss` and `accuracy_by_client` are those of the network as deployed: with the
     round's masks and rounding, and where clients have masks of their own the mean over clients by
     their examples. `accuracy_full` is that of the same network with nothing dropped or rounded.
+    `bits` cross up for each value of the smashed data, see `Traffic`; None where nothing did.
     `kept` channels cross in the mean over the round's clients, of `channels` at the cut. `mask` [C]
     is the merged one, `scores` [C] are those merged at the end of the round, for the next mask;
     None where there are none.
@@ -47,6 +48,7 @@ class SplitRecord(Record):
     channels: int = 0
     mask: list[bool] | None = None
     scores: list[float] | None = None
+    bits: float | None = None
 
 
 class SplitLoop:
@@ -305,6 +307,7 @@ class SplitLoop:
             channels=self.model.channels,
             mask=None if mask is None else mask.tolist(),
             scores=None if scores is None else scores.tolist(),
+            bits=self.traffic.bits,
         )
 
     def deployed_masks(self) -> dict[int, Tensor | None]:

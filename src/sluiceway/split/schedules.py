@@ -24,10 +24,20 @@ SCHEDULE_ALIASES = {"splitfed-v1": "copies", "splitfed-v2": "parallel"}
 
 @dataclass
 class Traffic:
-    """Bytes of the messages so far."""
+    """Bytes of the messages so far; of those up the smashed data's, and how many values they say.
+
+    Smashed data are counted with all that their messages hold: scales, indices, labels.
+    """
 
     up: int = 0
     down: int = 0
+    smashed: int = 0
+    values: int = 0
+
+    @property
+    def bits(self) -> float | None:
+        """Bits a value of the smashed data, 32 where all cross exactly; None without any."""
+        return 8 * self.smashed / self.values if self.values else None
 
 
 def train_together(
@@ -90,6 +100,8 @@ def train_together(
                     traffic.up += len(message)
                     rows = sizes[one.client][one.batch]
                     opened[one] = server.open(message, one, rows, labels=not tails)
+                    traffic.smashed += len(message)
+                    traffic.values += opened[one].values.numel()
         if sum(len(smashed.values) for smashed in opened.values()) < server.smallest:
             continue
         # 3. Step on the server; in a U-shape by way of the clients' tails.
