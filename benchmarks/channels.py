@@ -38,6 +38,7 @@ from sluiceway.channels import (
     fraction,
     pooled,
 )
+from sluiceway.core.memory import keep_freed_memory
 from sluiceway.split import (
     ACPSL,
     BatchContext,
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
+    keep_freed_memory()  # as runs do
     measure_share(rounds)
     measure_speed(rounds)
 

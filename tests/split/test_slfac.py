@@ -85,7 +85,7 @@ class TestMessages:
             (b"\xff\xff" + data[2:], "at most 12"),
             (data[:8] + b"\x11" + data[9:], "2 to 8"),
             (data[:18] + b"\x80\x7f" + data[20:], "finite"),
-            (data + b"\0\0\0\0", "longer" if coded else "bytes of values"),
+            (data + b"\0\0\0\0" * 4, "longer" if coded else "bytes of values"),
         ]
         for broken, why in cases:
             with pytest.raises(WireError, match=why):

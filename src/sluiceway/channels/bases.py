@@ -163,7 +163,7 @@ def gradient_basis(
 def _mixed(matrix: Tensor, values: Tensor, shift: Tensor | None = None) -> Tensor:
     """matrix v + shift at every position of every example: values [B, C, ...], matrix [C, C]."""
     flat = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
-    mixed = torch.matmul(matrix, flat)
-    if shift is not None:
-        mixed = mixed + shift.unsqueeze(1)
-    return mixed.view(values.shape)
+    matrices = matrix.expand(len(flat), *matrix.shape)
+    if shift is None:
+        return torch.bmm(matrices, flat).view(values.shape)
+    return torch.baddbmm(shift.view(1, -1, 1), matrices, flat).view(values.shape)

@@ -20,7 +20,7 @@ What a component's 0 bits, or integers of 0, leave out is read as its mean, or a
 
 import struct
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from math import cos, log, log2, pi, prod, sqrt
 from typing import Final
 
@@ -37,6 +37,8 @@ from sluiceway.split import coder
 _DEAD_ZONE: Final = 0.4
 _LARGEST: Final = 127
 _TINY: Final = torch.finfo(torch.float32).tiny
+#: Positions of an example up to which the transform is one product.
+_AT_ONCE: Final = 64
 
 
 def _laplace_bits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -95,6 +97,21 @@ class Stepped:
         return values if self.sides is None else transformed(values, self.sides, inverse=True)
 
     @cached_property
+    def nbytes(self) -> int:
+        """The length of `payload`, without coding: from how often integers other than 0 occur."""
+        n, g, s = self.numbers.shape
+        flat = self.numbers.contiguous().cpu().numpy().ravel()
+        sizes = _sizes(self.sides, (n, g, s))
+        at = np.flatnonzero(flat != 0)
+        folded, top = _folded(flat[at]), 1
+        if len(folded):
+            top += int(folded.max())
+        keys = _groups(self.sides, g, s)[at % (g * s)] * top + folded
+        counts = np.bincount(keys, minlength=len(sizes) * top).reshape(-1, top)
+        counts[:, 0] = sizes - counts[:, 1:].sum(1)
+        return _HEAD.size + coder.size(counts)
+
+    @cached_property
     def payload(self) -> bytes:
         """The step as float32, the shift as int8, then the integers as `coder.encode` writes them.
 
@@ -105,9 +122,9 @@ class Stepped:
         ordered = self.numbers.permute(1, 2, 0).contiguous().cpu().numpy()
         if self.sides:
             ordered = ordered[:, frequency_order(self.sides, s)]
-        folded = (ordered << 1 ^ ordered >> 7).view(np.uint8)
         sizes = _sizes(self.sides, (n, g, s))
-        return _HEAD.pack(self.step, self.shift) + coder.encode(folded.ravel(), sizes)
+        folded = _folded(ordered).ravel()
+        return _HEAD.pack(self.step, self.shift) + coder.encode(folded, sizes)
 
     @classmethod
     def read(
@@ -152,10 +169,10 @@ def encode_step(
     step = max(_step(x, largest, budget, sides), _TINY) if largest > 0 else 1.0
     found = _rounded(x, step, sides, noise)
     for _ in range(_TRIES):
-        if len(found.payload) <= _OVER * budget:
+        if found.nbytes <= _OVER * budget:
             break
         # Where the sample said too little.
-        step = float(np.float32(step * min(2.0, len(found.payload) / budget)))
+        step = float(np.float32(step * min(2.0, found.nbytes / budget)))
         found = _rounded(x, step, sides, noise)
     return found
 
@@ -216,10 +233,21 @@ def _step(x: Tensor, largest: float, budget: float, sides: Sides | None) -> floa
 def _group(sides: Sides | None, shape: tuple[int, int, int], skip: int) -> npt.NDArray[np.int64]:
     """Of each value that `_sample` takes of [N, G, S], its group; see `_sizes`."""
     n, g, s = shape
-    bands = len(_sizes(sides, (1, 1, s)))
+    return _groups(sides, g, s)[np.arange(0, n * g * s, skip) % (g * s)]
+
+
+@lru_cache(maxsize=64)
+def _groups(sides: Sides | None, g: int, s: int) -> npt.NDArray[np.int64]:
+    """The group of each of an example's values, [G S]; see `_sizes`."""
+    bands = _sizes(sides, (1, 1, s))
     places = np.empty(s, dtype=np.int64)
-    places[frequency_order(sides, s)] = np.repeat(np.arange(bands), _sizes(sides, (1, 1, s)))
-    return (bands * np.arange(g)[:, None] + places).ravel()[np.arange(0, n * g * s, skip) % (g * s)]
+    places[frequency_order(sides, s)] = np.repeat(np.arange(len(bands)), bands)
+    return (len(bands) * np.arange(g)[:, None] + places).ravel()
+
+
+def _folded(numbers: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """Integers 0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    return (numbers << 1 ^ numbers >> 7).view(np.uint8)
 
 
 def _rate(
@@ -480,6 +508,11 @@ def transformed(values: Tensor, sides: Sides, inverse: bool = False) -> Tensor:
     if not sides:
         return values
     shape = values.shape
+    if prod(sides) <= _AT_ONCE:
+        # One product for all axes: many tiny ones take longer.
+        matrix = reduce(torch.kron, (_cosines(side) for side in sides))
+        matrix = matrix.to(values.device, values.dtype)
+        return (values.reshape(-1, prod(sides)) @ (matrix if inverse else matrix.T)).view(shape)
     for axis, side in enumerate(sides):
         matrix = _cosines(side).to(values.device, values.dtype)
         matrix = matrix.T if inverse else matrix

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
+from sluiceway.split.budgeted import Stepped
 from sluiceway.split.quantise import (
     CODECS,
     PLAIN,
@@ -279,8 +280,10 @@ class Encoded:
     values: Values
 
     def __len__(self) -> int:
-        end = self.header.sections[-1]
-        return end if self.header.exact else end + len(self.values.payload)
+        end, values = self.header.sections[-1], self.values
+        if self.header.exact:
+            return end
+        return end + (values.nbytes if isinstance(values, Stepped) else len(values.payload))
 
     def __bytes__(self) -> bytes:
         header, labels = self.header, b""
