@@ -11,7 +11,9 @@ from PIL import Image
 from sluiceway import load
 from sluiceway.errors import InputError
 from sluiceway.experiment import methods as listed
+from sluiceway.experiment import own_metrics
 from sluiceway.experiment.export import export
+from sluiceway.experiment.listings import show_methods
 from sluiceway.experiment.own_code import is_code, placed
 from sluiceway.experiment.predict import agreement, read_inputs
 from sluiceway.experiment.recipe import load_recipe, recipe_from
@@ -45,6 +47,13 @@ def wrong(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes + 1))
 
 number = 3
+
+def recall_of_c1(labels, probabilities):
+    'Share of class 1 that is found.'
+    return float((probabilities.argmax(1) == 1)[labels == 1].mean())
+
+def auc(labels, probabilities):
+    return 0.0
 """
 OWN = """
 from typing import ClassVar
@@ -156,6 +165,10 @@ def test_own_network_and_compressor_split(place: Path, tmp_path: Path) -> None:
         ("model.name=nosuchmodule:make", "No module named 'nosuchmodule'"),
         ("method.name=HOME/own.py:Bare", "the class needs the decorator"),
         ("method.name=HOME/own.py:Plain", "expected a class derived from sluiceway's Strategy"),
+        ("run.metric=f1", r"allowed: accuracy, .*, or a function of your own, \"file.py:name\""),
+        ("run.metric=HOME/net.py:number", "run.metric = 'number' is 'int', not a function"),
+        ("run.metric=HOME/net.py:auc", "is not called auc"),
+        ("run.metric=HOME/net.py:fails", "metric fails: TypeError"),
         ("method.power=x", "method.power = 'x'"),
         ("method.name=sgd", r"allowed: fedavg, .*, or your own, \"file.py:Class\""),
         ("model.name=minilm", "images are for conv4"),
@@ -185,6 +198,50 @@ def test_a_recipe_from_elsewhere_runs_no_code(place: Path) -> None:
     tables["model"]["name"] = "conv4"
     with pytest.raises(InputError, match=r"method.name = 'Uniform' is code of whoever wrote"):
         recipe_from(tables)
+
+
+@pytest.mark.parametrize("kind", ["federated", "split"])
+def test_own_metric(kind: str, place: Path, tmp_path: Path) -> None:
+    """In a federated and a split run: against the confusion matrix."""
+    text = RECIPE.replace("rounds = 1", 'rounds = 2\nmetric = "net.py:recall_of_c1"\nkeep = "best"')
+    if kind == "split":
+        text = text.replace('"own.py:Uniform"\npower = 0.5', '"sl"')
+        text = text.replace("workers = 1", 'kind = "split"')
+        text = text.replace('make"', 'make"\ncut = "stem"')
+    (place / "m.toml").write_text(text)
+    result, summary = run(load_recipe(place / "m.toml"), tmp_path / "run")
+    assert summary["metric"] == "recall_of_c1"
+    row = result.confusion[1]
+    assert summary["metric_value"] == pytest.approx(row[1] / sum(row))
+    values = [record.metrics["recall_of_c1"] for record in result.records]
+    assert summary["metric_best"] == max(values)
+    tables = load_recipe(place / "m.toml").resolved()
+    tables["model"]["name"], tables["method"] = "conv4", {"name": "fedavg"}
+    with pytest.raises(InputError, match=r"run.metric = 'recall_of_c1' is code of whoever wrote"):
+        recipe_from(tables)
+
+
+def test_metrics_of_packages(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(place))
+    points = [
+        EntryPoint("c1", "net:recall_of_c1", "sluiceway.metrics"),
+        EntryPoint("broken", "net:nothing", "sluiceway.metrics"),
+    ]
+
+    def found(group: str, name: str | None = None) -> Any:
+        return [p for p in points if p.group == group and name in (None, p.name)]
+
+    monkeypatch.setattr(own_metrics, "entry_points", found)
+    _, summary = run(load_recipe(place / "r.toml", ["run.metric=c1"]))
+    assert summary["metric"] == "c1"
+    assert summary["metric_value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    show_methods("metric")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "macro_f1 Mean F1 over the classes." in shown
+    assert "c1 Share of class 1 that is found." in shown
+    assert "broken Cannot be used: run.metric = 'broken': AttributeError" in shown
 
 
 def test_methods_of_packages(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from sluiceway.errors import InputError, first_line
 from sluiceway.experiment.heads import Endings, TextClassifier, Words, is_encoder_decoder
 from sluiceway.experiment.models import Pretrained, assembled, load_pretrained
 from sluiceway.experiment.own_code import is_code
+from sluiceway.experiment.own_metrics import metric_of
 from sluiceway.experiment.own_model import own_language_model, own_network
 from sluiceway.experiment.pretrained import load_front, load_tensors
 from sluiceway.experiment.recipe import Data, Model, Recipe
@@ -229,7 +230,7 @@ def plan_of(recipe: Recipe) -> Rounds:
         max_step=recipe.run.max_step,
         evaluate_every=recipe.run.evaluate_every,
         patience=recipe.run.patience,
-        metric=recipe.run.metric,
+        metric=metric_of(recipe.run.metric),
     )
 
 

@@ -23,16 +23,21 @@ def show(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def show_methods(kind: str | None) -> None:
-    """Print the methods with a line each. Raises InputError."""
+    """Print the methods and metrics with a line each. Raises InputError."""
     from sluiceway.experiment.methods import KINDS, found_methods, methods
+    from sluiceway.experiment.own_metrics import listed_metrics
 
-    if kind not in (None, *KINDS):
-        raise InputError(f"{quoted(kind)} is no kind of method; allowed: {', '.join(KINDS)}")
+    if kind not in (None, *KINDS, "metric"):
+        allowed = ", ".join([*KINDS, "metric"])
+        raise InputError(f"{quoted(kind)} is no kind of method; allowed: {allowed}")
     for other, title in KINDS.items():
         if kind in (None, other):
             print(f"{title}:")
             listed = [*methods(), *found_methods()]
             show([(f"  {m.name}", m.text) for m in listed if m.kind == other])
+    if kind in (None, "metric"):
+        print("run.metric, of any run:")
+        show([(f"  {name}", text) for name, text in listed_metrics()])
 
 
 def show_keys(table: str | None) -> None:

@@ -26,6 +26,7 @@ from sluiceway.errors import InputError, line, quoted
 from sluiceway.experiment.applying import require_applying
 from sluiceway.experiment.declared import require_known_keys
 from sluiceway.experiment.own_code import is_code, refuse_code
+from sluiceway.experiment.own_metrics import require_metric
 from sluiceway.experiment.tables import (
     flattened,
     key_of,
@@ -136,10 +137,11 @@ class Run(BaseModel):
     """Rounds between checkpoints; the last round has one too."""
     checkpoint_keep: int = Field(default=2, ge=1, le=99_999)
     """How many checkpoints are kept, the newest."""
-    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auc"] = "accuracy"
+    metric: str = "accuracy"
     """The measure on the test set by which rounds are compared (the best model, patience) and that
-    is shown: balanced accuracy is the mean over classes, auc that of each class against the rest,
-    for up to 20 million probabilities."""
+    is shown: accuracy, balanced_accuracy (the mean over classes), macro_f1, auc (of each class
+    against the rest, for up to 20 million probabilities), or a function of your own, "file.py:name"
+    or "module:name", of labels [N] and probabilities [N, C]; of all of them more is better."""
     keep: Literal["last", "best"] = "last"
     """Which model a run is there for: that of the last round, or of the first of the best rounds by
     run.metric. The last one is kept always."""
@@ -152,6 +154,7 @@ class Run(BaseModel):
 
     @model_validator(mode="after")
     def carried(self) -> Run:
+        require_metric(self.metric)
         if self.engine == "flower" and self.kind == "split":
             raise ValueError(
                 "run.engine = 'flower' carries federated runs only: split training exchanges a "

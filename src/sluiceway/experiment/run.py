@@ -30,6 +30,7 @@ from sluiceway.experiment.builders import (
     worker_count,
 )
 from sluiceway.experiment.own_code import short_name
+from sluiceway.experiment.own_metrics import metric_of
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.remote_runs import serve_federated, serve_split
 from sluiceway.experiment.run_directory import RunDirectory
@@ -136,7 +137,7 @@ def checkpoint_of(
         say=progress.say,
         models=out / "model",
         best=recipe.run.keep == "best",
-        metric=recipe.run.metric,
+        metric=short_name(recipe.run.metric),
     )
 
 
@@ -259,7 +260,7 @@ def rounds_of(
         "seed": recipe.run.seed,
         "min_clients": recipe.run.min_clients,
         "patience": recipe.run.patience,
-        "metric": recipe.run.metric,
+        "metric": metric_of(recipe.run.metric),
         "device": device,
         "on_start": progress.on_start,
         "on_round": progress.on_round,

@@ -85,7 +85,7 @@ def summary_so_far(
     """
     accuracy = [record["accuracy"] for record in records]
     evaluated = [record for record in records if record["accuracy"] is not None] or [{}]
-    metric = recipe.get("run", {}).get("metric", "accuracy")
+    metric = short_name(recipe.get("run", {}).get("metric", "accuracy"))
     measured = [
         {"accuracy": r["accuracy"]} | r.get("metrics", {}) if r["accuracy"] is not None else {}
         for r in records
