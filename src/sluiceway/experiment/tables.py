@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from sluiceway.errors import InputError, line, quoted
-from sluiceway.experiment.own_code import CODE_KEYS, MAYBE_PATH_KEYS, PATH_KEYS, changed, placed
+from sluiceway.experiment.own_code import (
+    CODE_KEYS,
+    MAYBE_PATH_KEYS,
+    PATH_KEYS,
+    changed,
+    placed,
+    short_name,
+)
 
 #: Largest recipe file and largest `key=value`, in bytes and characters.
 RECIPE_LIMIT: Final = 256 << 10
@@ -164,7 +171,8 @@ def method_label(method: Mapping[str, Any]) -> str:
     inner = [method.get(key) for key in ("robust", "server")]
     names = [one.get("name") for one in inner if isinstance(one, Mapping)]
     parts = [name for name in names if name not in (None, "none")]
-    return " + ".join(map(str, [method.get("name", "unknown method"), *parts]))
+    own = short_name(str(method.get("name", "unknown method")))
+    return " + ".join(map(str, [own, *parts]))
 
 
 def data_name(recipe: Mapping[str, Any]) -> str:
