@@ -1,4 +1,4 @@
-"""A few examples go through a model before anything is trained: what every client would fail at."""
+"""A few test examples go through a model before training: what every client would fail at."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def try_model(
     precision: contextlib.AbstractContextManager[object] | None = None,
     own_loss: bool = True,
 ) -> None:
-    """Check what a model gives for some examples, in evaluation mode; leaves it as it was.
+    """Check what a model gives for some test examples, in evaluation mode; leaves it as it was.
 
-    An example or a model that fails in another way is left to the round, which names the client.
+    Clients' inputs are not read here, as they may hang or end the process that reads them. What
+    fails in another way is left to the round, which names the client.
 
     Args:
         model: on the device.
@@ -59,7 +60,7 @@ def try_model(
             torch.no_grad(),
             precision or contextlib.nullcontext(),
         ):
-            found = _outcome(model, clients, device, layout, masked)
+            found = _outcome(model, test, device, layout, masked)
     finally:
         for module, training in modes:
             module.training = training
@@ -78,26 +79,22 @@ def try_model(
 
 def _outcome(
     model: nn.Module,
-    clients: Sequence[Examples],
+    test: Examples,
     device: torch.device,
     layout: MoELayout | None,
     masked: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Logits and own loss for the first client whose examples can be read and run, or None."""
-    for examples in clients:
-        if not len(examples):
-            continue
-        try:
-            Batch.of(examples, torch.arange(min(READ, len(examples))), torch.device("cpu"))
-            few = Batch.of(examples, torch.arange(min(RUN, len(examples))), device)
-            with contextlib.ExitStack() as stack:
-                if layout is not None and layout.blocks:
-                    observer = stack.enter_context(Observer(model, layout, regions=False))
-                    mask, decoder_mask = (few.mask, few.decoder_mask) if masked else (None, None)
-                    stack.enter_context(observer.observing(mask, decoder_mask))
-                return few.outcome(model)
-        except InputError:
-            raise
-        except Exception:
-            continue
-    return None
+    """Logits and own loss for a few test examples; None where they cannot be read or run."""
+    try:
+        Batch.of(test, torch.arange(min(READ, len(test))), torch.device("cpu"))
+        few = Batch.of(test, torch.arange(min(RUN, len(test))), device)
+        with contextlib.ExitStack() as stack:
+            if layout is not None and layout.blocks:
+                observer = stack.enter_context(Observer(model, layout, regions=False))
+                mask, decoder_mask = (few.mask, few.decoder_mask) if masked else (None, None)
+                stack.enter_context(observer.observing(mask, decoder_mask))
+            return few.outcome(model)
+    except InputError:
+        raise
+    except Exception:
+        return None
