@@ -1,12 +1,13 @@
 # make demo: install into .venv and run both quickstarts. make test: all checks and tests.
 # make quick: the fast tests. make check: lint, format, types, layers. make docs: the site.
+# make docs-commands: runs what the pages' shell blocks say.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install -q -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo quick test check docs clean
+.PHONY: demo quick test check docs docs-commands clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sluiceway compare quickstart --out runs/quickstart
@@ -26,6 +27,9 @@ check: $(VENV)/.developed
 
 docs: $(VENV)/.documented
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-commands: $(VENV)/.developed
+	$(BIN)/python docs/commands.py
 
 # What the quickstarts need; then what the engines and the checks need; then what the site needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
