@@ -68,8 +68,9 @@ def lines_of(page: str) -> list[str]:
     """The commands of a page's shell blocks, without remarks and with their continuations."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = []
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        if "┌" in block:  # a drawing
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for language, block in fences:
+        if language not in ("", "sh") or "┌" in block:  # a drawing
             continue
         # A remark is behind # or, in a list of commands, behind three spaces.
         lines = re.sub(r"\\\n\s*", "", block).splitlines()

@@ -56,7 +56,8 @@ assert data.label_names == ("bad", "good") and data.source == "SLUICEWAY_DATA/im
 def blocks(page: str, language: str) -> list[str]:
     """The code of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for found, block in fences if found == language]
 
 
 def insert(path: Path, after: str, line: str) -> None:
