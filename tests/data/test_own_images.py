@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sluiceway.data import DataError, load_own_images
+from sluiceway.data import DataError, load_own, load_own_images
 from sluiceway.data.own_images import Form
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
@@ -51,6 +51,21 @@ def test_a_folder_of_classes(folder: Path) -> None:
     assert held.source == "folder pics (1 class has one row, never tested)"
     with pytest.raises(DataError, match=r"has 1 labels that the train rows lack \(10\)"):
         load_own_images(folder, label_names=("2", "9"))
+
+
+def test_rows_of_some_classes(folder: Path, tmp_path: Path) -> None:
+    data = load_own_images(folder, test_path=folder, classes=("10", "9", "7"))
+    assert data.label_names == ("9", "10")
+    assert data.train.labels.tolist() == [1, 0, 0]
+    assert data.source.startswith("folder pics (3 of 6 rows of other classes left out) and ")
+    with pytest.raises(DataError, match=r"no row has one of the 1 classes that are taken \(7\)"):
+        load_own_images(folder, classes=("7",))
+    (tmp_path / "notes.csv").write_text("text,label\na,1\nb,\nc,2\nd,1\ne,3\n")
+    notes = tmp_path / "notes.csv"
+    texts = load_own(notes, test_path=notes, classes=("2", "1"), label_names=("3", "2", "1"))
+    assert texts.train.texts == ["a", "c", "d"]
+    assert texts.train.labels.tolist() == [2, 1, 2]
+    assert "(1 of 5 rows without text or label left out) (1 of 4 rows of other" in texts.source
 
 
 def test_parquet_and_tables_of_paths_give_what_a_folder_gives(folder: Path, tmp_path: Path) -> None:

@@ -6,14 +6,18 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tests.nearby import NearbyTransport
 
 from sluiceway.core.guards import RunFailed
+from sluiceway.data import DataError
 from sluiceway.deploy.site import open_site
-from sluiceway.deploy.site_file import require_allowed
+from sluiceway.deploy.site_file import Invitation, OwnData, require_allowed
+from sluiceway.deploy.site_images import images_of_files
 from sluiceway.errors import InputError
-from sluiceway.experiment.recipe import load_recipe
+from sluiceway.experiment.recipe import load_recipe, recipe_from
 from sluiceway.experiment.run import run
 from sluiceway.transport.protocol import Request
 from sluiceway.transport.site import SiteError, whole
@@ -172,6 +176,86 @@ def test_sites_train_on_files_of_their_own(recipe: Path, csv_file: Path, tmp_pat
     assert found.label_counts[0][0] == 0
     assert found.label_counts[1][0] > 0
     assert found.rejected == found.failed == 0
+
+
+def classes_of(site: str, path: Path) -> list[str]:
+    """The lines of a site file whose data are at a path, with data.classes where `site` has it."""
+    return [f'device = "cpu"\n{ANY}[data]\npath = "{path}"', *([site] if site else []), ""]
+
+
+@pytest.mark.parametrize(
+    ("settings", "site"),
+    [
+        (['data.classes=["topic2","topic0"]'], ""),
+        (['data.classes=["topic2","topic0"]'], 'classes = ["topic0", "topic1", "topic2"]'),
+        ([], 'classes = ["topic0", "topic2"]'),
+    ],
+)
+def test_sites_leave_out_rows_of_other_classes_and_number_as_the_run_does(
+    recipe: Path, csv_file: Path, tmp_path: Path, settings: list[str], site: str
+) -> None:
+    parts, test = split_up(csv_file, tmp_path)
+    if not settings:  # the server's own rows have the run's classes and no others
+        lines = [row for row in test.read_text().splitlines() if "topic1" not in row]
+        test.write_text("\n".join(lines))
+    sites = {}
+    for i, path in enumerate(parts):
+        file = written(tmp_path / f"{i}", "\n".join(classes_of(site, path)))
+        sites[f"site-{i}"] = open_site(file)
+    keys = ["data.clients=2", "run.rounds=1", f"data.path={test}", f"data.test_path={test}"]
+    chosen = load_recipe(recipe, [*keys, *settings])
+    transport = NearbyTransport(sites, tmp_path / "rooms")
+    found, summary = run(chosen, transport=transport)
+    names = ["topic2", "topic0"] if settings else ["topic0", "topic2"]
+    assert list(summary["label_names"]) == names
+    for path, counts in zip(parts, found.label_counts, strict=True):
+        held = [row["label"] for row in csv.DictReader(path.open())]
+        assert list(counts) == [held.count(name) for name in names]
+
+
+def test_classes_of_a_site_file_that_the_run_does_not_have(
+    recipe: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    for number, (lines, why) in enumerate(
+        [
+            ('classes = ["topic0", "topik1"]', "data.classes has 'topik1', which is no class"),
+            ('classes = ["topic0"]\ntext_column = "none"', "no column 'none'"),
+        ]
+    ):
+        text = "\n".join(classes_of(lines, csv_file))
+        site = open_site(written(tmp_path / f"{number}", text))
+        with pytest.raises(RunFailed, match=why):
+            run(
+                load_recipe(recipe, ["data.clients=1"]),
+                transport=NearbyTransport({"s": site}, tmp_path / f"rooms-{number}"),
+            )
+    with pytest.raises(InputError, match=r"data\.classes of a site file needs data\.path"):
+        open_site(written(tmp_path / "s", '[data]\nshare = true\nclasses = ["a"]\n'))
+
+
+def test_images_of_a_site_by_class(tmp_path: Path) -> None:
+    pixels = np.arange(5 * 64, dtype=np.uint8).reshape(5, 8, 8)
+    for place, image in zip(("ant/a", "bee/a", "bee/b", "cat/a", "cat/b"), pixels, strict=True):
+        path = tmp_path / "pics" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    tables = {
+        "run": {"kind": "split"},
+        "data": {"path": "pics", "alpha": 1, "classes": ["cat", "ant"]},
+        "model": {"name": "conv4", "cut": "conv2"},
+        "method": {"name": "sl"},
+    }
+    own = OwnData(path="pics")
+    invited = Invitation(recipe_from(tables), ("cat", "ant"), 0, None)
+    found = images_of_files(own, tmp_path, invited)
+    assert found.train.labels.tolist() == [1, 0, 0]
+    assert np.array_equal(found.train.images[:, 0], pixels[[0, 3, 4]])
+    tables["data"] = {"path": "pics", "alpha": 1}
+    invited = Invitation(recipe_from(tables), ("bee", "cat"), 0, None)
+    with pytest.raises(DataError, match=r"labels that the train rows lack \(ant\)"):
+        images_of_files(own, tmp_path, invited)
+    found = images_of_files(OwnData(path="pics", classes=("bee",)), tmp_path, invited)
+    assert found.train.labels.tolist() == [0, 0]
 
 
 def test_a_class_that_the_run_does_not_have(recipe: Path, csv_file: Path, tmp_path: Path) -> None:

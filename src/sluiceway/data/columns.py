@@ -8,7 +8,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -171,6 +171,25 @@ def without_gaps(columns: Columns, text: str, label: str) -> tuple[Columns, str]
     gaps = len(full) - sum(full)
     note = f"{gaps} of {len(full)} rows without {text} or {label} left out" if gaps else ""
     return columns.having(label, labels).rows(full), note
+
+
+def of_labels(columns: Columns, label: str, classes: Collection[str] | None) -> tuple[Columns, str]:
+    """The rows of some classes, all where None, and a note on the others, "" if none.
+
+    Raises:
+        DataError: no row is of these classes.
+    """
+    if classes is None:
+        return columns, ""
+    kept = [str(each) in classes for each in columns[label]]
+    if not any(kept):
+        raise DataError(
+            f"{columns.where}: no row has one of the {len(classes)} classes that are taken "
+            f"({_shown(sorted(classes))})"
+        )
+    others = len(kept) - sum(kept)
+    note = f"{others} of {len(kept)} rows of other classes left out" if others else ""
+    return columns.rows(kept), note
 
 
 def class_names(path: Path, column: str) -> tuple[str, ...] | None:
@@ -375,12 +394,15 @@ def _codes(labels: Sequence[str | int], names: Sequence[str], where: str) -> Int
     code = {name: i for i, name in enumerate(names)}
     unknown = sorted({str(label) for label in labels} - code.keys())
     if unknown:
-        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise DataError(
-            f"{where} has {len(unknown)} labels that the train rows lack ({shown}): "
+            f"{where} has {len(unknown)} labels that the train rows lack ({_shown(unknown)}): "
             f"every label must be one of the {len(names)} there"
         )
     return np.array([code[str(label)] for label in labels], dtype=np.int64)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _groups(splits: Sequence[Columns], taken: set[str]) -> list[dict[str, IntArray]]:

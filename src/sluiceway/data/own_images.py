@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sluiceway.data.columns import (
     code_labels,
     form_of,
     name_integers,
+    of_labels,
     read_all,
     title_of,
     without_gaps,
@@ -66,6 +67,7 @@ def load_own_images(
     test_fraction: float = 0.2,
     seed: int = 0,
     label_names: Sequence[str] | None = None,
+    classes: Collection[str] | None = None,
 ) -> ImageData:
     """Load labelled images of one's own.
 
@@ -79,7 +81,7 @@ def load_own_images(
         path: to train on: a folder, a file, a pattern, or several of them.
         form: see `Form`.
         test_path: to evaluate on; without it images are held out of `path`.
-        test_fraction, seed, label_names: as of `load_own`.
+        test_fraction, seed, label_names, classes: as of `load_own`.
 
     Raises:
         DataError: nothing is there, no class has an image, an image cannot be decoded or has
@@ -90,9 +92,10 @@ def load_own_images(
     splits, images, notes = [], [], []
     for files in named:
         columns, read, note = _listed(files, form)
+        columns, other = of_labels(columns, _LABEL, classes)
         splits.append(columns)
         images.append(read)
-        notes.append(note)
+        notes.append(note + (f" ({other})" if other else ""))
     codes, names = code_labels(splits, _LABEL, label_names)
     shape = form.shape or _shape_of_first(splits[0], images[0])
     tables = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from sluiceway.data.columns import (
     code_tables,
     is_missing,
     name_integers,
+    of_labels,
     read_all,
     read_columns,
     title_of,
@@ -141,6 +142,7 @@ def load_own(
     seed: int = 0,
     label_names: Sequence[str] | None = None,
     encoding: str = "utf-8",
+    classes: Collection[str] | None = None,
 ) -> TextData:
     """Load labelled texts from tables: `.parquet`, `.csv`, `.tsv`, `.jsonl`, `.json`.
 
@@ -158,18 +160,22 @@ def load_own(
         seed: decides which rows are held out, 0 or more.
         label_names: the names in the order of their codes, where they are given in advance.
         encoding: of all files but parquet.
+        classes: labels whose rows alone are taken, by name; None for all. They are no order: see
+            `label_names`, and `of_classes` for rows that are left out after a part is held out.
 
     Raises:
         DataError: unknown suffix; a file that is missing, unreadable or empty; a missing column
-            (the line lists the columns there are); no row with text and label; labels in the test
+            (the line lists the columns there are); no row with text and label, or of `classes`;
+            labels in the test
             file that the train file lacks; a fraction out of range.
     """
     files = [found_files(each) for each in (path, test_path) if each is not None]
     splits, notes = [], []
     for each in files:
         columns, note = without_gaps(read_all(each, encoding), text_column, label_column)
+        columns, other = of_labels(columns, label_column, classes)
         splits.append(columns)
-        notes.append(title_of(each) + (f" ({note})" if note else ""))
+        notes.append(title_of(each) + "".join(f" ({why})" for why in (note, other) if why))
     tables, names = code_tables(splits, text_column, label_column, label_names)
     train, test, note = own_parts(tables, test_fraction, seed)
     return TextData(files[0][0].stem, " and ".join(notes) + note, train, test, names)

@@ -288,7 +288,7 @@ def own_examples(
         data: TextData | ChoiceData = load_texts(recipe.data)
         model, train, test, _ = language_model(recipe, data, session)
         return model, train.subset(parts_of(recipe, data)[invited.client]), test
-    data = named_texts(own, recipe) if own.name else own_texts(own, place, invited)
+    data = named_texts(own, invited) if own.name else own_texts(own, place, invited)
     if tuple(data.label_names) != invited.label_names:
         raise InputError(
             f"the data's classes are {', '.join(data.label_names)[:200]}; the run's are "
@@ -299,7 +299,11 @@ def own_examples(
 
 
 def own_texts(own: OwnData, place: Path, invited: Invitation) -> TextData:
-    """Texts of the site's file, all for training without `test_path`. Raises DataError."""
+    """Texts of the site's file, all for training without `test_path`.
+
+    Raises:
+        DataError, InputError: see `load_own`, `OwnData.taken`.
+    """
     from sluiceway.data import load_own
 
     assert own.path is not None
@@ -311,12 +315,20 @@ def own_texts(own: OwnData, place: Path, invited: Invitation) -> TextData:
         test_path=within(place, own.test_path) if own.test_path else path,
         label_names=invited.label_names,
         encoding=own.encoding,
+        classes=own.taken(invited),
     )
     train, test = capped(found.train, found.test, Data(path="-", alpha=1, limit=own.limit))
     return found.with_tables(train, test if own.test_path else test.take([]))
 
 
-def named_texts(own: OwnData, recipe: Recipe) -> TextData | ChoiceData:
+def named_texts(own: OwnData, invited: Invitation) -> TextData | ChoiceData:
     """The training part of a data set by name. Raises DataError."""
-    wanted = Data(name=own.name, alpha=1, limit=own.limit, test_limit=recipe.data.test_limit)
+    data = invited.recipe.data
+    wanted = Data(
+        name=own.name,
+        alpha=1,
+        limit=own.limit,
+        test_limit=data.test_limit,
+        classes=data.classes and invited.label_names,
+    )
     return load_texts(wanted)

@@ -27,9 +27,10 @@ class OwnData(BaseModel):
 
     path: tables of texts, with text_column and label_column, or folders or tables of images, as
     data.path of a recipe; encoding: of tables; image_column: of tables of images; test_path:
-    held-out examples of the site, on which its own model is evaluated. name: a data set by name.
-    share: the client's part of the recipe's partition. limit: cap on the examples, stratified, 0
-    for none.
+    held-out examples of the site, on which its own model is evaluated; classes: labels of `path`
+    whose examples alone are used, by name, all by default (labels are numbered as the run's,
+    whatever is named here). name: a data set by name. share: the client's part of the recipe's
+    partition. limit: cap on the examples, stratified, 0 for none.
     """
 
     model_config = TABLE
@@ -39,6 +40,7 @@ class OwnData(BaseModel):
     image_column: Text | None = None
     text_column: Text = "text"
     label_column: Text = "label"
+    classes: tuple[Text, ...] | None = Field(default=None, min_length=1, max_length=65_536)
     name: Text | None = None
     share: bool = False
     limit: int = Field(default=0, ge=0, le=10**12)
@@ -47,7 +49,29 @@ class OwnData(BaseModel):
     def one_source(self) -> OwnData:
         if (self.path is not None) + (self.name is not None) + self.share != 1:
             raise ValueError("give one of path, name and share = true")
+        if self.classes is not None and self.path is None:
+            raise ValueError("data.classes of a site file needs data.path")
         return self
+
+    def taken(self, invited: Invitation) -> set[str] | None:
+        """The labels of `path` whose rows are used in a run, None for all.
+
+        They are those of `classes`, and where the recipe has data.classes those of the run alone,
+        so that a recipe takes the same rows here as it does where all data are.
+
+        Raises:
+            InputError: `classes` names one that the run does not have.
+        """
+        names = set(invited.label_names)
+        chosen = None if self.classes is None else set(self.classes)
+        if invited.recipe.data.classes is not None:
+            return names if chosen is None else names & chosen
+        if chosen is not None and (unknown := sorted(chosen - names)):
+            raise InputError(
+                f"the site file's data.classes has {quoted(unknown[0])}, which is no class of the "
+                f"run: {', '.join(invited.label_names)[:200]}"
+            )
+        return chosen
 
 
 class Policy(BaseModel):

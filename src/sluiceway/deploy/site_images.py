@@ -11,7 +11,7 @@ from sluiceway.data.own import Paths
 from sluiceway.deploy.site_file import Invitation, OwnData
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import image_set, parts_of
-from sluiceway.experiment.recipe import Data, Recipe
+from sluiceway.experiment.recipe import Data
 from sluiceway.experiment.session import Session, image_form
 
 
@@ -38,19 +38,19 @@ def own_images(
         return train.subset(parts_of(recipe, found)[invited.client]), test
     augment = augment and recipe.data.augment
     if own.path is not None:
-        return image_datasets(images_of_files(own, place, recipe, invited.label_names), augment)
-    wanted = Data(name=own.name, alpha=1, limit=own.limit, classes=recipe.data.classes)
+        return image_datasets(images_of_files(own, place, invited), augment)
+    classes = recipe.data.classes and invited.label_names
+    wanted = Data(name=own.name, alpha=1, limit=own.limit, classes=classes)
     found, train, test = session.images(wanted, lambda line: None, augment=augment)
     if tuple(found.label_names) != invited.label_names:
         raise InputError(f"the classes of {found.name} are not those of the run")
     return train, test
 
 
-def images_of_files(
-    own: OwnData, place: Path, recipe: Recipe, label_names: Sequence[str]
-) -> ImageData:
-    """Images of the site's files, all for training. Raises DataError."""
+def images_of_files(own: OwnData, place: Path, invited: Invitation) -> ImageData:
+    """Images of the site's files, all for training. Raises DataError, InputError."""
     assert own.path is not None
+    recipe = invited.recipe
     wanted = recipe.data.model_copy(
         update={
             "encoding": own.encoding,
@@ -63,7 +63,9 @@ def images_of_files(
         known = image_set(recipe.data, (1, 1, 1))
         form = replace(form, shape=known.shape, mean=known.mean, std=known.std)
     train, test = within(place, own.path), within(place, own.test_path or own.path)
-    found = load_own_images(train, form, test, label_names=label_names)
+    found = load_own_images(
+        train, form, test, label_names=invited.label_names, classes=own.taken(invited)
+    )
     kept = limit(found.train, own.limit, recipe.data.seed) if own.limit else found.train
     return found.with_tables(kept, found.test if own.test_path else found.test.take([]))
 
