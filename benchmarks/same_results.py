@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["run.rounds=2", "run.device=cpu", "data.clients=3", "data.limit=120", "data.test_limit=90"]
-SPLIT = ["data.limit=300", "data.test_limit=200"]
+SPLIT = ["data.limit=300", "data.test_limit=200", "train.front=true"]
 LANGUAGE = ["data.limit=24", "data.test_limit=16", "data.max_tokens=48"]
 
 #: Name of a run: recipe and settings. First the recipes as they ship, then other methods and forms.

@@ -14,9 +14,13 @@ from tests.nearby import nearby
 
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.handshake import HandshakeError
+from sluiceway.errors import InputError
+from sluiceway.experiment import dry_run
 from sluiceway.experiment.builders import chosen_network
-from sluiceway.experiment.recipe import load_recipe
+from sluiceway.experiment.pretrained import kept_tensors, recipe_of
+from sluiceway.experiment.recipe import load_recipe, recipe_from
 from sluiceway.experiment.run import run as run_here
+from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.trained import load
 
 FIRST = ["data.classes=[0,1,2,3,4]", "data.clients=1", "data.partition=iid", "run.rounds=2"]
@@ -54,6 +58,50 @@ def test_a_run_begins_with_the_layers_of_another(
     shutil.rmtree(first)  # a trained model is whole without what it began with
     known = load(tmp_path / "second").model.state_dict()
     assert all(torch.equal(known[f"front.{name}"], after[name]) for name in found)
+
+
+@pytest.mark.slow
+def test_a_shipped_recipe_is_run_first_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICEWAY_CACHE", str(tmp_path / "cache"))
+    short = ["run.rounds=1", "data.limit=100", "data.test_limit=200", "run.device=cpu"]
+    recipe = load_recipe("split-quickstart", short)
+    before = dry_run.described(recipe, Session(), Progress())
+    assert any("9,632 of them before the cut" in line for line in before)
+    with pytest.raises(InputError, match="was not run on this machine yet"):
+        chosen_network(recipe, (1, 28, 28), 5)
+    _, summary = run_here(recipe, tmp_path / "run")
+    first = recipe_of(recipe.model)
+    assert first is not None
+    kept = kept_tensors(first)
+    found, made = load_file(kept), kept.stat().st_mtime_ns
+    layers = load_file(tmp_path / "run" / "checkpoints" / "round-00001" / "layers.safetensors")
+    front = [n for n in layers if n.startswith(("conv1.", "conv2.")) and "num_batches" not in n]
+    assert len(front) == 10  # weights of two convolutions, and four tensors of each BatchNorm
+    assert all(torch.equal(layers[name], found[name]) for name in front)
+    again = run_here(recipe, None)[1]
+    assert again["accuracy"] == summary["accuracy"]
+    assert kept.stat().st_mtime_ns == made
+
+
+def test_what_comes_first_is_a_recipe_from_scratch(split_recipe: Path) -> None:
+    for name, why in (("nothing", "expected one of"), ("agnews", "of split learning")):
+        recipe = load_recipe(split_recipe, [*SECOND, f"model.pretrained=recipe:{name}"])
+        with pytest.raises(InputError, match=why):
+            run_here(recipe)
+    again = load_recipe(split_recipe, [*SECOND, "model.pretrained=recipe:split-quickstart"])
+    with pytest.raises(InputError, match="from scratch"):
+        run_here(again)
+
+
+def test_a_federated_run_has_no_layers_before_a_cut() -> None:
+    tables = {
+        "data": {"name": "digits", "partition": "iid"},
+        "model": {"name": "conv4", "pretrained": "recipe:mnist-pretrain"},
+    }
+    with pytest.raises(InputError, match="before a cut, which a federated run has none of"):
+        recipe_from(tables)
 
 
 def test_of_other_layers_nothing_is_taken(first: Path, split_recipe: Path) -> None:

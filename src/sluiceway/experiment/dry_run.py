@@ -20,6 +20,7 @@ from sluiceway.experiment.builders import (
 )
 from sluiceway.experiment.compare import PlannedRun, variant_name
 from sluiceway.experiment.own_code import short_name
+from sluiceway.experiment.pretrained import recipe_of
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.federated.client import prepare
@@ -133,7 +134,10 @@ def split_lines(recipe: Recipe, session: Session, progress: Progress) -> Iterato
     """Of a split run. What the method saves of the smashed data is not known before."""
     data, train, _ = session.images(recipe.data, progress.say)
     parts = parts_of(recipe, data)
-    model = chosen_network(recipe, train.shape, len(data.label_names), progress.say)
+    # What a recipe that comes first would give need not be there yet.
+    filled = recipe_of(recipe.model) is None
+    names = data.label_names
+    model = chosen_network(recipe, train.shape, len(names), progress.say, filled=filled)
     points = {point.name: point for point in cut_points(model, torch.zeros(1, *train.shape))}
     cut, tail = recipe.model.cut, recipe.model.tail
     for name in filter(None, (cut, tail)):

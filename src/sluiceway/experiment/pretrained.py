@@ -1,7 +1,12 @@
-"""Pretrained layers before the cut: from a run folder, or from a safetensors file."""
+"""Pretrained layers before the cut: from a run folder, a safetensors file or a shipped recipe.
+
+A recipe that others begin with ("recipe:NAME") is run once, by the first run that needs it, and its
+tensors are kept in the cache folder.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import sluiceway
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
+from sluiceway.data import cache_folder
 from sluiceway.data.images import IMAGE_SETS
 from sluiceway.errors import InputError, first_line, quoted
-from sluiceway.experiment.recipe import Model
+from sluiceway.experiment.recipe import Model, Recipe, load_recipe
+from sluiceway.experiment.tables import shipped_recipes
 from sluiceway.split.cut import cut
 from sluiceway.strategies.base import unprefixed
 
@@ -39,12 +47,15 @@ def load_front(built: nn.Module, chosen: Model, shape: Sequence[int]) -> str:
     assert chosen.pretrained is not None
     assert chosen.cut is not None
     where = f"model.pretrained = {quoted(chosen.pretrained)}"
-    path = Path(chosen.pretrained)
+    first = recipe_of(chosen)
+    path = Path(chosen.pretrained) if first is None else kept_tensors(first)
     try:
         front, _ = cut(built, chosen.cut)
     except ValueError as error:
         raise InputError(str(error)) from None
     try:
+        if first is not None and not path.is_file():
+            raise ValueError("it was not run on this machine yet; a run from here does so first")
         if (path / "recipe.toml").is_file():
             found, said = tensors_of_run(path, chosen, shape)
         else:
@@ -53,6 +64,31 @@ def load_front(built: nn.Module, chosen: Model, shape: Sequence[int]) -> str:
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{where}: {first_line(error)}") from None
     return said
+
+
+def recipe_of(chosen: Model) -> Recipe | None:
+    """The recipe that `model.pretrained` = "recipe:NAME" names; None if it names anything else.
+
+    Raises:
+        InputError: there is no such shipped recipe, or it is none of split learning from scratch.
+    """
+    kind, _, name = (chosen.pretrained or "").partition(":")
+    if kind != "recipe":
+        return None
+    where = f"model.pretrained = {quoted(str(chosen.pretrained))}"
+    if name not in shipped_recipes():
+        raise InputError(f"{where}: expected one of {', '.join(shipped_recipes())} after recipe:")
+    found = load_recipe(name)
+    if found.run.kind != "split" or found.model.pretrained is not None:
+        raise InputError(f"{where}: expected a recipe of split learning that starts from scratch")
+    return found
+
+
+def kept_tensors(recipe: Recipe) -> Path:
+    """Where the tensors of a recipe that others begin with are kept: by all that it says."""
+    said = f"{sluiceway.__version__} {torch.__version__} {recipe.model_dump_json()}"
+    name = hashlib.sha256(said.encode()).hexdigest()[:16]
+    return cache_folder() / "pretrained" / f"{name}.safetensors"
 
 
 def tensors_of_run(

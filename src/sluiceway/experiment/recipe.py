@@ -302,7 +302,8 @@ class Model(BaseModel):
     """Images: channels of the first layers."""
     pretrained: Text | None = None
     """Split: where the layers before the cut come from: the folder of an earlier split run (of the
-    same network and width, its newest checkpoint), or a safetensors file with their names. With
+    same network and width, its newest checkpoint), a safetensors file with their names, or
+    "recipe:NAME", a shipped recipe that is then run first, once on a machine. With
     name = "huggingface" a ResNet, MobileNet or ViT, a folder or a name on the hub, all layers of
     which but the head are pretrained; or the folder of an earlier run of it. With a model of your
     own, split or federated: a safetensors file, whose tensors are taken by their names."""
@@ -427,6 +428,11 @@ class Recipe(BaseModel):
             raise ValueError("model.image_size needs model.name = 'huggingface'")
         if self.model.pretrained is not None and not self.images and not own:
             raise ValueError("model.pretrained is for images; others take model.name")
+        if self.model.pretrained is not None and not split and self.model.name in NETWORKS:
+            raise ValueError(
+                f"model.pretrained fills the layers of {self.model.name} before a cut, which a "
+                "federated run has none of"
+            )
         if split and self.model.cut is None:
             raise ValueError("a split run needs model.cut, the last layer that clients hold")
         if (self.run.schedule == "u") != (self.model.tail is not None):

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.round_loop import Record, Result, Rounds
 from sluiceway.core.settings import Training
+from sluiceway.core.waits import announced
 from sluiceway.data import ImageData
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
@@ -31,12 +33,14 @@ from sluiceway.experiment.builders import (
 )
 from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.own_metrics import metric_of
+from sluiceway.experiment.pretrained import kept_tensors, recipe_of
 from sluiceway.experiment.recipe import Recipe
 from sluiceway.experiment.remote_runs import serve_federated, serve_split
 from sluiceway.experiment.run_directory import RunDirectory
 from sluiceway.experiment.session import Progress, Session
 from sluiceway.experiment.summary import Outcome, image_input, summarise
 from sluiceway.experiment.trackers import Told, Tracker, chosen_trackers
+from sluiceway.files import replacing
 from sluiceway.split.training import split_train
 from sluiceway.strategies import STRATEGIES, Central
 from sluiceway.transport.local import federate
@@ -85,8 +89,9 @@ def run(
         )
     named: dict[str, Tracker] = dict(chosen_trackers(recipe.run.track))
     told_too = Told(named | {type(one).__name__: one for one in trackers}, progress.say)
-    began = time.perf_counter()
     device = usable_device(recipe.run.device)
+    pretrain(recipe, session, progress)
+    began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunDirectory(out, recipe, resume, force)) if out else None
 
@@ -121,6 +126,18 @@ def run(
             folder.finish(outcome.result, summary)
             told_too("on_end", summary)
     return outcome.result, summary
+
+
+def pretrain(recipe: Recipe, session: Session, progress: Progress) -> None:
+    """Run the recipe that this one begins with, if it names one and it was not run here before."""
+    first = recipe_of(recipe.model)
+    if first is None or (path := kept_tensors(first)).is_file():
+        return
+    progress.say(f"{recipe.model.pretrained} is run first, once on this machine")
+    with announced(str(recipe.model.pretrained)):
+        tensors = run(first, session=session)[0].tensors
+    with replacing(path) as draft:
+        save_file(tensors, draft)
 
 
 def checkpoint_of(
