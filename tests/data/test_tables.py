@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,7 @@ from sluiceway.data import (
     coarse_labels,
     holdout,
     limit,
+    local_tests,
     of_classes,
 )
 from sluiceway.data.augment import Augmentation
@@ -177,6 +179,26 @@ def test_classes_keep_their_rows_and_names(
 def test_classes_that_are_not_there_are_refused(classes: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"expected different labels of made, 0\.\.5"):
         of_classes(pictures([0, 1], [1]), classes)
+
+
+@given(st.lists(label_lists, max_size=4), st.floats(0.01, 0.99), st.integers(0, 9))
+def test_local_tests_are_held_out_of_each_client_alone(
+    held: list[list[int]], fraction: float, seed: int
+) -> None:
+    labels = np.array([0, *(label for one in held for label in one)])
+    ends = np.cumsum([1, *map(len, held)])
+    parts = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
+    train, test = local_tests(labels, parts, fraction, seed)
+    for part, kept, out in zip(parts, train, test, strict=True):
+        assert sorted([*kept, *out]) == part.tolist()
+        assert set(labels[kept]) == set(labels[part])
+        spare = len(part) - len(set(labels[part]))
+        assert len(out) == min(spare, max(1, round(fraction * len(part))))
+        (alone,), (own,) = local_tests(labels, [part], fraction, seed)
+        assert (alone.tolist(), own.tolist()) == (kept.tolist(), out.tolist())
+    whole, none = local_tests(labels, parts, 0.0, seed)
+    assert [part.tolist() for part in whole] == [part.tolist() for part in parts]
+    assert not any(map(len, none))
 
 
 @given(label_lists, st.integers(2, 6), st.integers(0, 9))

@@ -258,6 +258,47 @@ def test_images_of_a_site_by_class(tmp_path: Path) -> None:
     assert found.train.labels.tolist() == [0, 0]
 
 
+@pytest.mark.slow
+def test_sites_hold_out_what_clients_of_one_machine_do(recipe: Path, tmp_path: Path) -> None:
+    keys = ["data.clients=2", "run.rounds=2", "model.head_start=random"]
+    whole, _ = run(load_recipe(recipe, keys))
+    held = load_recipe(recipe, [*keys, "data.local_test=0.4"])
+    here, summary = run(held)
+    sizes = [round(0.4 * sum(counts)) for counts in whole.label_counts]
+    for size, before, after in zip(sizes, whole.label_counts, here.label_counts, strict=True):
+        assert sum(before) - sum(after) == size
+    for number, size in enumerate(sizes):  # a share of so many examples
+        right = here.personal_accuracy[number] * size
+        assert right == pytest.approx(round(right), abs=1e-9)
+    assert here.personal_accuracy != whole.personal_accuracy
+    assert summary["personal_accuracy"] == {str(k): v for k, v in here.personal_accuracy.items()}
+    text = f'device = "cpu"\n{ANY}[data]\nshare = true\n'
+    sites = {name: open_site(written(tmp_path / name, text)) for name in "ab"}
+    there, _ = run(held, transport=NearbyTransport(sites, tmp_path / "rooms"))
+    assert there.personal_accuracy == here.personal_accuracy
+    assert there.label_counts == here.label_counts
+    assert [r.accuracy for r in there.records] == [r.accuracy for r in here.records]
+
+
+def test_a_site_is_tested_on_a_part_of_its_file_or_on_its_test_path(
+    recipe: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    keys = ["data.clients=2", "run.rounds=1", "data.local_test=0.3", "method.name=fedavg"]
+    (first, second), rest = split_up(csv_file, tmp_path)
+    files = {"a": f'path = "{first}"', "b": f'path = "{second}"\ntest_path = "{rest}"'}
+    sites = {}
+    for name, data in files.items():
+        text = f'device = "cpu"\n{ANY}[data]\n{data}\n'
+        sites[name] = open_site(written(tmp_path / name, text))
+    found, _ = run(load_recipe(recipe, keys), transport=NearbyTransport(sites, tmp_path / "rooms"))
+    held = [len(list(csv.DictReader(path.open()))) for path in (first, second, rest)]
+    assert sum(found.label_counts[0]) == held[0] - round(0.3 * held[0])
+    assert sum(found.label_counts[1]) == held[1]
+    for number, size in ((0, round(0.3 * held[0])), (1, held[2])):
+        right = found.personal_accuracy[number] * size
+        assert right == pytest.approx(round(right), abs=1e-9)
+
+
 def test_a_class_that_the_run_does_not_have(recipe: Path, csv_file: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.csv"
     own.write_text("text,label\na b,strange\n")

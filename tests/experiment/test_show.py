@@ -67,6 +67,8 @@ def test_show_says_where_values_come_from(recipe: Path, capsys: pytest.CaptureFi
         ("recipe", "--set train.momentum=0.9", "it needs train.optimizer = 'sgd'"),
         ("recipe", f"{IMAGES} --set model.lora=4", "model.lora = 4 has no effect here: it needs a"),
         ("recipe", f"{IMAGES} --set data.max_tokens=9", "has no effect here: it needs texts"),
+        ("split_recipe", "--set data.local_test=0.2", "there is none with run.kind = 'split'"),
+        ("recipe", "--set data.local_test=0.2 --set run.personal=0", "none with run.personal = 0"),
         ("recipe", "--set model.lora_gate=true", "it needs model.lora above 0"),
     ],
 )

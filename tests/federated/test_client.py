@@ -116,3 +116,37 @@ def test_nothing_to_train_is_an_error() -> None:
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         federate(model, [], TinyText(1, 1), device="cpu")
+
+
+@pytest.mark.parametrize("stacked", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_own_models_are_tested_on_own_test_parts(stacked: int, frozen: bool) -> None:
+    """One client's own model is the global one, so that its accuracy can be counted by hand."""
+    model = TinyClassifier()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if frozen:  # outputs of frozen layers are kept, also of test parts
+        model.backbone.embeddings.requires_grad_(False)
+        model.backbone.encoder.layer[0].requires_grad_(False)
+    own = TinyText(23, 7)
+    clients, tests = [TinyText(30, 1), TinyText(0, 3)], [own, TinyText(0, 3)]
+    found = federate(
+        model, clients, TinyText(9, 2), rounds=2, local_tests=tests, stacked=stacked, device="cpu"
+    )
+    batch = {"input_ids": own.ids, "attention_mask": own.mask}
+    with torch.no_grad():
+        right = (model.eval()(**batch).argmax(-1) == own.labels).sum()
+    assert 0 < right < 23
+    assert found.personal_accuracy == {0: float(right) / 23}
+    none = [TinyText(0, 1), TinyText(0, 2)]
+    assert not federate(model, clients, own, rounds=1, local_tests=none).personal_accuracy
+
+
+def test_own_test_parts_that_do_not_fit(moe_model: TinyClassifier) -> None:
+    clients = [TinyText(8, 1), TinyText(8, 2)]
+    with pytest.raises(ValueError, match="1 local test sets for 2 clients"):
+        federate(moe_model, clients, TinyText(9, 2), rounds=1, local_tests=clients[:1])
+    others = [clients[0], TinyText(40, 3, classes=5)]
+    with pytest.raises(ValueError, match="the test part of client 1 has the label 4"):
+        federate(moe_model, clients, TinyText(9, 2), rounds=1, local_tests=others)

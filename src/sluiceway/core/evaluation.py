@@ -133,7 +133,9 @@ def label_counts(clients: Sequence[Examples]) -> Tensor:
     return torch.stack([widened(c, width) for c in found]) if found else torch.zeros(0, 0).long()
 
 
-def usable_examples(clients: Sequence[Examples], test: Examples) -> tuple[list[Examples], Examples]:
+def usable_examples(
+    clients: Sequence[Examples], test: Examples, local_tests: Sequence[Examples] = ()
+) -> tuple[list[Examples], Examples, list[Examples]]:
     """The data sets without examples of the label -100, checked before anything is trained.
 
     Whether the model has so many outputs `require_outputs` checks.
@@ -143,7 +145,7 @@ def usable_examples(clients: Sequence[Examples], test: Examples) -> tuple[list[E
             set).
     """
     found: list[Examples] = []
-    for what, held in named_sets(clients, test):
+    for what, held in named_sets(clients, test, local_tests):
         try:
             kept = without_ignored(held)
             low = int(labels_of(kept).min()) if len(kept) else 0
@@ -152,16 +154,19 @@ def usable_examples(clients: Sequence[Examples], test: Examples) -> tuple[list[E
         if low < 0:
             raise ValueError(f"{what} has the label {low}: labels must be class numbers from 0")
         found.append(kept)
-    *clients, test = found
+    *held_sets, test = found
     if not len(test):
         raise ValueError("the test set is empty: there is nothing to evaluate on")
-    return list(clients), test
+    return held_sets[: len(clients)], test, held_sets[len(clients) :]
 
 
-def named_sets(clients: Sequence[Examples], test: Examples) -> list[tuple[str, Examples]]:
-    """The clients' data sets and the test set with what an error calls them."""
+def named_sets(
+    clients: Sequence[Examples], test: Examples, local_tests: Sequence[Examples] = ()
+) -> list[tuple[str, Examples]]:
+    """The clients' data sets, their test parts and the test set with what an error calls them."""
     parts = [(f"client {number}", held) for number, held in enumerate(clients)]
-    return [*parts, ("the test set", test)]
+    own = [(f"the test part of client {number}", held) for number, held in enumerate(local_tests)]
+    return [*parts, *own, ("the test set", test)]
 
 
 @torch.no_grad()
@@ -214,6 +219,7 @@ def require_fitting(
     clients: Sequence[Examples],
     test: Examples,
     metric: str | Metric,
+    local_tests: Sequence[Examples] = (),
 ) -> None:
     """Check before training that a model's logits of a few examples fit every label.
 
@@ -221,6 +227,7 @@ def require_fitting(
         logits: what the model gives.
         metric: by which rounds are compared. With one of the user's own a single logit z is
             allowed: class 1 is where z > 0.
+        local_tests: test parts of clients.
 
     Raises:
         ValueError: these are no logits [B, C]; a label is beyond them (the message names the data
@@ -237,6 +244,6 @@ def require_fitting(
             "yes and no. If its loss takes one, say so by a metric of your own: metric=function "
             "of (labels, probabilities); class 1 is then where the logit is above 0"
         )
-    for what, held in named_sets(clients, test):
+    for what, held in named_sets(clients, test, local_tests):
         if len(held):
             require_outputs(logits.shape[1], int(labels_of(held).max()), what)

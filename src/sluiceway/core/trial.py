@@ -28,6 +28,7 @@ def try_model(
     masked: bool = True,
     precision: contextlib.AbstractContextManager[object] | None = None,
     own_loss: bool = True,
+    local_tests: Sequence[Examples] = (),
 ) -> None:
     """Check what a model gives for some test examples, in evaluation mode; leaves it as it was.
 
@@ -42,6 +43,7 @@ def try_model(
         masked: whether the attention mask says which of their tokens count.
         precision: the context of a forward pass.
         own_loss: whether the model may return an auxiliary loss beside its logits.
+        local_tests: test parts of clients.
 
     Raises:
         InputError: examples make no batch; the model gives no logits [B, C], or too few for the
@@ -72,7 +74,7 @@ def try_model(
     if own is not None and not own_loss:
         raise InputError(OWN_LOSS)
     try:
-        require_fitting(logits, clients, test, metric)
+        require_fitting(logits, clients, test, metric, local_tests)
     except ValueError as error:
         raise InputError(str(error)) from None
 

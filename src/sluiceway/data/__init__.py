@@ -25,6 +25,7 @@ from sluiceway.data.tables import (
     coarse_labels,
     holdout,
     limit,
+    local_tests,
     of_classes,
 )
 from sluiceway.data.text import TEXT_NAMES, load_own, load_text
@@ -68,6 +69,7 @@ __all__ = [
     "load_own",
     "load_own_images",
     "load_text",
+    "local_tests",
     "of_classes",
     "partition",
     "read_columns",

@@ -292,26 +292,55 @@ def holdout(
     Raises:
         DataError: `fraction` is out of range, or no label has two rows.
     """
+    train_rows, test_rows = holdout_rows(table.labels if by is None else by, fraction, seed)
+    return table.take(train_rows), table.take(test_rows)
+
+
+def holdout_rows(strata: IntArray, fraction: float, seed: int) -> tuple[IntArray, IntArray]:
+    """The rows of the train and the test part of `holdout`, [N] values in all; see there."""
     if not 0 < fraction < 1:
         raise DataError(
             f"a test fraction of {fraction} is out of range: it must be between 0 and 1"
         )
-    strata = table.labels if by is None else by
     values, counts = np.unique(strata, return_counts=True)
     spare = counts - 1
     if spare.sum() == 0:
         raise DataError(
-            f"no test rows can be held out of {len(table)} rows: "
+            f"no test rows can be held out of {len(strata)} rows: "
             "at least one label needs two rows, or give a test file"
         )
-    wanted = max(1, round(fraction * len(table)))
+    wanted = max(1, round(fraction * len(strata)))
     quotas = np.minimum(_quotas(counts, wanted), spare)
     # What single-row labels may not give, the labels with most rows to spare give instead.
     for _ in range(min(wanted, int(spare.sum())) - int(quotas.sum())):
         quotas[np.argmax(spare - quotas)] += 1
     test_rows = _draw(strata, values, quotas, seed)
-    train_rows = np.setdiff1d(np.arange(len(table)), test_rows)
-    return table.take(train_rows), table.take(test_rows)
+    return np.setdiff1d(np.arange(len(strata)), test_rows), test_rows
+
+
+def local_tests(
+    labels: IntArray, parts: Sequence[IntArray], fraction: float, seed: int
+) -> tuple[list[IntArray], list[IntArray]]:
+    """Of each client's rows those to train on, and those held out as its own test part.
+
+    A client keeps a row of each of its labels to train on, so that one with a row of each has no
+    test part. What is held out of one client does not depend on the others.
+
+    Args:
+        labels: int64 [N].
+        parts: each client's rows, in 0..N-1.
+        fraction: the test part's share, see `holdout`; 0 for none.
+        seed: 0 or more.
+    """
+    train, test = [], []
+    for part in parts:
+        held = labels[part]
+        kept, out = np.arange(len(part)), np.arange(0)
+        if fraction and len(np.unique(held)) < len(held):
+            kept, out = holdout_rows(held, fraction, seed)
+        train.append(part[kept])
+        test.append(part[out])
+    return train, test
 
 
 def _take(column: Any, rows: IntArray) -> Any:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from sluiceway.core.evaluation import label_counts
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.privacy import arrange_privacy, releases_of, told
-from sluiceway.data import ChoiceData, TextData
+from sluiceway.data import ChoiceData, TextData, local_tests
 from sluiceway.data.own import found_files
 from sluiceway.deploy.site_file import (
     Invitation,
@@ -240,8 +241,9 @@ def begin_federated(
     strategy, training = chosen_strategy(recipe)
     prepare(model, strategy, recipe.data.clients)
     arrange_privacy(strategy, model, recipe.run.rounds, recipe.head_start)
-    clients = [train.subset([]) for _ in range(recipe.data.clients)]
-    clients[invited.client] = train
+    train, own_test = with_own_test(file.data, recipe, train, test)
+    clients, tests = ([train.subset([]) for _ in range(recipe.data.clients)] for _ in range(2))
+    clients[invited.client], tests[invited.client] = train, own_test
     stack = ExitStack()
     worker = stack.enter_context(
         standing(
@@ -254,6 +256,7 @@ def begin_federated(
             device=torch.device(device),
             seed=recipe.run.seed,
             personal_examples=recipe.run.personal,
+            local_tests=tests if recipe.data.local_test else None,
         )
     )
     store = ClientStateStore(folder / "states")
@@ -264,6 +267,22 @@ def begin_federated(
     signature = ModelSignature.of(strategy.tensors).to_json()
     counts = told(label_counts([train]), strategy)[0].tolist()
     return FederatedRun(trainer, stack), {"signature": signature, "label_counts": counts}
+
+
+def with_own_test(
+    own: OwnData, recipe: Recipe, train: AnyDataset, test: AnyDataset
+) -> tuple[Any, Any]:
+    """What a site trains on, and its own test part, which the recipe's data.local_test asks for.
+
+    Args:
+        train, test: its examples, and those of the test_path that its file may name.
+    """
+    if recipe.data.local_test and own.test_path:
+        return train, test
+    rows = np.arange(len(train))
+    settings = recipe.data.local_test, recipe.data.seed
+    (kept,), (held_out,) = local_tests(train.labels.numpy(), [rows], *settings)
+    return train.subset(kept), train.subset(held_out)
 
 
 def own_secret(folder: Path) -> bytes:

@@ -19,6 +19,7 @@ from sluiceway.data import (
     ImageDataset,
     TextData,
     TextDataset,
+    local_tests,
     partition,
     word_tokens,
 )
@@ -57,6 +58,14 @@ def parts_of(recipe: Recipe, found: TextData | ChoiceData | ImageData) -> Sequen
         groups=None if isinstance(found, ImageData) else found.train.groups,
         column=recipe.data.group,
     )
+
+
+def divided(
+    recipe: Recipe, found: TextData | ChoiceData | ImageData
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Row numbers that each client trains on, and those of its own test part. Raises DataError."""
+    held = found.train.labels, parts_of(recipe, found)
+    return local_tests(*held, recipe.data.local_test, recipe.data.seed)
 
 
 def federated_model(

@@ -14,6 +14,7 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
     chosen_network,
     chosen_strategy,
+    divided,
     federated_model,
     parts_of,
     plan_of,
@@ -58,7 +59,7 @@ def clients_line(parts: Sequence[Any], taking_part: int, recipe: Recipe) -> str:
 def federated_lines(recipe: Recipe, session: Session, progress: Progress) -> Iterator[str]:
     """Of a federated run. What experts without a token save is not known before."""
     data, model, _, _, source = federated_model(recipe, session, progress.say)
-    parts = parts_of(recipe, data)
+    parts, _ = divided(recipe, data)
     strategy, training = chosen_strategy(recipe)
     prepare(model, strategy, len(parts))
     plan, held = plan_of(recipe), [i for i, part in enumerate(parts) if len(part)]

@@ -128,7 +128,7 @@ class Run(BaseModel):
     round, or of the newest rounds before where that is larger."""
     personal: int = Field(default=500, ge=0, le=10**9)
     """Federated: test examples on which a client's own model is evaluated after its last training,
-    about; 0 for none."""
+    about; 0 for none. With data.local_test it is evaluated on all of its own test part."""
     timeout: float = Field(default=0.0, ge=0)
     """Federated: training time of a client (s) after which the round goes on without it, 0 for no
     limit. Needs the CPU. Deployed: time of a round, or of an answer of a site in split training; 0
@@ -241,6 +241,10 @@ class Data(BaseModel):
     validation: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training examples that is held out and tested on in place of the test set, for
     tuning; 0 for none."""
+    local_test: float = Field(default=0.0, ge=0, lt=1)
+    """Federated: share of each client's own examples that is held out from its training, and on
+    which its own model is evaluated in place of the test set's examples (run.personal says
+    whether); 0 for none. A site whose file has a test_path is evaluated on that."""
     seed: Seed = 0
     """Decides samples and held-out parts, independently of run.seed."""
 
@@ -447,6 +451,18 @@ class Recipe(BaseModel):
                 f"method.name = 'central' pools all examples, which run.engine = "
                 f"{self.run.engine!r} never does; use 'local'"
             )
+        private = self.method.get("privacy")
+        silent = isinstance(private, Mapping) and private.get("name", "none") != "none"
+        for why, given in {
+            "run.kind = 'split'": split,
+            "run.personal = 0": not self.run.personal,
+            "[method.privacy], under which clients tell no accuracy": silent,
+        }.items():
+            if self.data.local_test and given:
+                raise ValueError(
+                    f"data.local_test = {self.data.local_test:g} is for the accuracy of clients' "
+                    f"own models, of which there is none with {why}"
+                )
         if self.run.rounds * self.data.clients > TURNS_LIMIT:
             raise ValueError(
                 f"run.rounds = {self.run.rounds} of data.clients = {self.data.clients}: their "

@@ -25,6 +25,7 @@ from sluiceway.experiment.builders import (
     chosen_compressor,
     chosen_network,
     chosen_strategy,
+    divided,
     federated_model,
     parts_of,
     plan_of,
@@ -167,7 +168,7 @@ def run_federated(
 ) -> Outcome:
     """Train a model of texts or images across clients."""
     data, model, train, test, source = federated_model(recipe, session, progress.say)
-    parts = parts_of(recipe, data)
+    parts, held_out = divided(recipe, data)
     workers = worker_count(recipe, device)
     progress.say(
         f"model: {short_name(recipe.model.name)} from {source}, on {device}, "
@@ -185,6 +186,7 @@ def run_federated(
     if pooled := isinstance(strategy, Central):
         training = pooled_training(training, plan_of(recipe), parts)
         parts, workers = [np.concatenate(parts)], 1
+        held_out = [np.concatenate(held_out)]
         how |= {"participation": 1.0, "min_clients": 1}
     if recipe.run.timeout and device != "cpu":
         raise InputError(
@@ -200,6 +202,7 @@ def run_federated(
         max_step=recipe.run.max_step,
         evaluate_every=recipe.run.evaluate_every,
         personal_examples=recipe.run.personal,
+        local_tests=[train.subset(p) for p in held_out] if recipe.data.local_test else None,
         timeout=recipe.run.timeout,
         training=training,
         workers=workers,

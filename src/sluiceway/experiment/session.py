@@ -179,7 +179,8 @@ def capped(train: AnyTable, test: AnyTable, wanted: Data) -> tuple[AnyTable, Any
 
 def without_partition(wanted: Data) -> Data:
     """The same examples without their partition: the key of loaded data and tokens."""
-    return wanted.model_copy(update={"clients": 1, "partition": "iid", "alpha": None})
+    same = {"clients": 1, "partition": "iid", "alpha": None, "local_test": 0.0}
+    return wanted.model_copy(update=same)
 
 
 def described(found: TextData | ChoiceData | ImageData) -> str:

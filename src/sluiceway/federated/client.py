@@ -99,6 +99,8 @@ class Worker:
         seed: of the whole run.
         personal_examples: test examples that a client's own model is evaluated on, about; 0 for
             no evaluation.
+        local_tests: each client's own test examples, on all of which its own model is evaluated
+            instead; None without.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Worker:
         device: torch.device | str = "cpu",
         seed: int = 0,
         personal_examples: int = 500,
+        local_tests: Sequence[Examples] | None = None,
     ) -> None:
         if training.aux_loss and not strategy.layout.blocks:
             raise InputError(
@@ -135,6 +138,7 @@ class Worker:
         self.seed = seed
         # Under privacy no client tells its accuracy.
         self.personal_examples = personal_examples if strategy.privacy is None else 0
+        self.local_tests = local_tests
         self.layout = strategy.layout
         self.move(device)
         check_joining(ModelSignature.of(strategy.tensors), ModelSignature.of(self.exchanged))
@@ -162,8 +166,8 @@ class Worker:
             number: of the client, from 0; it must hold at least one example.
             broadcast: the server's message.
             state: what the client keeps; changed in place.
-            personal: also evaluate the client's own model after training, on the test examples
-                of the classes it holds, weighted as it holds them.
+            personal: also evaluate the client's own model after training, see
+                `personal_accuracy`.
 
         Raises:
             WireError: the message's tensors are not those that are exchanged.
@@ -192,8 +196,8 @@ class Worker:
             routing = self.reported(seen.routing() if seen else [], client.passes)
             extra = dict(self.strategy.finish_training(client))
         state |= {f"private/{n}": self.exchanged[n].detach().cpu().clone() for n in self.initial}
-        if personal and self.personal_examples:
-            metrics["personal_accuracy"] = self.personal_accuracy(examples)
+        if personal:
+            metrics |= self.personal_accuracy(number)
         tensors = {
             piece.key: piece.of(self.exchanged).detach()
             for piece in self.strategy.shared_pieces
@@ -327,19 +331,26 @@ class Worker:
         with self.training.precision(self.device):
             return evaluate(self.model, self.test, indices, self.loss, self.device)
 
-    def personal_accuracy(self, examples: Examples) -> float:
-        """Accuracy of the model as it is, classes weighted as the client holds them.
+    def personal_accuracy(self, number: int) -> dict[str, float]:
+        """Accuracy of the model as it is, as a metric of client `number`; {} of nothing to test on.
 
-        Of each class it holds, the first test examples are taken, about `personal_examples` in all.
+        On the client's own test part where there are such. Else on test examples of the classes it
+        holds, weighted as it holds them: of each class the first, about `personal_examples` in all.
         """
-        counts = torch.bincount(labels_of(examples))
-        held = counts.nonzero().flatten()
-        labels = labels_of(self.test)
-        each = -(-self.personal_examples // len(held))
-        indices = torch.cat([(labels == y).nonzero().flatten()[:each] for y in held]).tolist()
+        test = self.test if self.local_tests is None else self.local_tests[number]
+        if not self.personal_examples or not len(test):
+            return {}
+        indices: Sequence[int] = range(len(test))
+        counts = None
+        if self.local_tests is None:
+            counts = torch.bincount(labels_of(self.clients[number]))
+            held, labels = counts.nonzero().flatten(), labels_of(test)
+            each = -(-self.personal_examples // len(held))
+            indices = torch.cat([(labels == y).nonzero().flatten()[:each] for y in held]).tolist()
         with self.training.precision(self.device):
-            found = evaluate(self.model, self.test, indices, self.loss, self.device)
-        return found.weighted_accuracy(counts)
+            found = evaluate(self.model, test, indices, self.loss, self.device)
+        right = found.accuracy if counts is None else found.weighted_accuracy(counts)
+        return {"personal_accuracy": right}
 
     @contextlib.contextmanager
     def observation(self) -> Iterator[Observer | None]:

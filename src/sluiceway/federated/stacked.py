@@ -268,8 +268,7 @@ class StackedTrainer:
             states[shard.number].update({f"private/{n}": t for n, t in kept.items()})
             if shard.number in personal and worker.personal_examples:
                 worker.load({n: tensors[n] for n in values.keys() | worker.initial.keys()})
-                examples = worker.clients[shard.number]
-                metrics["personal_accuracy"] = worker.personal_accuracy(examples)
+                metrics |= worker.personal_accuracy(shard.number)
             sent = {
                 piece.key: piece.of(tensors)
                 for piece in worker.strategy.shared_pieces

@@ -125,7 +125,7 @@ def split_train(
         device=torch.device(device),
         seed=seed,
     )
-    clients, test = usable_examples(clients, test)
+    clients, test, _ = usable_examples(clients, test)
     model.to(settings.device)
     try_model(model, clients, test, metric, settings.device, own_loss=False)
     counts = label_counts(clients)

@@ -500,6 +500,7 @@ def federate(
     patience: int = 0,
     metric: str | Metric = "accuracy",
     personal_examples: int = 500,
+    local_tests: Sequence[Examples] | None = None,
     head_start: HeadStart = "random",
     timeout: float = 0,
     features: FeatureCache | None = None,
@@ -522,7 +523,7 @@ def federate(
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
         rounds, participation, seed, min_clients, max_retries, max_step, evaluate_every, patience,
             metric: see `Rounds`.
-        personal_examples: see `Worker`.
+        personal_examples, local_tests: see `Worker`.
         head_start: how a linear head starts: "random", as the model has it; "means" or "ridge", in
             closed form from sums that every client sends once (see docs/methods.md).
         training: how a client trains; see `Training`.
@@ -577,7 +578,10 @@ def federate(
     was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
     prepare(model, strategy, len(clients))
     require_head(head_start, strategy)
-    clients, test = usable_examples(clients, test)
+    if local_tests is not None and len(local_tests) != len(clients):
+        raise ValueError(f"{len(local_tests)} local test sets for {len(clients)} clients")
+    clients, test, usable = usable_examples(clients, test, local_tests or ())
+    local_tests = None if local_tests is None else usable
     training = training or Training()
     try_model(
         model,
@@ -588,6 +592,7 @@ def federate(
         layout=strategy.layout,
         masked=training.routing_mask == "attention",
         precision=training.precision(place),
+        local_tests=usable,
     )
     arrange_privacy(strategy, model, rounds, head_start)
     counts = told(label_counts(clients), strategy)
@@ -604,6 +609,7 @@ def federate(
                 seed=seed,
                 features=features,
                 personal_examples=personal_examples,
+                local_tests=local_tests,
             )
         )
         engine: LocalEngine | PoolEngine
@@ -662,6 +668,7 @@ def standing(
     seed: int,
     features: FeatureCache | None = None,
     personal_examples: int = 500,
+    local_tests: Sequence[Examples] | None = None,
 ) -> Iterator[Worker]:
     """A worker of the model, with what its frozen trunk makes of each example kept.
 
@@ -669,13 +676,16 @@ def standing(
         model, strategy: see `federated.client.prepare`, which has been called.
         clients, test: may be empty, as they are for those who do not hold them.
         features: None for a cache of its own, of up to 2 GB in memory.
-        loss, device, seed, personal_examples: see `Worker`.
+        loss, device, seed, personal_examples, local_tests: see `Worker`.
     """
     with ExitStack() as stack:
-        trunk = usable_prefix(model, [*clients, test], device)
+        sets = [*clients, test, *(local_tests or ())]
+        trunk = usable_prefix(model, sets, device)
         if trunk:
             cache = features or FeatureCache(2 << 30)
-            *clients, test = cache.wrap(trunk, [*clients, test], device)
+            sets = cache.wrap(trunk, sets, device)
+            clients, test = sets[: len(clients)], sets[len(clients)]
+            local_tests = None if local_tests is None else sets[len(clients) + 1 :]
             stack.enter_context(trunk.skipped())
         yield Worker(
             model,
@@ -687,6 +697,7 @@ def standing(
             device=device,
             seed=seed,
             personal_examples=personal_examples,
+            local_tests=local_tests,
         )
 
 

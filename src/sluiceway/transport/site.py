@@ -138,7 +138,7 @@ class Trainer:
         broadcast = read_broadcast(request.message)
         with request.message.open("rb") as file:
             self.draw_noise(run, hashlib.file_digest(file, "sha256").digest())
-        personal = bool(facts.get("personal")) and len(self.worker.test) > 0
+        personal = bool(facts.get("personal"))
         update = self.worker.train(self.number, broadcast, state, personal=personal)
         path = folder / "update"
         write_update(path, update)
