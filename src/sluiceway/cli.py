@@ -315,8 +315,10 @@ def inspect(
     """Show routers, experts or cut points of a model, and what would cross.
 
     MODEL is minilm, smollm2, a folder or a name on the Hugging Face hub, whose weights are not
-    read; or a network for images: conv4, resnet18, vgg11. With --inversion it is the folder of a
-    finished split run, and a minute of attack tells how much of its images what crosses gives away.
+    read; a network for images: conv4, resnet18, vgg11; or your own, file.py:make (docs/data.md),
+    called as for 10 classes: mixtures that were found, and where it can be cut. With --inversion
+    it is the folder of a finished split run, and a minute of attack tells how much of its images
+    what crosses gives away.
     """
     if inversion:
         from sluiceway.experiment.inversion import show_inversion
@@ -325,10 +327,13 @@ def inspect(
         with shown():
             show_inversion(Path(model), device)
         return
-    from sluiceway.experiment.inspect import show_cuts, show_layout
+    from sluiceway.experiment.inspect import show_cuts, show_layout, show_own
+    from sluiceway.experiment.own_code import is_code
     from sluiceway.experiment.recipe import NETWORKS
 
-    if model in NETWORKS:
+    if is_code(model) or model.endswith(".py"):
+        show_own(model, image, upcycled=bool(experts or lora or gguf))
+    elif model in NETWORKS:
         show_cuts(model, width, image)
     else:
         show_layout(model, experts, top_k, layers, lora, gguf)

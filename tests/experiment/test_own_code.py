@@ -1,6 +1,7 @@
 """Code and files that a recipe names: where they are looked for, and who may name them."""
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sluiceway import load
+from sluiceway.cli import main
 from sluiceway.errors import InputError
 from sluiceway.experiment import methods as listed
 from sluiceway.experiment import own_metrics
@@ -276,3 +278,60 @@ def test_where_names_are_looked_for(tmp_path: Path) -> None:
     assert is_code("a.py:b")
     assert is_code("m.n:f")
     assert not any(is_code(value) for value in ("cuda:1", "a:b c", "org/name", 3))
+
+
+MIXTURE = """
+from tests.worlds import TinyClassifier
+
+def make():
+    return TinyClassifier(), "tokenizer"
+"""
+
+
+def test_inspect_shows_cuts_and_mixtures_of_own_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "neighbour.py").write_text("WIDE = 4\n")
+    (tmp_path / "texts.py").write_text(MIXTURE)
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "net.py:make", "--image", "1x8x8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # stem 1*9*4 + 4, more and narrow 4*9*4 + 4 each, head 36*10 + 10
+    assert lines[0] == "net.py:make: 706 parameters, 706 trained"
+    assert [line.split() for line in lines[2:]] == [  # the skip is over the layer between
+        ["stem", "4x8x8", "1,024", "40"],
+        ["narrow", "4x3x3", "144", "336"],
+    ]
+    assert main(["inspect", "texts:make"]) == 0
+    shown = capsys.readouterr().out
+    assert "backbone.encoder.layer.1" in shown
+    assert "across the wire" in shown
+    assert "cut at" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("none.py:make", "there is no file"),
+        ("none.py", "'none.py': there is no file none.py; write none.py:make"),
+        ("net.py", "'net.py': it needs the function's name; write net.py:make"),
+        ("net.py:none", "net.py has no none"),
+        ("net.py:fails", "no such thing"),
+        ("net.py:number", "is int, not a function"),
+        ("net.py:make --image 1x9", "--image 1x9: write 3x32x32"),
+        ("net.py:make --image 3x30x30", "on images [3, 30, 30]: RuntimeError: mat1 and mat2"),
+        ("net.py:make --experts 4", "are for models that are not your code"),
+    ],
+)
+def test_own_networks_that_cannot_be_inspected(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+    given: str,
+    why: str,
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "neighbour.py").write_text("WIDE = 4\n")
+    monkeypatch.chdir(tmp_path)
+    assert why in refused("inspect", *given.split())

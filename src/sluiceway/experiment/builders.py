@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sluiceway.core.device import chosen_device
 from sluiceway.core.round_loop import Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.waits import announced
@@ -40,7 +41,6 @@ from sluiceway.experiment.vision import vision_network
 from sluiceway.split.compress import Compressor
 from sluiceway.split.networks import Conv4, resnet18, vgg11
 from sluiceway.strategies import Strategy
-from sluiceway.transport.local import chosen_device
 
 #: Examples of either kind.
 AnyDataset = TextDataset | ImageDataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sluiceway.errors import InputError, first_line, how_to_install
+from sluiceway.errors import InputError, first_line, how_to_install, line, quoted
 from sluiceway.experiment.builders import network
 from sluiceway.experiment.models import outlined
+from sluiceway.experiment.own_code import fault, is_code, placed
+from sluiceway.experiment.own_model import call
 from sluiceway.experiment.vision import KINDS, chain_of
 from sluiceway.moe import (
     Block,
@@ -20,9 +23,11 @@ from sluiceway.moe import (
     NoExpertsError,
     add_lora,
     find_adapters,
+    find_layout,
     moe_layout,
     upcycle,
 )
+from sluiceway.moe.search import unrecognised
 from sluiceway.split.cut import CutPoint, cut_points
 
 
@@ -61,13 +66,82 @@ def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, ggu
     console.print(f"{name} from {source}", highlight=False)
     params = dict(model.named_parameters())
     console.print(blocks_table(layout, params))
-    for why in sorted({block.found for block in layout.blocks if block.found}):
-        console.print(f"found by structure: {why}", highlight=False)
-    for line in totals(layout, params):
-        console.print(line, highlight=False)
+    for said in [*layout_reasons(layout), *totals(layout, params)]:
+        console.print(said, highlight=False)
     if lora:
-        line = f"the same with adapters of rank {lora} on the experts, routers whole:"
-        console.print(line, adapters_table(model, lora), sep="\n", highlight=False)
+        said = f"the same with adapters of rank {lora} on the experts, routers whole:"
+        console.print(said, adapters_table(model, lora), sep="\n", highlight=False)
+
+
+def show_own(name: str, image: str, *, upcycled: bool = False) -> None:
+    """Print parameters, mixtures and cut points of what the user's function makes for 10 classes.
+
+    Args:
+        name: "file.py:make" or "module:make", relative to the working folder.
+        image: "CxHxW", the shape it is called with; a model of texts comes with its tokenizer and
+            is not run.
+        upcycled: whether options are given that change a model, which code has no use for.
+
+    Raises:
+        InputError: there is no such file or function, it fails, or what it makes cannot be used.
+    """
+    if not is_code(name):
+        found = Path(name).is_file()
+        why = "it needs the function's name" if found else f"there is no file {line(name, 200)}"
+        raise InputError(f"{quoted(name)}: {why}; write {line(name, 200)}:make")
+    if upcycled:
+        raise InputError("--experts, --lora and --gguf are for models that are not your code")
+    shape = image_shape(image)
+    made = call(placed("model.name", name, Path.cwd()), 0, classes=10, shape=shape)
+    of_texts = isinstance(made, tuple) and len(made) == 2
+    model = made[0] if of_texts else made
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{quoted(name)} makes {type(model).__name__}; expected a torch.nn.Module, or for "
+            "texts a pair of a model and its tokenizer"
+        )
+    layout = find_layout(model)
+    points: list[CutPoint] = []
+    if not of_texts:
+        try:
+            points = cut_points(model, torch.zeros(2, *shape))
+        except Exception as error:  # the user's forward may raise anything
+            if layout is None:
+                why = f"{quoted(name)} on images {list(shape)}: {fault(error)}"
+                raise InputError(why) from None
+    params = dict(model.named_parameters())
+    count, trained = (
+        sum(p.numel() for p in params.values() if p.requires_grad or every) for every in (1, 0)
+    )
+    console = wide_console()
+    console.print(f"{name}: {count:,} parameters, {trained:,} trained", highlight=False)
+    if layout is not None:
+        console.print(blocks_table(layout, params))
+        for said in [*layout_reasons(layout), *totals(layout, params)]:
+            console.print(said, highlight=False)
+    if points:
+        show_points(points)
+    elif layout is None:
+        seen = unrecognised(model)
+        said = "no mixture of experts was found"
+        said += f"; it has experts that are not recognised: {seen}" if seen else ""
+        console.print(said, highlight=False)
+
+
+def image_shape(image: str) -> tuple[int, ...]:
+    """(C, H, W) of "CxHxW". Raises InputError."""
+    sides = image.split("x")
+    if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+        raise InputError(f"--image {line(image, 80)}: write 3x32x32")
+    return tuple(map(int, sides))
+
+
+def layout_reasons(layout: MoELayout) -> list[str]:
+    """Why blocks of no known family were taken for mixtures."""
+    return [
+        f"found by structure: {why}"
+        for why in sorted({block.found for block in layout.blocks if block.found})
+    ]
 
 
 def wide_console() -> Console:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, Snapshot
+from sluiceway.core.device import chosen_device
 from sluiceway.core.evaluation import Metric, label_counts, usable_examples
 from sluiceway.core.guards import Diverged, TooFewUpdates, finite
 from sluiceway.core.memory import keep_freed_memory
@@ -45,7 +46,7 @@ def split_train(
     seed: int = 0,
     training: Optimisation | None = None,
     loss: Loss = F.cross_entropy,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     threads: int | None = 1,
     on_start: Callable[[], None] = lambda: None,
     on_round: Callable[[SplitRecord], None] = lambda record: None,
@@ -85,7 +86,7 @@ def split_train(
             long as the run, each where its layers are. `SplitTraining(front=False)` freezes the
             layers before the cut, and leaves them frozen.
         loss: of (logits, labels), a mean over the batch.
-        device: where everything runs.
+        device: where everything runs: "auto" (CUDA where there is one), "cpu", "cuda", ...
         threads: torch threads while it runs, >= 1; None leaves them as they are. Their number
             changes how sums are rounded, and beside a busy process many wait for each other.
         on_start, on_round: called before the first round, and after each with its record.
@@ -122,7 +123,7 @@ def split_train(
         client_aggregation=fronts or client_aggregation or FedAvg(),
         training=training or SplitTraining(batch_size=64),
         loss=loss,
-        device=torch.device(device),
+        device=torch.device(chosen_device(device)),
         seed=seed,
     )
     clients, test, _ = usable_examples(clients, test)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint, StorageError
+from sluiceway.core.device import chosen_device
 from sluiceway.core.evaluation import Evaluation, Metric, label_counts, usable_examples
 from sluiceway.core.guards import Failure
 from sluiceway.core.head_start import (
@@ -699,13 +700,6 @@ def standing(
             personal_examples=personal_examples,
             local_tests=local_tests,
         )
-
-
-def chosen_device(name: str) -> str:
-    """The device that "auto" stands for; any other name as it is."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usable_prefix(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Batch, Examples, Loss
 from sluiceway.core.checkpoints import Checkpoint
+from sluiceway.core.device import chosen_device
 from sluiceway.core.evaluation import Evaluation, widened
 from sluiceway.core.guards import Failure, RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature, check_joining
@@ -27,7 +28,6 @@ from sluiceway.files import scratch_folder, write_atomically
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.transport.local import (
     EngineFolder,
-    chosen_device,
     report_of,
     run_loop,
     standing,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from sluiceway.core.batches import Examples, Loss
+from sluiceway.core.device import chosen_device
 from sluiceway.core.messages import read_broadcast
 from sluiceway.core.settings import Training
 from sluiceway.deploy.flower.client import site_app
@@ -24,7 +25,7 @@ from sluiceway.experiment.methods import method_of
 from sluiceway.experiment.validation import first_fault
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.strategies import Strategy
-from sluiceway.transport.local import chosen_device, standing
+from sluiceway.transport.local import standing
 from sluiceway.transport.protocol import ClientHandler, Request, Response
 from sluiceway.transport.site import ClientStateStore, SiteError, Trainer, whole
 
