@@ -182,6 +182,48 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         ROUTED | HEAD | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
     ),
     "solar_open": ("SolarOpenModel", GROUPS),
+    "aria_text": (
+        "AriaTextModel",
+        HEAD | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    ),
+    "axk1": (
+        "AXK1Model",
+        DEEPSEEK | {"n_group": 1, "q_lora_rank": 8, "bos_token_id": 2, "eos_token_id": 1},
+    ),
+    "axk2": ("AXK2Model", DEEPSEEK | {"n_group": 1, "q_lora_rank": 8}),
+    "deepseek_v4": (  # its hash layers choose by a table of token ids, which is zero in a new model
+        "DeepseekV4Model",
+        ROUTED | HEAD | {"n_routed_experts": 4, "mlp_layer_types": ["moe"] * 2},
+    ),
+    "dots3_note_text": (
+        "Dots3NoteTextModel",
+        GROUPS | SPARSE | {"pad_token_id": 0},
+    ),
+    "flint": (
+        "FlintModel",
+        ROUTED | HEAD | {"mlp_only_layers": [], "shared_expert_intermediate_size": 12},
+    ),
+    "granitemoe_swa": ("GraniteMoeSWAModel", LOCAL | HEAD),
+    "kolibri1": ("Kolibri1Model", ROUTED | HEAD),
+    "minimax_m3_vl_text": (
+        "MiniMaxM3VLTextModel",
+        LOCAL | HEAD | {"bos_token_id": 2, "eos_token_id": 1},
+    ),
+    "mistral_large4_text": (
+        "MistralLarge4TextModel",
+        DEEPSEEK | {"n_group": 1, "q_lora_rank": 8},
+    ),
+    "qwen4_exp_text": (
+        "Qwen4ExpTextModel",
+        ROUTED | HEAD | LINEAR | {"shared_expert_intermediate_size": 12},
+    ),
+    "step3p7_text": (
+        "Step3p7TextModel",
+        HEAD
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        | {"share_expert_dim": 12, "sliding_window": 4}
+        | {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["sparse"] * 2},
+    ),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "dbrx": (
@@ -197,6 +239,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
                 "moe_top_k": 2,
             }
         },
+    ),
+    "diffusion_gemma_text": (
+        "DiffusionGemmaEncoderTextModel",
+        HEAD
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+        | {"moe_intermediate_size": 12, "layer_types": ["full_attention"] * 2},
     ),
     "doge": ("DogeModel", {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2}),
     "gemma4_text": (
@@ -243,6 +291,9 @@ COLUMNS = ["found", "LoRA", "loads", "fedavg", "fedalign-moe"]
 #: What each error says was seen.
 SEEN = {
     "dbrx": "config.ffn_config.moe_num_experts = 4, blocks.0.ffn.router is a DbrxRouter",
+    "diffusion_gemma_text": (
+        "config.num_experts = 4, layers.0.router is a DiffusionGemmaTextRouter"
+    ),
     "doge": "config.num_experts = 4, layers.0.mlp is a DogeCDMoE",
     "gemma4_text": "config.num_experts = 4, layers.0.router is a Gemma4TextRouter",
     "inkling_text": "config.n_routed_experts = 4, layers.0.mlp is a InklingMoE",
