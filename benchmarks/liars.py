@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests.wor
 
 from tests.worlds import TinyClassifier, TinyText
 
+from sluiceway.core.guards import norm
 from sluiceway.core.settings import Training
 from sluiceway.errors import SluicewayError
 from sluiceway.federated.client import Worker
@@ -44,6 +45,24 @@ def turned(factor: float) -> Lie:
         return replace(update, tensors=tensors)
 
     return lie
+
+
+def noise(factor: float) -> Lie:
+    """Noise, so many times as long as what was learned."""
+
+    def lie(update: Update, old: Mapping[str, Tensor]) -> Update:
+        torch.manual_seed(update.round)
+        drawn = {key: torch.randn_like(v) for key, v in update.tensors.items()}
+        learned = norm((v, old[key]) for key, v in update.tensors.items())
+        share = factor * learned / norm((v, None) for v in drawn.values())
+        return replace(update, tensors={key: old[key] + share * v for key, v in drawn.items()})
+
+    return lie
+
+
+def once(number: int, told: Lie) -> Lie:
+    """A lie of one round alone."""
+    return lambda update, old: told(update, old) if update.round == number else update
 
 
 def reported(**parts: float) -> Lie:
@@ -77,6 +96,10 @@ LIES: dict[str, Lie] = {
     "turned x100": turned(100),
     "turned x9": turned(9),
     "turned x2": turned(2),
+    "turned x1": turned(1),
+    "noise x9": noise(9),
+    "once, x9": once(7, turned(9)),
+    "at last, x9": once(8, turned(9)),
     "examples 2^62": lambda update, old: replace(update, examples=1 << 62),
     "load 1e12": reported(load=1e12),
     "margin 1e9": reported(margin=1e9),

@@ -26,6 +26,8 @@ KINDS: Final = {
 }
 #: Values of a measure that are remembered, the newest.
 WINDOW: Final = 200
+#: Rounds before this one over which it is seen whether a client goes against the others.
+OFTEN: Final = 4
 #: Metrics of an update, at most; and tokens, below 2^53, where float64 counts them exactly.
 METRICS: Final = 64
 MOST_TOKENS: Final = 1 << 53
@@ -101,11 +103,15 @@ class Usual:
 
     def note(self, name: str, values: Sequence[float]) -> None:
         """Count the values of a measure that were used in a round."""
-        past = self.past.setdefault(name, deque(maxlen=WINDOW))
+        past = self.past.setdefault(name, deque(maxlen=window(name)))
         if name != "extra":
             past.extend(values)
         elif len(values) > 1 or not past:
             past.extend([median_low(values)] if values else [])
+
+    def opposes(self, client: int, agreement: float) -> bool:
+        """Whether a client goes against the others, on the mean of its newest rounds and this."""
+        return sum(self.past.get(f"agreement {client}", ()), agreement) < 0
 
     def facts(self) -> dict[str, list[float]]:
         """What a checkpoint keeps of it, ready for JSON."""
@@ -114,7 +120,12 @@ class Usual:
     def take(self, facts: Mapping[str, Sequence[float]]) -> None:
         """Continue from what `facts` gave."""
         for name, values in facts.items():
-            self.past[name] = deque(map(float, values), maxlen=WINDOW)
+            self.past[name] = deque(map(float, values), maxlen=window(name))
+
+
+def window(name: str) -> int:
+    """How many values of a measure are remembered."""
+    return OFTEN if name.startswith("agreement") else WINDOW
 
 
 def excess(measures: Measures, limits: Measures) -> str | None:
@@ -141,6 +152,7 @@ class UpdateFilter:
         examples: by client, how many it said it holds when it joined; None if that is not known.
         usual: what is usual.
         at_once: apply the limits of earlier rounds to each update as it comes.
+        agreement: by client, how far it goes the way of the others, where that was measured.
     """
 
     strategy: Strategy
@@ -158,6 +170,7 @@ class UpdateFilter:
     measures: dict[int, Measures] = field(default_factory=dict)
     accepted: dict[int, tuple[int, Mapping[str, float]]] = field(default_factory=dict)
     outliers: set[int] = field(default_factory=set)
+    agreement: dict[int, float] = field(default_factory=dict)
     error: BaseException | None = None
 
     def accept(self, answer: Update | Failure) -> Update | None:
@@ -218,6 +231,11 @@ class UpdateFilter:
         """Do not use an update that has no fault in itself."""
         self.outliers.add(client)
         self.rejected[client] = why
+
+    def may_lose_one(self) -> bool:
+        """Whether the round has enough updates without one more, and most of those it got."""
+        enough = len(self.used) > max(self.least, 2)
+        return enough and 2 * (len(self.outliers) + 1) < len(self.accepted)
 
     @property
     def used(self) -> list[int]:
@@ -425,7 +443,8 @@ def finite(value: Tensor) -> bool:
 def measured(update: Update, strategy: Strategy) -> Measures | str:
     """The measures of an update that `Usual` compares, those that it has.
 
-    change: L2 norm of all the values it sends minus those that were broadcast.
+    change: L2 norm of all the parameters it sends minus those that were broadcast; running
+        statistics of BatchNorm are none.
     extra: L2 norm of what else its strategy's client half sends.
     tokens: of the block with the most, for each example.
 
@@ -433,11 +452,14 @@ def measured(update: Update, strategy: Strategy) -> Measures | str:
         What is wrong instead, if a value is not finite, or too large for its square to be; or with
         the numbers for people.
     """
-    old = {piece.key: piece.of(strategy.tensors) for piece in strategy.shared_pieces}
-    found = {"change": norm((value, old[key]) for key, value in update.tensors.items())}
+    pieces = {piece.key: piece for piece in strategy.shared_pieces}
+    changes: dict[bool, list[tuple[Tensor, Tensor | None]]] = {False: [], True: []}
+    for key, value in update.tensors.items():
+        changes[pieces[key].is_statistic].append((value, pieces[key].of(strategy.tensors)))
+    found = {"change": norm(changes[False])}
     if update.extra:
         found["extra"] = norm((value, None) for value in update.extra.values())
-    if not all(map(isfinite, found.values())):
+    if not all(map(isfinite, [*found.values(), norm(changes[True])])):
         return values_fault({**update.tensors, **update.extra})
     if why := metrics_fault(update.metrics):
         return why

@@ -38,6 +38,7 @@ from sluiceway.core.guards import (
     norm,
 )
 from sluiceway.core.head_start import HeadStart, HeadSums, StartingHead
+from sluiceway.core.leave_one_out import HELD, agreement, harmful
 from sluiceway.core.metrics import metrics_of, name_of
 from sluiceway.core.privacy import spent
 from sluiceway.core.routing_log import routing_record
@@ -45,7 +46,7 @@ from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.core.signals import check_stop
 from sluiceway.core.waits import counted
 from sluiceway.errors import InputError, line
-from sluiceway.moe import BlockRouting
+from sluiceway.moe import BlockRouting, ParamSlice
 from sluiceway.strategies import Broadcast, Strategy, Update
 from sluiceway.strategies.parameters import PARAMETERS
 
@@ -343,6 +344,7 @@ class Loop:
         head_start: how the head starts; in closed form, every client that holds examples is asked
             for its sums before the first round.
         result: grows round by round.
+        loss: of the global model on the test set, where the newest round evaluated it.
     """
 
     strategy: Strategy
@@ -355,6 +357,7 @@ class Loop:
     states: Path | None = None
     head_start: HeadStart = "random"
     result: Result = field(default_factory=Result)
+    loss: float | None = None
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if that is wanted and there is one.
@@ -545,7 +548,10 @@ class Loop:
         """
         personal = {client for client in chosen if self.last_rounds.get(client, 0) <= number}
         broadcast = self.strategy.broadcast(number)
-        aggregation = Aggregation(self.strategy, number, hold)
+        # Held, they can be compared, and one left out.
+        size = sum(tensor.nbytes for tensor in self.strategy.tensors.values())
+        compared = bool(self.usual.most) and len(chosen) > 2 and len(chosen) * size <= HELD
+        aggregation = Aggregation(self.strategy, number, hold or compared)
         checks = UpdateFilter(
             self.strategy,
             number,
@@ -566,7 +572,8 @@ class Loop:
     def commit(self, attempt: Attempt) -> Evaluation | None:
         """Combine the updates, and leave the strategy with the new values if they are sane.
 
-        If they are not, the strategy is as it was before. Where updates are held, their outliers
+        If they are not, the strategy is as it was before. Sane values that are better without a
+        client are not kept either, see `better_without`. Where updates are held, their outliers
         are left out until what is left is sane: those with another norm, then those whose own
         model's loss on the test set stands out or is not finite, then the one with the largest
         change.
@@ -586,11 +593,18 @@ class Loop:
             except Diverged:
                 self.strategy.load_state_dict(state)
                 raise
-            step = norm((new, before[name]) for name, new in self.strategy.tensors.items())
+            step = norm(
+                (new, before[name])
+                for name, new in self.strategy.tensors.items()
+                if not ParamSlice.whole(name).is_statistic
+            )
             found = self.evaluated(checks.round)
             why = self.fault(before, step, found, checks)
             if why is None:
+                if self.better_without(attempt, before, state, found):
+                    continue
                 self.note(step, checks)
+                self.loss = found.mean_loss if len(found.total) else None
                 return found
             self.strategy.load_state_dict(state)
             if not aggregation.holds:
@@ -603,6 +617,48 @@ class Loop:
             largest = max(checks.used, key=lambda client: checks.measures[client]["change"])
             checks.leave_out(largest, f"with it {why}")
         return None
+
+    def better_without(
+        self, attempt: Attempt, before: dict[str, Tensor], state: dict[str, Tensor], new: Evaluation
+    ) -> bool:
+        """Leave out the update that goes most against the others, if the model is better so.
+
+        Asked of a round whose loss rose is any client against the others; of another round one that
+        is so on the mean of its newest rounds. See `leave_one_out`.
+
+        Args:
+            before, state: the strategy's tensors and `state_dict` before the round.
+            new: of the values that the strategy has now, and keeps if nothing is left out; else it
+                is left as it was before the round.
+        """
+        checks, aggregation = attempt.filter, attempt.aggregation
+        if not aggregation.holds or not self.usual.most or not checks.may_lose_one():
+            return False
+        after = self.strategy.tensors
+        self.strategy.tensors = before
+        used = [update for update in aggregation.held if update.client not in checks.outliers]
+        checks.agreement |= (found := agreement(used, self.strategy))
+        self.strategy.tensors = after
+        if not (against := [client for client, way in found.items() if way < 0]):
+            return False
+        old = self.loss if self.loss is not None else self.engine.evaluate(before).mean_loss
+        with_it = (new if len(new.total) else self.engine.evaluate(after)).mean_loss
+        often = {client for client in against if self.usual.opposes(client, found[client])}
+        if with_it <= old:
+            against = [client for client in against if client in often]
+        if not against:
+            return False
+        client = min(against, key=lambda one: found[one])
+        self.strategy.load_state_dict(state)
+        aggregation.finish({*checks.outliers, client})
+        without = self.engine.evaluate(self.strategy.tensors).mean_loss
+        self.strategy.load_state_dict(state)
+        if not harmful(old, with_it, without, len(used), client in often):
+            aggregation.finish(checks.outliers)
+            return False
+        why = f"it goes against the others, and the loss is {without:.3g} without it"
+        checks.leave_out(client, f"{why}, {with_it:.3g} with it")
+        return True
 
     def copied_state(self) -> dict[str, Tensor]:
         """What `state_dict` gives, of which only the model's tensors never change in place."""
@@ -647,6 +703,8 @@ class Loop:
             found = [checks.measures[client] for client in checks.used]
             self.usual.note(name, [one[name] for one in found if name in one and name != "loss"])
         self.usual.note("step", [step])
+        for client, way in checks.agreement.items():
+            self.usual.note(f"agreement {client}", [way])
 
     def measure_losses(self, attempt: Attempt) -> None:
         """Measure each held update's own model on the test set as well."""

@@ -152,7 +152,7 @@ class Krum:
     The score of an update is the sum of its squared distances to the N - f - 2 updates closest to
     it. Of the N updates those with the `keep` smallest scores are added up by the strategy, as they
     came; the others are not (multi-Krum, and Krum with `keep = 1`). Distances are over all trained
-    tensors; what an update left out is unchanged [ours].
+    parameters; what an update left out is unchanged [ours].
 
     liars: f, how many clients of a round may lie, >= 1; N must be 2 f + 3 or more. Of a round with
         fewer updates f is as large as N allows [ours].
@@ -221,7 +221,7 @@ class GeometricMedian:
 
 
 def products(updates: Sequence[Update], strategy: Strategy) -> Tensor:
-    """The inner products of the updates' changes, [N, N] float64.
+    """The inner products of the updates' changes of the parameters, [N, N] float64.
 
     Memory: `SLICE` values of every client at a time.
     """
@@ -229,7 +229,8 @@ def products(updates: Sequence[Update], strategy: Strategy) -> Tensor:
     for piece in strategy.shared_pieces:
         old = piece.of(strategy.tensors)
         values = [update.tensors.get(piece.key) for update in updates]
-        if not old.is_floating_point() or all(value is None for value in values):
+        counts = old.is_floating_point() and not piece.is_statistic
+        if not counts or all(value is None for value in values):
             continue
         flat = [None if value is None else value.detach().cpu().reshape(-1) for value in values]
         for begin in range(0, old.numel(), SLICE):

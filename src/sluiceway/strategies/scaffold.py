@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
 import torch
 from pydantic import AfterValidator
@@ -16,6 +16,8 @@ from sluiceway.strategies.base import LocalContext, Update, unprefixed
 from sluiceway.strategies.fedavg import FedAvg
 from sluiceway.strategies.parameters import PARAMETERS
 
+#: Most of the cosine between a client's change and its mean gradient, which is below 0.
+OPPOSED: Final = 0.05
 #: What `parts` may name. "other" is what is neither head nor gate nor expert.
 PARTS = ("head", "gate", "experts", "other")
 
@@ -66,6 +68,31 @@ class Scaffold(FedAvg):
 
     def client_extra(self) -> Mapping[str, Tensor]:
         return self.server_extra()
+
+    def fault(self, update: Update) -> str | None:
+        """Controls that contradict the update's own change of the model.
+
+        A client moved against its gradients with its drift taken off, c_i_new - c_i + c on the
+        mean, of which the server knows c: under SGD its change is exactly minus that, times K lr.
+        Under any optimiser the two must not point the same way, their cosine above `OPPOSED`
+        [ours].
+        """
+        along = squares = moved = 0.0
+        for piece in self.shared_pieces:
+            sent = update.extra.get(f"control/{piece.param}")
+            new, old = update.tensors.get(piece.key), piece.of(self.tensors)
+            if sent is not None and new is not None and not piece.is_statistic:
+                way = piece.of({piece.param: sent}).to(old.device)
+                drift = way + piece.of(self.control)
+                step = new.to(old.device) - old
+                along += float((drift * step).sum())
+                squares += float(drift.square().sum())
+                moved += float(step.square().sum())
+        return (
+            "its control variates contradict its change of the model"
+            if along > 0.05 * (squares * moved) ** 0.5
+            else None
+        )
 
     def begin(self, number: int, updates: Sequence[Update] = ()) -> None:
         super().begin(number, updates)
