@@ -123,7 +123,7 @@ class Lying(Worker):
         return Lying.lie(update, old) if number == 0 else update
 
 
-def accuracy(strategy: Strategy) -> str:
+def accuracy(strategy: Strategy, leave_one_out: bool) -> str:
     """Of a run, and whether updates were left out."""
     try:
         result = federate(
@@ -135,6 +135,7 @@ def accuracy(strategy: Strategy) -> str:
             training=Training(lr=0.02, batch_size=8),
             device="cpu",
             personal_examples=0,
+            leave_one_out=leave_one_out,
         )
     except SluicewayError as error:
         return f"ended: {error}"
@@ -164,6 +165,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rules", action="store_true", help="with each robust rule")
+    parser.add_argument("--leave-one-out", action="store_true", help="with run.leave_one_out")
     parser.add_argument("--only", help="one strategy")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,7 +176,7 @@ def main() -> None:
         if args.only in (None, name):
             row = []
             for Lying.lie in LIES.values():
-                row.append(accuracy(make()))
+                row.append(accuracy(make(), args.leave_one_out))
             print(f"| {name} |", " | ".join(row), "|", flush=True)
 
 

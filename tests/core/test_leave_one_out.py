@@ -15,7 +15,7 @@ from sluiceway.core.guards import Usual
 from sluiceway.core.leave_one_out import agreement, harmful
 from sluiceway.core.settings import Training
 from sluiceway.moe import MoELayout
-from sluiceway.strategies import FedAvg, Update
+from sluiceway.strategies import FedAvg, Scaffold, Update
 from sluiceway.transport.local import LocalEngine, federate
 
 
@@ -72,8 +72,8 @@ def test_who_goes_against_the_others_often() -> None:
     assert len(usual.past["agreement 1"]) == 4
 
 
-@pytest.mark.parametrize("max_step", [10.0, 0.0])
-def test_a_lie_of_usual_length_is_found(monkeypatch: pytest.MonkeyPatch, max_step: float) -> None:
+@pytest.mark.parametrize("looked_for", [True, False])
+def test_a_lie_of_usual_length_is_found(monkeypatch: pytest.MonkeyPatch, looked_for: bool) -> None:
     """Client 0 turns round what it learned, nine times as long, in the fourth round alone."""
     plain = LocalEngine.answers
 
@@ -101,13 +101,32 @@ def test_a_lie_of_usual_length_is_found(monkeypatch: pytest.MonkeyPatch, max_ste
         training=Training(lr=0.02, batch_size=8),
         device="cpu",
         personal_examples=0,
-        max_step=max_step,
+        leave_one_out=looked_for,
     )
     losses = [record.loss or 0.0 for record in result.records]
-    if max_step:
+    if looked_for:
         assert list(result.records[3].rejected) == [0]
         assert "goes against the others" in result.records[3].rejected[0]
         assert losses[3] <= losses[2]
     else:  # what the guard is for
         assert not result.rejected
         assert losses[3] > losses[2]
+
+
+def test_controls_that_contradict_a_change_are_found() -> None:
+    """A step of 0.1 against the mean gradient less the server's control, by hand."""
+    strategy = Scaffold()
+    strategy.setup({"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(3)}, MoELayout(()), 3)
+    strategy.control = {"a": torch.tensor([0.5, 0.0]), "b": torch.zeros(3)}
+    gradient = {"a": torch.tensor([2.0, -1.0]), "b": torch.tensor([0.0, 1.0, -1.0])}
+    moved = {k: strategy.tensors[k] - 0.1 * gradient[k] for k in gradient}
+
+    def of(sign: float, tensors: dict[str, Tensor]) -> Update:
+        extra = {
+            f"control/{k}": sign * (g - strategy.control[k].to(g)) for k, g in gradient.items()
+        }
+        return Update(0, 1, 1, tensors, extra=extra)
+
+    assert strategy.fault(of(1.0, moved)) is None
+    assert strategy.fault(of(1.0, dict(strategy.tensors))) is None  # it did not move
+    assert "contradict" in str(strategy.fault(of(-1.0, moved)))

@@ -17,7 +17,7 @@ from sluiceway.split import Compressor
 from sluiceway.split.client import SplitClient
 from sluiceway.split.config import BatchSizes
 from sluiceway.split.packing import BatchId, Encoded
-from sluiceway.split.schedules import SCHEDULES
+from sluiceway.split.schedules import SCHEDULES, spread
 
 
 class Broken(Pictures):
@@ -121,6 +121,7 @@ def test_no_list_is_made_of_the_examples_that_a_client_claims() -> None:
     sizes = BatchSizes(16, 10**12, 3, 2)
     assert (len(sizes), sizes[10**12], sizes[10**12 + 1], sizes[-1]) == (2 * 10**12 + 2, 3, 16, 3)
     assert sizes.counts() == {16: 2 * 10**12, 3: 2}
+    assert next(spread([len(sizes), 0, 1])) == [0]
     assert list(BatchSizes(4, 2, 1, 2)) == [4, 4, 1, 4, 4, 1]
     assert list(BatchSizes(4, 2, 0, 2)) == [4, 4, 4, 4]
     assert list(BatchSizes(4, 0, 0, 3)) == []
@@ -138,3 +139,26 @@ def test_a_tail_that_answers_nan_is_not_believed() -> None:
     for record in result.records:
         assert record.rejected == {1: "NaN or Inf in the gradient of the tail"}
     assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
+
+
+class Boasting(SplitClient):
+    """A client that says of its losses what it likes."""
+
+    told: tuple[int, float]
+
+    def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
+        self.losses = [(self.told[0], torch.tensor(self.told[1]))]
+        return super().end(round, crossing)
+
+
+@pytest.mark.parametrize("told", [(49, 1.0), (24, math.inf), (-1, 1.0)])
+def test_losses_are_of_the_examples_that_a_client_holds(told: tuple[int, float]) -> None:
+    sets = [Pictures(30, 1), Pictures(24, 2)]
+    loop = set_up(normed(), "conv1", sets, Compressor(), schedule="u", tail_at=tail_of("u"))
+    liar = local(loop)[1]
+    liar.__class__, liar.told = Boasting, told  # type: ignore[attr-defined]
+    record = loop.run_round(1, [0, 1])
+    assert list(record.rejected) == [1]
+    assert "expected a finite one over at most 48" in record.rejected[1]
+    assert record.train_loss is not None
+    assert math.isfinite(record.train_loss)

@@ -68,10 +68,12 @@ class Rounds:
     rounds from one evaluation of the global model to the next, in [1, 99999]; the last round
     always has one. patience: evaluations without a better value of `metric` after which the run
     ends early, 0 for never. max_step: how many times the usual norm an update's change,
-    and the global model's step, may have, see `Usual` and `Loop.fault`; 0 for any. metric: the
-    measure by which rounds are compared, of `core.metrics.METRICS`, or a function of your own, of
-    (labels [N], probabilities [N, C]), numpy arrays, whose value more is better of and which
-    records then have among their `metrics` by the function's name.
+    and the global model's step, may have, see `Usual` and `Loop.fault`; 0 for any. leave_one_out:
+    a client that goes against the others is left out of a round if the loss on the test set is
+    lower without it, see `Loop.better_without`. metric: the measure by which rounds are compared,
+    of `core.metrics.METRICS`, or a function of your own, of (labels [N], probabilities [N, C]),
+    numpy arrays, whose value more is better of and which records then have among their `metrics`
+    by the function's name.
     """
 
     rounds: int = Field(default=10, ge=1, le=99_999)
@@ -81,6 +83,7 @@ class Rounds:
     max_retries: int = Field(default=1, ge=0, le=1000)
     evaluate_every: int = Field(default=1, ge=1, le=99_999)
     max_step: float = Field(default=MAX_STEP, ge=0, le=1e9)
+    leave_one_out: bool = False
     patience: int = Field(default=0, ge=0, le=99_999)
     metric: str | Metric = "accuracy"
 
@@ -550,7 +553,7 @@ class Loop:
         broadcast = self.strategy.broadcast(number)
         # Held, they can be compared, and one left out.
         size = sum(tensor.nbytes for tensor in self.strategy.tensors.values())
-        compared = bool(self.usual.most) and len(chosen) > 2 and len(chosen) * size <= HELD
+        compared = self.rounds.leave_one_out and len(chosen) > 2 and len(chosen) * size <= HELD
         aggregation = Aggregation(self.strategy, number, hold or compared)
         checks = UpdateFilter(
             self.strategy,
@@ -632,7 +635,7 @@ class Loop:
                 is left as it was before the round.
         """
         checks, aggregation = attempt.filter, attempt.aggregation
-        if not aggregation.holds or not self.usual.most or not checks.may_lose_one():
+        if not (self.rounds.leave_one_out and aggregation.holds and checks.may_lose_one()):
             return False
         after = self.strategy.tensors
         self.strategy.tensors = before

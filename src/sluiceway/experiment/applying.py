@@ -53,7 +53,8 @@ def has(key: str, *values: Any) -> Callable[[Tables], bool]:
 KINDS: Final = (
     Condition(
         "run.workers run.stacked run.feature_memory_mb run.feature_disk_mb run.max_retries "
-        "run.evaluate_every run.max_step run.personal data.coarse data.max_tokens "
+        "run.evaluate_every run.max_step run.leave_one_out run.personal data.coarse "
+        "data.max_tokens "
         "model.gguf model.dtype model.answer model.prompt model.words model.lora "
         "model.lora_alpha model.lora_gate model.experts model.top_k model.layers model.noise "
         "model.scale model.sliced model.skip_padding model.train",

@@ -237,6 +237,7 @@ def plan_of(recipe: Recipe) -> Rounds:
         min_clients=recipe.run.min_clients,
         max_retries=recipe.run.max_retries,
         max_step=recipe.run.max_step,
+        leave_one_out=recipe.run.leave_one_out,
         evaluate_every=recipe.run.evaluate_every,
         patience=recipe.run.patience,
         metric=metric_of(recipe.run.metric),

@@ -126,6 +126,10 @@ class Run(BaseModel):
     """Federated: how many times the usual norm a client's change of the model may have, and the
     global model's step; 0 for any. What is above is left out and named. Usual is the median: of the
     round, or of the newest rounds before where that is larger."""
+    leave_one_out: bool = False
+    """Federated: leave a client that goes against the others out of a round if the loss on the test
+    set is lower without it. Finds lies of a usual length; accuracies are then a little too good,
+    and honest clients unlike all others may be left out (docs/runs.md)."""
     personal: int = Field(default=500, ge=0, le=10**9)
     """Federated: test examples on which a client's own model is evaluated after its last training,
     about; 0 for none. With data.local_test it is evaluated on all of its own test part."""

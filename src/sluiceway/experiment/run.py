@@ -200,6 +200,7 @@ def run_federated(
         **how,
         max_retries=recipe.run.max_retries,
         max_step=recipe.run.max_step,
+        leave_one_out=recipe.run.leave_one_out,
         evaluate_every=recipe.run.evaluate_every,
         personal_examples=recipe.run.personal,
         local_tests=[train.subset(p) for p in held_out] if recipe.data.local_test else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -238,6 +239,12 @@ class SplitLoop:
         counted = batch_counts(self.model.client_layers())
         if strange := sorted(set(found.counts) - set(counted)):
             raise WireError(f"round-end message: {quoted(f'counts/{strange[0]}')} is not expected")
+        epochs, (examples, loss) = self.setup.config.training.local_epochs, found.loss
+        if not 0 <= examples <= epochs * client.size or not isfinite(loss):
+            raise WireError(
+                f"round-end message: a loss of {loss:.3g} over {examples} examples; expected a "
+                f"finite one over at most {epochs * client.size}"
+            )
         for name, value in found.counts.items():
             self.counts[name] = max(value, self.counts.get(name, 0))
         self.losses.append(found.loss)

@@ -78,8 +78,9 @@ def train_together(
         except errors as error:
             rejected[batch_id.client] = f"{error} (batch {batch_id.batch})"
 
-    steps = list(spread([len(sizes[client.client_id]) for client in clients]))
-    for chosen in counted("training of a round, steps", steps, len(steps)):
+    # Not held: how many examples they hold is what clients say.
+    counts = [len(sizes[client.client_id]) for client in clients]
+    for chosen in counted("training of a round, steps", spread(counts), max(counts, default=0)):
         check_stop()
         present = [clients[i].client_id for i in chosen if clients[i].client_id not in rejected]
         batch_ids = [BatchId(client_id, round, done[client_id]) for client_id in present]
