@@ -13,9 +13,10 @@ Also, what `model.skip_padding` gains (aim: 1.24 on short texts), and with --bfl
 experts' rows up to a multiple of 32 gains.
 
 split: a round of one client on Conv4 (width 32) with 1,000 pictures of 3x32x32 in batches of 32,
-against forward, backward and steps of the network that is not cut, on the same batches. acp-sl
-sends half of the channels. Aims: sl 1.05, acp-sl 1.10. Besides, both with weights of convolutions
-in channels_last (`model.channels_last`), against the same floor.
+against forward, backward and steps of the network that is not cut, on the same batches. acp-sl is
+its default, and with masks that keep half of the channels. Aims: sl 1.05, acp-sl 1.10. Besides, sl
+and masks with weights of convolutions in channels_last (`model.channels_last`), against the same
+floor.
 """
 
 from __future__ import annotations

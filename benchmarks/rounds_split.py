@@ -85,9 +85,10 @@ def rounds_over_floor(turns: int, cut: str) -> dict[str, list[float]]:
     plain, last = torch.contiguous_format, torch.channels_last
     for name, method, layout in (
         ("sl", Compressor(), plain),
-        ("acp-sl", half, plain),
+        ("acp-sl", ACPSL(), plain),
+        ("acp-sl, masks", half, plain),
         ("sl in channels_last", Compressor(), last),
-        ("acp-sl in channels_last", half, last),
+        ("acp-sl, masks, in channels_last", half, last),
     ):
         rounds[f"{name}, cut at {cut}"] = split(examples, method, cut, layout)
     found: dict[str, list[float]] = {name: [] for name in rounds}
