@@ -79,7 +79,7 @@ def panels(
         handles.values(),
         handles,
         loc="outside lower center",
-        ncols=min(6, len(handles)),
+        ncols=min(2 * axes.shape[1], 6, len(handles)),
         fontsize=9,
     )
     figure.savefig(path, dpi=110)
