@@ -90,7 +90,7 @@ def test_a_signal_stops_between_steps_and_saves(
     assert main(["run", *run, *whole]) == 0
     # A group of its own, and the signal to all of it, as from a terminal or a scheduler.
     process = start([*run, *part, *seldom], start_new_session=True)
-    wait_for(process, "round 3:")
+    wait_for(process, "round 1:")
     os.killpg(process.pid, number)
     assert process.stderr is not None
     said = process.stderr.read()
@@ -137,7 +137,7 @@ def test_two_runs_do_not_share_a_folder(
     out = tmp_path / "out"
     run = [*run, "--set", "run.rounds=900"]
     first = start([*run, "--out", str(out)])
-    wait_for(first, "round 2:")
+    wait_for(first, "round 1:")
     for flag in ("--resume", "--force"):
         assert main(["run", *run, "--out", str(out), flag]) == 2
         assert f"another run is writing to {out}" in capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_a_folder_that_is_deleted_meanwhile_does_not_come_back(
     out = tmp_path / "out"
     seldom = ["--set", f"run.checkpoint_every={every}"]
     process = start([*run, *seldom, "--set", "run.rounds=4000", "--out", str(out)])
-    wait_for(process, "round 2:")
+    wait_for(process, "round 1:")
     os.rename(out, tmp_path / "elsewhere")
     said = last_line(process, 1)
     assert said.startswith("sluiceway: ")
