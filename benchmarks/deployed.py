@@ -5,9 +5,9 @@
 
 rounds: the same recipe on the local engine, with a worker a client, and deployed; the numbers must
 be equal, and the bytes on the server's port (as the kernel counts them, TLS included) within 5 % of
-those that the run counts and of what it brings home at the end, its model above all. connections: frames of 128 KB each way on connections of split learning;
-at least 100 a second a client. large: a request and its response of a site that does nothing, and
-one response of 2.5 GB.
+those that the run counts and of what it brings home at the end, its model above all. connections:
+frames of 128 KB each way on connections of split learning; at least 100 a second a client. large: a
+request and its response of a site that does nothing, and one response of 2.5 GB.
 """
 
 from __future__ import annotations
