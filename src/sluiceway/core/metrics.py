@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sluiceway.core.evaluation import SCORES_LIMIT, Evaluation, Metric
 from sluiceway.errors import InputError, described
+
+if TYPE_CHECKING:  # what is mistyped in a recipe is said without torch
+    from sluiceway.core.evaluation import Evaluation, Metric
 
 #: What `run.metric` may name; of all of them more is better.
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
@@ -57,6 +59,8 @@ def metrics_of(found: Evaluation, metric: str | Metric = "accuracy") -> dict[str
 
 def own(metric: Metric, found: Evaluation) -> float:
     """The value of the user's own function. Raises InputError where it has or gives none."""
+    from sluiceway.core.evaluation import SCORES_LIMIT
+
     name = name_of(metric)
     if not found.scores:
         raise InputError(

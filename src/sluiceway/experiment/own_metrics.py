@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sluiceway.core.evaluation import Metric
 from sluiceway.core.metrics import METRICS, name_of
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.keys import sentence
 from sluiceway.experiment.own_code import fault, is_code, load_code, short_name
+
+if TYPE_CHECKING:  # what is mistyped is said without torch
+    from sluiceway.core.evaluation import Metric
 
 #: Group of entry points by which packages bring measures of their own.
 GROUP = "sluiceway.metrics"
