@@ -1,10 +1,9 @@
 """Code and files that a recipe names: where they are looked for, and who may name them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -223,6 +222,15 @@ def test_own_metric(kind: str, place: Path, tmp_path: Path) -> None:
         recipe_from(tables)
 
 
+def brought(points: Sequence[EntryPoint]) -> Callable[..., list[EntryPoint]]:
+    """What `entry_points` says where packages bring these."""
+
+    def found(group: str, name: str | None = None) -> list[EntryPoint]:
+        return [p for p in points if p.group == group and name in (None, p.name)]
+
+    return found
+
+
 def test_metrics_of_packages(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,10 +240,7 @@ def test_metrics_of_packages(
         EntryPoint("broken", "net:nothing", "sluiceway.metrics"),
     ]
 
-    def found(group: str, name: str | None = None) -> Any:
-        return [p for p in points if p.group == group and name in (None, p.name)]
-
-    monkeypatch.setattr(own_metrics, "entry_points", found)
+    monkeypatch.setattr(own_metrics, "entry_points", brought(points))
     _, summary = run(load_recipe(place / "r.toml", ["run.metric=c1"]))
     assert summary["metric"] == "c1"
     assert summary["metric_value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -253,10 +258,7 @@ def test_methods_of_packages(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
         EntryPoint("broken", "own:Nothing", "sluiceway.strategies"),
     ]
 
-    def found(group: str, name: str | None = None) -> Any:
-        return [p for p in points if p.group == group and name in (None, p.name)]
-
-    monkeypatch.setattr(listed, "entry_points", found)
+    monkeypatch.setattr(listed, "entry_points", brought(points))
     made = listed.method_of({"name": "alike", "power": 2.0}, split=False)
     assert vars(made)["power"] == 2.0
     texts = {method.name: method.text for method in listed.found_methods()}

@@ -551,10 +551,11 @@ class Loop:
         """
         personal = {client for client in chosen if self.last_rounds.get(client, 0) <= number}
         broadcast = self.strategy.broadcast(number)
-        # Held, they can be compared, and one left out.
-        size = sum(tensor.nbytes for tensor in self.strategy.tensors.values())
-        compared = self.rounds.leave_one_out and len(chosen) > 2 and len(chosen) * size <= HELD
-        aggregation = Aggregation(self.strategy, number, hold or compared)
+        if self.rounds.leave_one_out and len(chosen) > 2:
+            # Held, they can be compared, and one left out.
+            size = sum(tensor.nbytes for tensor in self.strategy.tensors.values())
+            hold = hold or len(chosen) * size <= HELD
+        aggregation = Aggregation(self.strategy, number, hold)
         checks = UpdateFilter(
             self.strategy,
             number,

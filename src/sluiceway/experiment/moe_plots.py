@@ -20,6 +20,7 @@ from sluiceway.experiment.plots import (
     WIDTH,
     Numbers,
     looks,
+    mean_by_round,
     panel,
     short,
 )
@@ -118,15 +119,11 @@ def overlaps_figure(variants: Sequence[Mapping[str, Any]]) -> Figure | None:
     figure, axes = panel(2.9)
     drawn = 0
     for entry, (colour, dash) in zip(variants, looks(variants), strict=True):
-        held = [run.get("routing_overlap_by_round") or [] for run in entry["runs"].values()]
-        length = min(map(len, held))
-        values: Numbers = np.array([one[:length] for one in held], float)  # NaN for None
-        if not np.isfinite(values).any():
+        if (mean := mean_by_round(entry, "routing_overlap_by_round")) is None:
             continue
         drawn += 1
-        mean = values.mean(0)
         name = short(entry["name"], 60)
-        axes.plot(np.arange(length) + 1, mean, color=colour, ls=dash, lw=2, label=name)
+        axes.plot(np.arange(len(mean)) + 1, mean, color=colour, ls=dash, lw=2, label=name)
     if not drawn:
         return None
     axes.yaxis.set_major_formatter(PercentFormatter(1))

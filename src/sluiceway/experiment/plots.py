@@ -340,6 +340,17 @@ def holdings_figure(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Fi
     return figure
 
 
+def mean_by_round(entry: Mapping[str, Any], key: str) -> Numbers | None:
+    """The mean over a variant's runs of what `key` has by round, [R] of the shortest run.
+
+    NaN where a run has none; None where no round has any.
+    """
+    held = [run.get(key) or [] for run in entry["runs"].values()]
+    length = min(map(len, held))
+    values: Numbers = np.array([one[:length] for one in held], float)  # NaN for None
+    return values.mean(0) if np.isfinite(values).any() else None
+
+
 def short(name: str, most: int) -> str:
     """A name of at most `most` characters, cut in its middle."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"

@@ -28,6 +28,7 @@ from sluiceway.experiment.plots import (
     curves_figure,
     curves_of,
     looks,
+    mean_by_round,
     panel,
     short,
 )
@@ -122,13 +123,10 @@ def bits_figure(variants: Sequence[Summary]) -> Figure:
     """Bits up for each value of the smashed data by round, mean over seeds, a line a variant."""
     figure, axes = panel(2.7)
     for entry, (colour, dash) in zip(variants, looks(variants), strict=True):
-        held = [run.get("bits_by_round") or [] for run in entry["runs"].values()]
-        length = min(map(len, held))
-        values: Numbers = np.array([one[:length] for one in held], float)  # NaN for None
-        if not np.isfinite(values).any():
+        if (mean := mean_by_round(entry, "bits_by_round")) is None:
             continue
-        x, mean = np.arange(length) + 1, values.mean(0)
-        marker = "o" if length <= 25 else ""
+        x = np.arange(len(mean)) + 1
+        marker = "o" if len(mean) <= 25 else ""
         name = short(entry["name"], 40)
         axes.plot(x, mean, color=colour, ls=dash, lw=2, marker=marker, ms=3.6, label=name)
         axes.annotate(

@@ -292,6 +292,11 @@ class Bitted:
         """[N, G, S] float32."""
         return self.numbers.float() * self.step.unsqueeze(1) + self.low.unsqueeze(1)
 
+    @property
+    def nbytes(self) -> int:
+        """The length of `payload`."""
+        return len(self.payload)
+
     @cached_property
     def payload(self) -> bytes:
         """Bits, 4 a component; as bfloat16 every low, and every step above 0 bits; the integers.

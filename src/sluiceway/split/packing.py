@@ -45,7 +45,6 @@ import torch
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
-from sluiceway.split.budgeted import Stepped
 from sluiceway.split.quantise import (
     CODECS,
     PLAIN,
@@ -280,10 +279,8 @@ class Encoded:
     values: Values
 
     def __len__(self) -> int:
-        end, values = self.header.sections[-1], self.values
-        if self.header.exact:
-            return end
-        return end + (values.nbytes if isinstance(values, Stepped) else len(values.payload))
+        end = self.header.sections[-1]
+        return end if self.header.exact else end + self.values.nbytes
 
     def __bytes__(self) -> bytes:
         header, labels = self.header, b""

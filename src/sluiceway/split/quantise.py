@@ -168,6 +168,11 @@ class Quantised:
             values += (low - self.codec.offset * step).unsqueeze(1)
         return values
 
+    @property
+    def nbytes(self) -> int:
+        """The length of `payload`."""
+        return len(self.payload)
+
     @cached_property
     def payload(self) -> bytes:
         """What a message holds: `buffers`, or the parameters and the integers coded.

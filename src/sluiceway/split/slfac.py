@@ -90,6 +90,11 @@ class Frequencies:
         """Channels that cross."""
         return np.flatnonzero(self.counts)
 
+    @property
+    def nbytes(self) -> int:
+        """The length of `payload`."""
+        return len(self.payload)
+
     @cached_property
     def payload(self) -> bytes:
         """Counts as uint16, bits as 4 each, of channels that cross low and step as bfloat16.
