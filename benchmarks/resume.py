@@ -66,7 +66,7 @@ class Counts:
 
 def command(arguments: Sequence[str], out: Path) -> list[str]:
     """A run that begins, or goes on."""
-    return [sys.executable, "-m", "sluiceway.cli", "run", *arguments, "--out", str(out), "--resume"]
+    return [sys.executable, "-m", "sluiceway", "run", *arguments, "--out", str(out), "--resume"]
 
 
 def state(out: Path) -> dict[str, Any]:

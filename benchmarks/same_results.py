@@ -137,7 +137,7 @@ def line_of(tree: Path, name: str, out: Path) -> dict[str, object]:
         old = ["model.head_start=random"] if known else []  # as heads started before it was there
         given = [part for setting in [*SHORT, *old, *settings] for part in ("--set", setting)]
         done = subprocess.run(
-            [sys.executable, "-m", "sluiceway.cli", "run", recipe, *given, "--out", str(folder)],
+            [sys.executable, "-m", "sluiceway", "run", recipe, *given, "--out", str(folder)],
             env={**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

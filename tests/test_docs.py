@@ -99,7 +99,7 @@ def test_contributing_is_enough_to_add_each_kind(tmp_path: Path, recipe: Path) -
     run = ["run", str(recipe), "--set", "run.rounds=1", "--out", str(tmp_path / "run")]
     for command in (
         ["-c", USED],
-        ["-m", "sluiceway.cli", *run, "--set", "method.name=uniform", "--set", "method.power=0.5"],
+        ["-m", "sluiceway", *run, "--set", "method.name=uniform", "--set", "method.power=0.5"],
     ):
         done = subprocess.run(
             [sys.executable, *command],

@@ -365,7 +365,7 @@ def test_the_shell_completes_commands_and_recipes(typed: str, offered: set[str])
         "COMP_WORDS": typed,
         "COMP_CWORD": str(typed.count(" ")),
     }
-    command = [sys.executable, "-m", "sluiceway.cli"]
+    command = [sys.executable, "-m", "sluiceway"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked)
     assert set(done.stdout.split()) == offered
 

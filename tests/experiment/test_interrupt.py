@@ -17,6 +17,7 @@ import pytest
 from benchmarks.resume import KEYS, kill_and_resume
 from filelock import FileLock
 
+from sluiceway.__main__ import was_interrupted
 from sluiceway.cli import main
 from sluiceway.core.signals import Stopped, check_stop, graceful_stop
 
@@ -43,7 +44,7 @@ def run(request: pytest.FixtureRequest) -> list[str]:
 
 
 def start(arguments: Sequence[str], **how: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sluiceway.cli", "run", *arguments]
+    command = [sys.executable, "-m", "sluiceway", "run", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload]
 
 
@@ -279,3 +280,16 @@ def test_time_is_taken_from_a_clock_that_nobody_sets(
     assert main(["run", str(recipe), "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert 0 < summary["seconds"] < 600
+
+
+def test_what_importing_makes_of_ctrl_c_is_known_for_it() -> None:
+    def imported() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("Error calling __set_name__")  # noqa: B904
+
+    with pytest.raises(RuntimeError) as caught:
+        imported()
+    assert was_interrupted(caught.value)
+    assert not was_interrupted(RuntimeError("of itself"))
