@@ -26,6 +26,7 @@ from sluiceway.experiment.command_line import (
     Settings,
     new_folder,
     overrides,
+    refuse_idle,
     stoppable,
 )
 from sluiceway.experiment.tables import method_label
@@ -95,6 +96,7 @@ DryRun = Annotated[
 
 @app.command(epilog=MORE)
 def run(
+    ctx: typer.Context,
     recipe: RecipeName,
     settings: Settings = None,
     out: Out = None,
@@ -111,7 +113,10 @@ def run(
     from sluiceway.experiment.recipe import load_recipe
 
     chosen = load_recipe(recipe, overrides(settings, device, engine))
+    if force:
+        refuse_idle(ctx, "no --force, which begins anew", "resume")
     if dry_run:
+        refuse_idle(ctx, "no --dry-run, which writes nothing", "resume", "force")
         from sluiceway.experiment.dry_run import described
         from sluiceway.experiment.session import Session
 
@@ -295,6 +300,7 @@ def report(
 
 @app.command()
 def inspect(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     width: Annotated[int, typer.Option(help="Channels of a network for images.")] = 32,
     image: Annotated[str, typer.Option(metavar="CxHxW", help="Its input.")] = "3x32x32",
@@ -320,22 +326,31 @@ def inspect(
     it is the folder of a finished split run, and a minute of attack tells how much of its images
     what crosses gives away.
     """
+    upcycling = ("experts", "top_k", "layers", "lora", "gguf")
     if inversion:
+        refuse_idle(ctx, "no --inversion", "width", "image", *upcycling)
         from sluiceway.experiment.inversion import show_inversion
         from sluiceway.experiment.progress import shown
 
         with shown():
             show_inversion(Path(model), device)
         return
+    refuse_idle(ctx, "--inversion", "device")
     from sluiceway.experiment.inspect import show_cuts, show_layout, show_own
     from sluiceway.experiment.own_code import is_code
     from sluiceway.experiment.recipe import NETWORKS
 
     if is_code(model) or model.endswith(".py"):
-        show_own(model, image, upcycled=bool(experts or lora or gguf))
+        refuse_idle(ctx, "a network by name, as conv4", "width")
+        refuse_idle(ctx, "a model of texts that is not your code", *upcycling)
+        show_own(model, image)
     elif model in NETWORKS:
+        refuse_idle(ctx, "a model of texts", *upcycling)
         show_cuts(model, width, image)
     else:
+        refuse_idle(ctx, "a network for images, as conv4", "width", "image")
+        if not experts:
+            refuse_idle(ctx, "--experts above 0", "top_k", "layers")
         show_layout(model, experts, top_k, layers, lora, gguf)
 
 

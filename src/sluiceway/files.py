@@ -7,12 +7,22 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 PREFIX = "sluiceway-"
+
+Named = TypeVar("Named", str, str | Path)
+
+
+def listed(paths: Named | Sequence[Named] | None) -> list[Named]:
+    """One path or several, as a list; None is none."""
+    if paths is None:
+        return []
+    return [paths] if isinstance(paths, str | Path) else list(paths)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from tests.nearby import NearbyTransport
 from sluiceway.core.guards import RunFailed
 from sluiceway.data import DataError
 from sluiceway.deploy.site import open_site
-from sluiceway.deploy.site_file import Invitation, OwnData, require_allowed
-from sluiceway.deploy.site_images import images_of_files
+from sluiceway.deploy.site_file import Invitation, OwnData, require_allowed, write_site_file
+from sluiceway.deploy.site_images import images_of_files, named_data
 from sluiceway.errors import InputError
 from sluiceway.experiment.recipe import load_recipe, recipe_from
 from sluiceway.experiment.run import run
+from sluiceway.experiment.session import load_texts
 from sluiceway.transport.protocol import Request
 from sluiceway.transport.site import SiteError, whole
 
@@ -233,6 +235,22 @@ def test_classes_of_a_site_file_that_the_run_does_not_have(
         open_site(written(tmp_path / "s", '[data]\nshare = true\nclasses = ["a"]\n'))
 
 
+def test_merged_labels_at_sites() -> None:
+    """Of a data set that has a name they are merged here as there; own files are refused."""
+    tables = {
+        "data": {"name": "20newsgroups", "alpha": 1, "coarse": 3, "seed": 4, "limit": 60},
+        "method": {"name": "fedavg"},
+    }
+    recipe = recipe_from(tables)
+    there = load_texts(recipe.data)
+    invited = Invitation(recipe, there.label_names, 0, None)
+    here = load_texts(named_data(OwnData(name="20newsgroups", limit=60), invited))
+    assert here.label_names == there.label_names
+    assert len(here.label_names) == 3
+    with pytest.raises(InputError, match=r"data\.coarse merges labels of a data set"):
+        OwnData(path="a.csv").taken(invited)
+
+
 def test_images_of_a_site_by_class(tmp_path: Path) -> None:
     pixels = np.arange(5 * 64, dtype=np.uint8).reshape(5, 8, 8)
     for place, image in zip(("ant/a", "bee/a", "bee/b", "cat/a", "cat/b"), pixels, strict=True):
@@ -256,6 +274,73 @@ def test_images_of_a_site_by_class(tmp_path: Path) -> None:
         images_of_files(own, tmp_path, invited)
     found = images_of_files(OwnData(path="pics", classes=("bee",)), tmp_path, invited)
     assert found.train.labels.tolist() == [0, 0]
+
+
+#: A network for images of 9x9, that of a site whose images are 8x8, and one with a logit too few.
+UNFIT = """
+from torch import nn
+def narrow(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(81, classes))
+def short(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes - 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ("narrow", "the model cannot be run on these examples: RuntimeError: mat1 and mat2 shapes"),
+        ("short", "client 1 has the label 2, and the model gives 2 logits"),
+    ],
+)
+def test_a_split_site_tries_its_network_before_it_joins(
+    tmp_path: Path, made: str, why: str
+) -> None:
+    for number in range(6):
+        path = tmp_path / "pics" / f"c{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * number).save(path)
+    (tmp_path / "net.py").write_text(UNFIT)
+    text = f'device = "cpu"\nmodel = "net.py:{made}"\n[data]\npath = "pics"\n'
+    keys: Any = "not used before the network is tried"
+    site = open_site(written(tmp_path, text), keys)
+    tables = {
+        "run": {"kind": "split"},
+        "data": {"path": "pics", "alpha": 1, "clients": 2, "image_shape": "1x8x8"},
+        "model": {"name": made, "cut": "0"},
+        "method": {"name": "sl"},
+    }
+    facts = {"recipe": tables, "label_names": ["c0", "c1", "c2"], "client": 1}
+    address = {"endpoint": {"host": "localhost", "port": 1}}
+    with pytest.raises(InputError, match=why):
+        site.handle(Request("join", facts | address), tmp_path)
+
+
+def test_a_site_tries_its_model_before_it_joins(recipe: Path, tmp_path: Path) -> None:
+    code = """
+from torch import nn
+from sluiceway.experiment.models import load_pretrained
+class Fails(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 3)
+    def forward(self, input_ids, attention_mask):
+        raise RuntimeError("no such thing")
+def make():
+    return Fails(), load_pretrained(MODEL).tokenizer
+"""
+    chosen = load_recipe(
+        recipe, ["data.clients=1", "method.name=fedavg", "model.head_start=random"]
+    )
+    (tmp_path / "net.py").write_text(code.replace("MODEL", repr(chosen.model.name)))
+    own = tmp_path / "own.csv"
+    own.write_text("text,label\na b,a\n")
+    site = open_site(written(tmp_path, f'model = "net.py:make"\n[data]\npath = "{own}"\n'))
+    tables = chosen.resolved()
+    tables["model"] = {"name": "make"}
+    facts = {"recipe": tables, "label_names": ["a", "b", "c"], "client": 0}
+    with pytest.raises(InputError, match=r"cannot be run on these examples: .*no such thing"):
+        site.handle(Request("join", facts), tmp_path)
 
 
 @pytest.mark.slow
@@ -306,6 +391,17 @@ def test_a_class_that_the_run_does_not_have(recipe: Path, csv_file: Path, tmp_pa
     chosen = load_recipe(recipe, ["data.clients=1"])
     with pytest.raises(RunFailed, match=r"site s did not join: DataError: .*strange"):
         run(chosen, transport=NearbyTransport({"s": site}, tmp_path / "rooms"))
+
+
+def test_a_client_without_examples_is_no_obstacle_to_a_trial(recipe: Path, tmp_path: Path) -> None:
+    keys = ["data.clients=6", "data.limit=6", "data.alpha=0.05", "run.rounds=1", "run.personal=0"]
+    chosen = load_recipe(recipe, keys)
+    here, _ = run(chosen)
+    assert [0] * 3 in here.label_counts
+    sites = {name: open_site(write_site_file(tmp_path / name, "cpu")) for name in "abcdef"}
+    there, _ = run(chosen, transport=NearbyTransport(sites, tmp_path / "rooms"))
+    assert there.label_counts == here.label_counts
+    assert there.records[0].accuracy == here.records[0].accuracy
 
 
 def test_as_many_sites_as_clients(recipe: Path, tmp_path: Path) -> None:

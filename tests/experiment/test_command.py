@@ -416,3 +416,27 @@ def test_evaluation_every_k_rounds_and_no_personal_models(
     assert some["accuracy_by_client"] == whole["accuracy_by_client"]
     assert (some["personal_accuracy"], some["mean_personal_accuracy"]) == ({}, None)
     assert (tmp_path / "some" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needs"),
+    [
+        ("run quickstart --dry-run --force", "--force has no effect here: it needs no --dry-run"),
+        ("run quickstart --resume --force", "--resume has no effect here: it needs no --force"),
+        ("inspect conv4 --experts 2", "--experts has no effect here: it needs a model of texts"),
+        ("inspect conv4 --device cpu", "--device has no effect here: it needs --inversion"),
+        ("inspect minilm --width 8", "--width has no effect here: it needs a network for images"),
+        ("inspect minilm --top-k 1", "--top-k has no effect here: it needs --experts above 0"),
+        ("inspect runs/a --inversion --lora 2", "--lora has no effect here: it needs no"),
+        ("inspect net.py:make --width 8", "--width has no effect here: it needs a network by name"),
+        (
+            "deploy nvflare submit quickstart --kit kits/admin --set run.engine=flower",
+            "run.engine has no effect here: what is submitted runs over nvflare",
+        ),
+        ("deploy nvflare submit quickstart --kit kits/admin --engine flower", "No such option"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    refused: Callable[..., str], arguments: str, needs: str
+) -> None:
+    assert needs in refused(*arguments.split())

@@ -19,6 +19,8 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import sluiceway
 from sluiceway.cli import main
 from sluiceway.data import load_own
+from sluiceway.errors import InputError
+from sluiceway.experiment.export import export
 from sluiceway.experiment.recipe import load_recipe
 from sluiceway.experiment.session import Session
 
@@ -94,7 +96,11 @@ def test_transformers_alone_has_the_reported_accuracy(
     assert alone(tmp_path / "ours", csv_file, tmp_path, adapter) == summary["accuracy"]
     again = sluiceway.load(tmp_path / "ours")
     texts = load_own(str(csv_file), test_fraction=0.2, seed=0).test.texts
-    first = sluiceway.load(tmp_path / "out").predict(texts)
+    loaded = sluiceway.load(tmp_path / "out")
+    if "model.lora=2" not in settings:
+        with pytest.raises(InputError, match="--merge has no effect here"):
+            export(loaded, tmp_path / "merged", merge=True)
+    first = loaded.predict(texts)
     assert torch.allclose(again.predict(texts).probabilities, first.probabilities, atol=1e-5)
 
 

@@ -323,7 +323,7 @@ def test_inspect_shows_cuts_and_mixtures_of_own_networks(
         ("net.py:number", "is int, not a function"),
         ("net.py:make --image 1x9", "--image 1x9: write 3x32x32"),
         ("net.py:make --image 3x30x30", "on images [3, 30, 30]: RuntimeError: mat1 and mat2"),
-        ("net.py:make --experts 4", "are for models that are not your code"),
+        ("net.py:make --experts 4", "--experts has no effect here: it needs a model of texts"),
     ],
 )
 def test_own_networks_that_cannot_be_inspected(

@@ -92,6 +92,15 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "glm5_next_text": (
+        "Glm5NextTextModel",
+        MLA
+        | SPARSE
+        | {"n_routed_experts": 4, "n_group": 1, "qk_rope_head_dim": 0, "index_kpool": 2}
+        | {"linear_head_dim": 8, "linear_num_heads": 2, "mlp_layer_types": ["sparse"] * 2}
+        | {"layer_types": ["linear_attention", "indexed_attention"], "pad_token_id": 0}
+        | {"indexer_types": ["full"] * 2},
+    ),
     "glm_moe_dsa": ("GlmMoeDsaModel", DEEPSEEK | {"n_group": 1} | SPARSE),
     "granitemoehybrid": (
         "GraniteMoeHybridModel",
@@ -103,6 +112,10 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         HEAD | {"num_experts": 4, "moe_topk": 2},
     ),
     "hy_v3": ("HYV3Model", ROUTED | HEAD | {"first_k_dense_replace": 0}),
+    "hy_v4": (
+        "HYV4Model",
+        DEEPSEEK | SPARSE | {"n_group": 1, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1},
+    ),
     "inkling2_text": (
         "Inkling2TextModel",
         ROUTED
@@ -191,9 +204,17 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         DEEPSEEK | {"n_group": 1, "q_lora_rank": 8, "bos_token_id": 2, "eos_token_id": 1},
     ),
     "axk2": ("AXK2Model", DEEPSEEK | {"n_group": 1, "q_lora_rank": 8}),
+    "beam": (
+        "BeamModel",
+        ROUTED | HEAD | {"n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "deepseek_ocr2_text": (
+        "DeepseekOcr2TextModel",
+        DEEPSEEK | {"mlp_layer_types": ["dense", "sparse"]},
+    ),
     "deepseek_v4": (  # its hash layers choose by a table of token ids, which is zero in a new model
         "DeepseekV4Model",
-        ROUTED | HEAD | {"n_routed_experts": 4, "mlp_layer_types": ["moe"] * 2},
+        ROUTED | HEAD | {"n_routed_experts": 4, "mlp_layer_types": ["hash_moe", "moe"]},
     ),
     "dots3_note_text": (
         "Dots3NoteTextModel",
@@ -224,6 +245,7 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         | {"share_expert_dim": 12, "sliding_window": 4}
         | {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["sparse"] * 2},
     ),
+    "unlimited_ocr_text": ("UnlimitedOcrTextModel", DEEPSEEK),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "dbrx": (
@@ -278,6 +300,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 12, "moe_hidden_size": 8, "mlp_layer_types": ["sparse"] * 2}
         | {"max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1},
     ),
+    "vitpose_backbone": (
+        "VitPoseBackbone",
+        {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"num_experts": 4, "part_features": 4, "image_size": [32, 32], "patch_size": [16, 16]},
+    ),
     "zaya": (
         "ZayaModel",
         HEAD
@@ -299,6 +326,7 @@ SEEN = {
     "inkling_text": "config.n_routed_experts = 4, layers.0.mlp is a InklingMoE",
     "longcat_flash": "config.n_routed_experts = 4, layers.0.mlp is a LongcatFlashMoE",
     "muse_spark_text": "config.num_local_experts = 4, layers.0.mlp is a MuseSparkMoE",
+    "vitpose_backbone": "config.num_experts = 4, encoder.layer.0.mlp is a VitPoseBackboneMoeMLP",
     "zaya": "config.num_experts = 4, layers.0.mlp is a ZayaSparseMoeBlock",
 }
 
@@ -382,6 +410,22 @@ def test_loads_equal_brute_force(name: str) -> None:
 def first(out: Any) -> Tensor:
     found: Tensor = out if isinstance(out, Tensor) else out[0]
     return found
+
+
+def test_layers_that_choose_by_token_ids() -> None:
+    """DeepSeek-V4: a hash layer's experts stand in its table, one or two for each token id."""
+    model = built(*FOUND["deepseek_v4"])
+    table = model.get_buffer("layers.0.mlp.gate.tid2eid")
+    # Tokens 0 to 11, so of two sorts: expert 3 twice, and experts 0 and 2.
+    table[:] = torch.tensor([3, 3])
+    table[4:12] = torch.tensor([2, 0])
+    layout = moe_layout(model)
+    with Observer(model, layout) as observer, observer.observing(), torch.no_grad():
+        model(input_ids=torch.arange(12).view(2, 6), use_cache=False)
+    seen = observer.routing()[0]
+    assert seen.load.tolist() == [8, 0, 8, 4]
+    entered = observer.last[0].hidden.double()  # type: ignore[union-attr]
+    torch.testing.assert_close(seen.region[3], entered[:4].mean(0))  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", FOUND)

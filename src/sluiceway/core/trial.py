@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import OWN_LOSS, Batch, Examples
 from sluiceway.core.evaluation import Metric, require_fitting
-from sluiceway.errors import InputError
+from sluiceway.errors import InputError, first_line
 from sluiceway.moe import MoELayout, Observer
 
 #: Examples that are made a batch, and how many of them go through the model.
@@ -29,6 +29,7 @@ def try_model(
     precision: contextlib.AbstractContextManager[object] | None = None,
     own_loss: bool = True,
     local_tests: Sequence[Examples] = (),
+    must: bool = False,
 ) -> None:
     """Check what a model gives for some test examples, in evaluation mode; leaves it as it was.
 
@@ -44,10 +45,12 @@ def try_model(
         precision: the context of a forward pass.
         own_loss: whether the model may return an auxiliary loss beside its logits.
         local_tests: test parts of clients.
+        must: whether the examples have to go through it: a site has no round that names it.
 
     Raises:
         InputError: examples make no batch; the model gives no logits [B, C], or too few for the
-            labels; a mixture's tokens are not those of the attention mask.
+            labels; a mixture's tokens are not those of the attention mask; with `must` whatever
+            else it raises.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -62,7 +65,7 @@ def try_model(
             torch.no_grad(),
             precision or contextlib.nullcontext(),
         ):
-            found = _outcome(model, test, device, layout, masked)
+            found = _outcome(model, test, device, layout, masked, must)
     finally:
         for module, training in modes:
             module.training = training
@@ -85,6 +88,7 @@ def _outcome(
     device: torch.device,
     layout: MoELayout | None,
     masked: bool,
+    must: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Logits and own loss for a few test examples; None where they cannot be read or run."""
     try:
@@ -98,5 +102,8 @@ def _outcome(
             return few.outcome(model)
     except InputError:
         raise
-    except Exception:
+    except Exception as error:
+        if must:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"the model cannot be run on these examples: {why}") from None
         return None

@@ -9,6 +9,7 @@ import numpy as np
 
 from sluiceway.data.errors import DataError
 from sluiceway.data.tables import AnyTable, holdout
+from sluiceway.files import listed
 
 #: A file or folder, a pattern, or several of them.
 Paths = str | Path | Sequence[str | Path]
@@ -20,9 +21,8 @@ def found_files(paths: Paths) -> list[Path]:
     Raises:
         DataError: a pattern that nothing matches, or nothing is named.
     """
-    named = [paths] if isinstance(paths, str | Path) else list(paths)
     found: list[Path] = []
-    for each in named:
+    for each in listed(paths):
         path = Path(each)
         if path.exists() or not any(mark in str(each) for mark in "*?["):
             found.append(path)

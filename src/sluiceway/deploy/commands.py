@@ -13,7 +13,6 @@ from sluiceway.errors import InputError, how_to_install
 from sluiceway.experiment.command_line import (
     PLAIN,
     Device,
-    Engine,
     Force,
     Out,
     RecipeName,
@@ -21,8 +20,10 @@ from sluiceway.experiment.command_line import (
     Settings,
     new_folder,
     overrides,
+    refuse_idle,
     stoppable,
 )
+from sluiceway.experiment.tables import key_of
 
 #: Engines besides the local one: the extra's name, and the packages that it brings.
 EXTRAS: Final = {"nvflare": ("nvflare", "psutil"), "flower": ("flwr", "trustme", "psutil")}
@@ -70,6 +71,7 @@ def provision(
 
 @nvflare.command()
 def start(
+    ctx: typer.Context,
     kit: Annotated[Path, typer.Argument(metavar="KIT")],
     site: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The site's own file.", show_default="none")
@@ -108,6 +110,8 @@ def start(
 
     starting, kits = part_of("nvflare", "start"), part_of("nvflare", "kits")
     found = kits.read_kit(kit)
+    if found.role == "site":
+        refuse_idle(ctx, "the server's kit", "runs", "gate", "files", "model")
     if site is not None:
         open_site(site)  # so that its faults are said now
     environment = starting.environment_of(found, site, runs, gate, files or (), model)
@@ -116,6 +120,7 @@ def start(
 
 @nvflare.command()
 def submit(
+    ctx: typer.Context,
     recipe: RecipeName,
     kit: Annotated[Path, typer.Option(metavar="KIT", help="The admin's.")],
     sites: Annotated[
@@ -128,7 +133,6 @@ def submit(
     settings: Settings = None,
     out: Out = None,
     device: Device = None,
-    engine: Engine = None,
     resume: Resume = False,
     force: Force = False,
 ) -> None:
@@ -141,7 +145,12 @@ def submit(
     from sluiceway.experiment.recipe import load_recipe
     from sluiceway.experiment.report import write_report
 
-    chosen = load_recipe(recipe, [*overrides(settings, device, engine), "run.engine=nvflare"])
+    given = overrides(settings, device, None)
+    if any(key_of(one) == "run.engine" for one in given):
+        raise InputError("run.engine has no effect here: what is submitted runs over nvflare")
+    if force:
+        refuse_idle(ctx, "no --force, which begins anew", "resume")
+    chosen = load_recipe(recipe, [*given, "run.engine=nvflare"])
     out = out or new_folder(recipe, chosen)
     with (
         stoppable(f"--out {out} --resume") as progress,

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from sluiceway.core.evaluation import label_counts
 from sluiceway.core.handshake import ModelSignature
 from sluiceway.core.privacy import arrange_privacy, releases_of, told
+from sluiceway.core.trial import try_model
 from sluiceway.data import ChoiceData, TextData, local_tests
 from sluiceway.data.own import found_files
 from sluiceway.deploy.site_file import (
@@ -36,7 +37,7 @@ from sluiceway.deploy.site_file import (
     require_policy,
     toml_of,
 )
-from sluiceway.deploy.site_images import own_images, within
+from sluiceway.deploy.site_images import named_data, own_images, within
 from sluiceway.deploy.split_site import begin_split
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.builders import (
@@ -239,11 +240,24 @@ def begin_federated(
         torch.set_num_threads(recipe.run.threads)
     model, train, test = own_examples(file.data, place, recipe, invited)
     strategy, training = chosen_strategy(recipe)
-    prepare(model, strategy, recipe.data.clients)
+    device_here = torch.device(device)
+    prepare(model.to(device_here), strategy, recipe.data.clients)
     arrange_privacy(strategy, model, recipe.run.rounds, recipe.head_start)
     train, own_test = with_own_test(file.data, recipe, train, test)
     clients, tests = ([train.subset([]) for _ in range(recipe.data.clients)] for _ in range(2))
     clients[invited.client], tests[invited.client] = train, own_test
+    if shown := next((held for held in (train, own_test) if len(held)), None):
+        try_model(
+            model,
+            clients,
+            shown,
+            "accuracy",
+            device_here,
+            layout=strategy.layout,
+            masked=training.routing_mask == "attention",
+            precision=training.precision(device_here),
+            must=True,
+        )
     stack = ExitStack()
     worker = stack.enter_context(
         standing(
@@ -253,7 +267,7 @@ def begin_federated(
             strategy,
             training,
             loss=F.cross_entropy,
-            device=torch.device(device),
+            device=device_here,
             seed=recipe.run.seed,
             personal_examples=recipe.run.personal,
             local_tests=tests if recipe.data.local_test else None,
@@ -307,7 +321,7 @@ def own_examples(
         data: TextData | ChoiceData = load_texts(recipe.data)
         model, train, test, _ = language_model(recipe, data, session)
         return model, train.subset(parts_of(recipe, data)[invited.client]), test
-    data = named_texts(own, invited) if own.name else own_texts(own, place, invited)
+    data = load_texts(named_data(own, invited)) if own.name else own_texts(own, place, invited)
     if tuple(data.label_names) != invited.label_names:
         raise InputError(
             f"the data's classes are {', '.join(data.label_names)[:200]}; the run's are "
@@ -338,16 +352,3 @@ def own_texts(own: OwnData, place: Path, invited: Invitation) -> TextData:
     )
     train, test = capped(found.train, found.test, Data(path="-", alpha=1, limit=own.limit))
     return found.with_tables(train, test if own.test_path else test.take([]))
-
-
-def named_texts(own: OwnData, invited: Invitation) -> TextData | ChoiceData:
-    """The training part of a data set by name. Raises DataError."""
-    data = invited.recipe.data
-    wanted = Data(
-        name=own.name,
-        alpha=1,
-        limit=own.limit,
-        test_limit=data.test_limit,
-        classes=data.classes and invited.label_names,
-    )
-    return load_texts(wanted)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, model_validator
 from sluiceway.errors import InputError, quoted
 from sluiceway.experiment.own_code import is_code
 from sluiceway.experiment.recipe import TABLE, Files, Recipe, Text, recipe_from
+from sluiceway.files import listed
 
 
 class OwnData(BaseModel):
@@ -60,8 +61,13 @@ class OwnData(BaseModel):
         so that a recipe takes the same rows here as it does where all data are.
 
         Raises:
-            InputError: `classes` names one that the run does not have.
+            InputError: `classes` names one that the run does not have; the run merges labels.
         """
+        if invited.recipe.data.coarse:
+            raise InputError(
+                "data.coarse merges labels of a data set that both sides have; a site's own files "
+                "are numbered by the names of the run's classes, which they do not have then"
+            )
         names = set(invited.label_names)
         chosen = None if self.classes is None else set(self.classes)
         if invited.recipe.data.classes is not None:
@@ -171,9 +177,7 @@ def require_allowed(recipe: Recipe, folders: Sequence[str | Path], *, data: bool
         ("model.pretrained", recipe.model.pretrained),
     ]
     for key in ("path", "test_path") if data else ():
-        value = getattr(recipe.data, key)
-        files = value if isinstance(value, list | tuple) else [value]
-        named += [(f"data.{key}", file) for file in files]
+        named += [(f"data.{key}", file) for file in listed(getattr(recipe.data, key))]
     roots = [Path(folder).resolve() for folder in folders]
     for key, value in named:
         here = (
@@ -238,8 +242,9 @@ def write_site_file(folder: Path, device: str, model: str | None = None) -> Path
     """Write a file for a site whose data are its client's part of the recipe's own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "site.toml"
-    # On a machine of one's own a recipe may name any file.
+    # On a machine of one's own a recipe may name any file, and clients may hold nothing.
     tables: dict[str, Any] = {"device": device, "recipe_files": ["/"], "data": {"share": True}}
+    tables["policy"] = {"least_examples": 0}
     if model is not None and is_code(model):
         tables["model"] = model
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")

@@ -13,6 +13,7 @@ from sluiceway.errors import InputError
 from sluiceway.experiment.builders import image_set, parts_of
 from sluiceway.experiment.recipe import Data
 from sluiceway.experiment.session import Session, image_form
+from sluiceway.files import listed
 
 
 def own_images(
@@ -39,12 +40,26 @@ def own_images(
     augment = augment and recipe.data.augment
     if own.path is not None:
         return image_datasets(images_of_files(own, place, invited), augment)
-    classes = recipe.data.classes and invited.label_names
-    wanted = Data(name=own.name, alpha=1, limit=own.limit, classes=classes)
+    wanted = named_data(own, invited)
     found, train, test = session.images(wanted, lambda line: None, augment=augment)
     if tuple(found.label_names) != invited.label_names:
         raise InputError(f"the classes of {found.name} are not those of the run")
     return train, test
+
+
+def named_data(own: OwnData, invited: Invitation) -> Data:
+    """[data] of a data set by its name at a site, with the run's classes."""
+    data = invited.recipe.data
+    return Data(
+        name=own.name,
+        alpha=1,
+        limit=own.limit,
+        test_limit=data.test_limit,
+        # Merged labels have other names than those that are merged.
+        classes=data.classes if data.coarse else data.classes and invited.label_names,
+        coarse=data.coarse,
+        seed=data.seed if data.coarse else 0,
+    )
 
 
 def images_of_files(own: OwnData, place: Path, invited: Invitation) -> ImageData:
@@ -72,4 +87,4 @@ def images_of_files(own: OwnData, place: Path, invited: Invitation) -> ImageData
 
 def within(place: Path, paths: str | Sequence[str]) -> Paths:
     """Paths of a site file, found relative to it."""
-    return [place / each for each in ([paths] if isinstance(paths, str) else paths)]
+    return [place / each for each in listed(paths)]

@@ -10,6 +10,7 @@ import torch
 
 from sluiceway.core.batches import Batch
 from sluiceway.core.evaluation import label_counts
+from sluiceway.core.trial import try_model
 from sluiceway.deploy.site_file import Invitation, SiteFile
 from sluiceway.deploy.site_images import own_images
 from sluiceway.errors import InputError
@@ -63,12 +64,19 @@ def begin_split(
     recipe = invited.recipe
     examples, test = own_images(file.data, place, invited)
 
+    if device == "cpu":
+        torch.set_num_threads(recipe.run.threads)
+    settings, count = split_settings(recipe, device), len(invited.label_names)
+    if shown := next((held for held in (examples, test) if len(held)), None):
+        clients = [examples.subset([]) for _ in range(recipe.data.clients)]
+        clients[invited.client] = examples
+        model = chosen_network(recipe, examples.shape, count, filled=False).to(settings.device)
+        given = model, clients, shown, "accuracy", settings.device
+        try_model(*given, own_loss=False, must=True)
+
     def setup(classes: int) -> SharedSetup:
-        if device == "cpu":
-            torch.set_num_threads(recipe.run.threads)
-        count, frozen = len(invited.label_names), not recipe.trains_front()
+        frozen = not recipe.trains_front()
         model = chosen_network(recipe, examples.shape, count, filled=frozen)
-        settings = split_settings(recipe, device)
         example = Batch.of(examples if len(examples) else test, torch.tensor([0]), settings.device)
         return SharedSetup(model, settings, example, classes, recipe.data.clients)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from click.core import ParameterSource
 
+from sluiceway.errors import InputError
 from sluiceway.experiment.own_code import short_name
 from sluiceway.experiment.tables import shipped_recipes
 
@@ -57,6 +59,19 @@ Engine = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that is in --out.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")]
+
+
+def refuse_idle(ctx: typer.Context, needs: str, *names: str) -> None:
+    """Raise InputError for the first of these options that the command line gives.
+
+    Args:
+        needs: what would have to be so for them to have an effect.
+        names: as the command's parameters are called.
+    """
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} has no effect here: it needs {needs}")
 
 
 def overrides(settings: list[str] | None, device: str | None, engine: str | None) -> list[str]:

@@ -47,8 +47,11 @@ def export(model: TrainedModel, out: Path, *, merge: bool = False) -> list[str]:
         Lines about what was written and how to load it.
 
     Raises:
-        InputError: the folder is not empty, or the model's code is not of transformers.
+        InputError: the folder is not empty, there is nothing to merge, or the model's code is not
+            of transformers.
     """
+    if merge and not find_adapters(model.model):
+        raise InputError("--merge has no effect here: the model has no LoRA adapters")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; give another folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -73,14 +73,13 @@ def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, ggu
         console.print(said, adapters_table(model, lora), sep="\n", highlight=False)
 
 
-def show_own(name: str, image: str, *, upcycled: bool = False) -> None:
+def show_own(name: str, image: str) -> None:
     """Print parameters, mixtures and cut points of what the user's function makes for 10 classes.
 
     Args:
         name: "file.py:make" or "module:make", relative to the working folder.
         image: "CxHxW", the shape it is called with; a model of texts comes with its tokenizer and
             is not run.
-        upcycled: whether options are given that change a model, which code has no use for.
 
     Raises:
         InputError: there is no such file or function, it fails, or what it makes cannot be used.
@@ -89,8 +88,6 @@ def show_own(name: str, image: str, *, upcycled: bool = False) -> None:
         found = Path(name).is_file()
         why = "it needs the function's name" if found else f"there is no file {line(name, 200)}"
         raise InputError(f"{quoted(name)}: {why}; write {line(name, 200)}:make")
-    if upcycled:
-        raise InputError("--experts, --lora and --gguf are for models that are not your code")
     shape = image_shape(image)
     made = call(placed("model.name", name, Path.cwd()), 0, classes=10, shape=shape)
     of_texts = isinstance(made, tuple) and len(made) == 2

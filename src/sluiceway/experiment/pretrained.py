@@ -6,6 +6,7 @@ tensors are kept in the cache folder.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -73,9 +74,13 @@ def recipe_of(chosen: Model) -> Recipe | None:
         InputError: there is no such shipped recipe, or it is none of split learning from scratch.
     """
     kind, _, name = (chosen.pretrained or "").partition(":")
-    if kind != "recipe":
-        return None
-    where = f"model.pretrained = {quoted(str(chosen.pretrained))}"
+    return shipped_recipe(name) if kind == "recipe" else None
+
+
+@functools.cache
+def shipped_recipe(name: str) -> Recipe:
+    """The recipe that others begin with, read once; raises as `recipe_of`."""
+    where = f"model.pretrained = {quoted(f'recipe:{name}')}"
     if name not in shipped_recipes():
         raise InputError(f"{where}: expected one of {', '.join(shipped_recipes())} after recipe:")
     found = load_recipe(name)

@@ -36,6 +36,7 @@ from sluiceway.experiment.tables import (
     with_current_keys,
 )
 from sluiceway.experiment.validation import checked, first_fault
+from sluiceway.files import listed
 
 if TYPE_CHECKING:  # torch is imported once the other tables are right
     from sluiceway.core.head_start import HeadStart
@@ -220,7 +221,8 @@ class Data(BaseModel):
     by default."""
     coarse: int = Field(default=0, ge=0, le=65_535)
     """Labels merged at random (by data.seed) into this many classes, which the encoder has not seen
-    as such: there is more to learn than from a class's mean; 0 leaves them as they are."""
+    as such: there is more to learn than from a class's mean; 0 leaves them as they are. Not with
+    sites' own files, whose labels are numbered by the names of the run's classes."""
     limit: int = Field(default=0, ge=0, le=10**12)
     """Training examples at most, a stratified sample; 0 for all."""
     test_limit: int = Field(default=0, ge=0, le=10**12)
@@ -266,7 +268,7 @@ class Data(BaseModel):
     @property
     def files(self) -> tuple[str, ...]:
         """What `path` names."""
-        return (self.path,) if isinstance(self.path, str) else self.path or ()
+        return tuple(listed(self.path))
 
     @property
     def has_images(self) -> bool:

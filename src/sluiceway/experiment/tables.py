@@ -21,6 +21,7 @@ from sluiceway.experiment.own_code import (
     placed,
     short_name,
 )
+from sluiceway.files import listed
 
 #: Largest recipe file and largest `key=value`, in bytes and characters.
 RECIPE_LIMIT: Final = 256 << 10
@@ -178,8 +179,7 @@ def method_label(method: Mapping[str, Any]) -> str:
 def data_name(recipe: Mapping[str, Any]) -> str:
     """The data set of a recipe's tables for people."""
     data = recipe.get("data", {})
-    path = data.get("path", "data")
-    return str(data.get("name") or Path(path if isinstance(path, str) else path[0]).name)
+    return str(data.get("name") or Path(listed(data.get("path", "data"))[0]).name)
 
 
 def key_of(override: str) -> str:

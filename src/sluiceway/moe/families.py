@@ -106,7 +106,7 @@ class RouterOutput:
             first choice first, DeepSeek does not). Where the family drops tokens (Switch, NLLB),
             this is the choice before dropping.
         dispatched: [T, E] bool, the tokens that really enter each expert, where that differs
-            from ``selected``; None where nothing is dropped.
+            from ``selected``: tokens are dropped, or an expert is named twice; else None.
     """
 
     logits: Tensor
@@ -133,8 +133,9 @@ def combine_weights(output: Any, read: RouterOutput) -> Tensor:
     given = output[1] if isinstance(output, tuple) and len(output) == 3 else None
     if isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1:
         given = given.detach().float().reshape(-1, given.shape[-1])
-        if given.shape == selected.shape and read.dispatched is None:
-            return torch.zeros_like(logits).scatter(1, selected, given)
+        by_choice = read.dispatched is None or selected.shape[1] < logits.shape[1]
+        if given.shape == selected.shape and by_choice:  # an expert may be named twice
+            return torch.zeros_like(logits).scatter_add(1, selected, given) * entered
         if len(given) == len(logits) and given.shape[1] in (1, logits.shape[1]):
             return given * entered
     return logits.masked_fill(entered == 0, -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -66,8 +66,11 @@ class StructuralFamily(Family):
         for item in _tensors(output):
             if not item.is_floating_point() and item.dtype != torch.bool and _fits(item, top_k):
                 chosen = item.reshape(-1, top_k).long()
-                if len(chosen) == len(logits) and _are_choices(chosen, logits.shape[1]):
-                    return RouterOutput(logits, chosen, None)
+                if len(chosen) == len(logits) and _in_range(chosen, logits.shape[1]):
+                    if _distinct(chosen):
+                        return RouterOutput(logits, chosen, None)
+                    if top_k < logits.shape[1]:  # as of a table of token ids, new and all zero
+                        return RouterOutput(logits, chosen, _entered(chosen, logits))
         return RouterOutput(logits, greatest(logits, top_k), None)
 
 
@@ -84,13 +87,20 @@ def _fits(item: Tensor, top_k: int) -> bool:
     return item.ndim > 0 and item.shape[-1] == top_k
 
 
-def _are_choices(chosen: Tensor, experts: int) -> bool:
+def _in_range(chosen: Tensor, experts: int) -> bool:
+    """Whether these are numbers of experts."""
+    return not chosen.numel() or (int(chosen.min()) >= 0 and int(chosen.max()) < experts)
+
+
+def _distinct(chosen: Tensor) -> bool:
     """Whether every row names different experts (a one-hot mask with k = E does not)."""
-    if not chosen.numel():
-        return True
     ordered = chosen.sort(dim=-1).values
-    distinct = bool((ordered[:, 1:] > ordered[:, :-1]).all())
-    return distinct and int(chosen.min()) >= 0 and int(chosen.max()) < experts
+    return bool((ordered[:, 1:] > ordered[:, :-1]).all())
+
+
+def _entered(chosen: Tensor, logits: Tensor) -> Tensor:
+    """[T, E] bool: the experts of each token, where one may be named twice."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
 
 
 def _are_probabilities(rows: Tensor) -> bool:

@@ -22,6 +22,7 @@ from sluiceway.core.head_start import HeadStart, HeadSums, require_head
 from sluiceway.core.privacy import arrange_privacy, told
 from sluiceway.core.round_loop import Loop, Record, Result, Rounds
 from sluiceway.core.settings import Training
+from sluiceway.core.trial import try_model
 from sluiceway.errors import line
 from sluiceway.federated.client import Worker, prepare
 from sluiceway.files import scratch_folder, write_atomically
@@ -253,6 +254,16 @@ def federate_remote(
     prepare(model, strategy, len(transport.sites))
     require_head(head_start, strategy)
     signature = ModelSignature.of(strategy.tensors)
+    try_model(
+        model,
+        (),
+        test,
+        plan.metric,
+        place,
+        layout=strategy.layout,
+        masked=training.routing_mask == "attention",
+        precision=training.precision(place),
+    )
     arrange_privacy(strategy, model, plan.rounds, head_start)
     counts = joined(transport, facts, signature, classes_of(model, test, place))
     counts = told(counts, strategy)

@@ -18,6 +18,7 @@ from sluiceway.core.guards import RunFailed
 from sluiceway.core.handshake import HandshakeError, ModelSignature
 from sluiceway.core.messages import WireError
 from sluiceway.core.round_loop import Result, Rounds
+from sluiceway.core.trial import try_model
 from sluiceway.errors import line
 from sluiceway.split.client_proxy import Away
 from sluiceway.split.packing import BatchId, Message
@@ -203,7 +204,8 @@ def split_remote(
     """
     with TlsServer(endpoint.keys, transport.sites, endpoint.listen, endpoint.port) as server:
         address = {"host": endpoint.host, "port": server.port}
-        classes = classes_of(model.to(settings.device), test, settings.device)
+        try_model(model.to(settings.device), (), test, plan.metric, settings.device, own_loss=False)
+        classes = classes_of(model, test, settings.device)
         counts = joined(transport, {**facts, "endpoint": address}, None, classes)
         if not counts.shape[1]:
             raise ValueError("no client holds any example")
