@@ -26,7 +26,7 @@ from sluiceway.experiment.plots import (
     holdings_figure,
 )
 from sluiceway.experiment.recipe import Recipe, recipe_from
-from sluiceway.experiment.report import human_bytes, human_time, percent, points, write_report
+from sluiceway.experiment.report import cell, human_bytes, human_time, percent, points, write_report
 from sluiceway.experiment.run_directory import strict_json, write_json
 from sluiceway.experiment.summary import Outcome, summarise
 from sluiceway.experiment.tables import data_name
@@ -330,6 +330,8 @@ def test_numbers_as_people_read_them() -> None:
     ]  # fmt: skip
     assert percent(0.8123, 0.014) == "81.2% ± 1.4"
     assert percent(0.97, 0.05) == "97.0% (92.0% to 100.0%)"
+    assert cell(percent(0.97, 0.05)) == '97.0%<small class="ends">(92.0% to 100.0%)</small>'
+    assert cell(percent(0.8123, 0.014)) == "81.2% ± 1.4"
     assert percent(0.04, 0.05) == "4.0% (0.0% to 9.0%)"
     assert percent(None) == percent(float("nan")) == "-"
     assert points({"mean": -0.01, "half": None}) == "-1.0"

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import jinja2
 import matplotlib
 import tomli_w
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from sluiceway.errors import InputError
@@ -229,6 +229,7 @@ def save(folder: Path, s: Mapping[str, Any], figures: dict[str, Figure], **more:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "percent": percent,
+        "cell": cell,
         "report_in": lambda below: "report.html" if (below / "report.html").is_file() else "",
         "points": points,
         "size": human_bytes,
@@ -317,6 +318,13 @@ def percent(value: float | None, half: float | None = None) -> str:
     if half is not None and (ends := cut_ends(value, half)):
         return f"{value:.1%} ({ends[0]:.1%} to {ends[1]:.1%})"
     return f"{value:.1%}{plus_minus(half)}"
+
+
+def cell(shown: str) -> Markup:
+    """A share in a table's cell: an interval that is told by its ends on a line of its own."""
+    share, _, ends = shown.partition(" (")
+    more = Markup('<small class="ends">({}</small>').format(ends) if ends else Markup()
+    return escape(share) + more
 
 
 def points(gap: Mapping[str, float | None]) -> str:

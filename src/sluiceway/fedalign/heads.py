@@ -38,7 +38,7 @@ def label_sums(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def gram(features: Tensor) -> Tensor:
-    """G = sum_x [z; 1] [z; 1]^T of features [n, d]: [d + 1, d + 1], float64."""
+    """G = sum_x `[z; 1] [z; 1]^T` of features [n, d]: [d + 1, d + 1], float64."""
     rows = with_one(features.double())
     return rows.T @ rows
 

@@ -523,8 +523,8 @@ def federate(
             Examples of the label -100 are left out.
         test: the global test set, of the same form.
         strategy: an object from `sluiceway.strategies`, or a name with its default parameters.
-        rounds, participation, seed, min_clients, max_retries, max_step, leave_one_out,
-            evaluate_every, patience, metric: see `Rounds`.
+        rounds, participation, seed, min_clients, max_retries: see `Rounds`.
+        max_step, leave_one_out, evaluate_every, patience, metric: see `Rounds`.
         personal_examples, local_tests: see `Worker`.
         head_start: how a linear head starts: "random", as the model has it; "means" or "ridge", in
             closed form from sums that every client sends once (see docs/methods.md).
