@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,15 @@ def test_the_readme_has_the_table_of_methods() -> None:
         assert table in text, f"the table of README.md should be\n{table}"
     for method in methods():
         assert f"`{method.name}`" in text
+
+
+def test_both_halves_have_the_same_defaults() -> None:
+    """But for torch's threads: a split run in this process takes one, a federated one none."""
+    one, other = (
+        inspect.signature(f).parameters for f in (sluiceway.federate, sluiceway.split_train)
+    )
+    common = one.keys() & other.keys()
+    assert {"device", "rounds", "participation", "seed", "min_clients"} <= common
+    values = {k: (one[k].default, other[k].default) for k in common - {"on_start", "on_round"}}
+    apart = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+    assert apart == {"threads": (None, 1)}
