@@ -2,6 +2,7 @@
 
     python benchmarks/liars.py                      every strategy, with the guards of a run alone
     python benchmarks/liars.py --rules              FedAvg, FedAlign-MoE and SCAFFOLD with each rule
+    python benchmarks/liars.py --rule agreement     every strategy with one rule
     python benchmarks/liars.py --only fedavg
 
 The model is a tiny BERT whose last layer has 4 experts, the data are three balanced classes that an
@@ -81,6 +82,24 @@ def reported(**parts: float) -> Lie:
     return lie
 
 
+def busy(factor: int, told: Lie) -> Lie:
+    """A lie with so many times the tokens, spread evenly over the experts, and full margins."""
+
+    def lie(update: Update, old: Mapping[str, Tensor]) -> Update:
+        routing = [
+            replace(
+                report,
+                tokens=factor * report.tokens,
+                load=torch.full_like(report.load, factor * float(report.load.mean())),
+                margin=torch.ones_like(report.margin),
+            )
+            for report in update.routing
+        ]
+        return told(replace(update, routing=routing), old)
+
+    return lie
+
+
 def besides(factor: float) -> Lie:
     """Extra tensors (controls, moments) times a factor."""
     return lambda update, old: replace(
@@ -97,6 +116,7 @@ LIES: dict[str, Lie] = {
     "turned x9": turned(9),
     "turned x2": turned(2),
     "turned x1": turned(1),
+    "turned x2, tokens x9": busy(9, turned(2)),
     "noise x9": noise(9),
     "once, x9": once(7, turned(9)),
     "at last, x9": once(8, turned(9)),
@@ -142,8 +162,8 @@ def accuracy(strategy: Strategy, leave_one_out: bool) -> str:
     return f"{result.accuracy:.2f}{'*' if result.rejected else ''}"
 
 
-def strategies(rules: bool) -> dict[str, Callable[[], Strategy]]:
-    """What is tried, by name."""
+def strategies(rules: bool, rule: str) -> dict[str, Callable[[], Strategy]]:
+    """What is tried, by name: some strategies with each rule, or all with one or none."""
 
     def made(name: str, rule: str = "") -> Strategy:
         found = STRATEGIES[name](**({"lr": 0.03} if name in ("fedadam", "fedyogi") else {}))
@@ -154,17 +174,20 @@ def strategies(rules: bool) -> dict[str, Callable[[], Strategy]]:
     if rules:
         names = ("fedavg", "fedalign-moe", "scaffold")
         return {f"{n}, {r}": lambda n=n, r=r: made(n, r) for n in names for r in ROBUST}  # type: ignore[misc]
-    all_of_them = {name: lambda name=name: made(name) for name in STRATEGIES}
-    return {
-        **all_of_them,
-        "region": lambda: FedAlignMoE(experts="region", gate="region"),
-    }
+    all_of_them = {name: lambda name=name: made(name, rule) for name in STRATEGIES}
+
+    def region() -> Strategy:
+        found = FedAlignMoE(experts="region", gate="region")
+        return found.with_rules(*([ROBUST[rule]()] if rule else []))
+
+    return {**all_of_them, "region": region}
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rules", action="store_true", help="with each robust rule")
+    parser.add_argument("--rule", default="", help="every strategy with this one")
     parser.add_argument("--leave-one-out", action="store_true", help="with run.leave_one_out")
     parser.add_argument("--only", help="one strategy")
     args = parser.parse_args()
@@ -172,7 +195,7 @@ def main() -> None:
     local.Worker = Lying  # type: ignore[attr-defined]
     print("| |", " | ".join(LIES), "|")
     print("|---|" + "---:|" * len(LIES))
-    for name, make in strategies(args.rules).items():
+    for name, make in strategies(args.rules, args.rule).items():
         if args.only in (None, name):
             row = []
             for Lying.lie in LIES.values():

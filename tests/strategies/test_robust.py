@@ -27,6 +27,7 @@ from sluiceway.moe import MoELayout
 from sluiceway.strategies import (
     ROBUST,
     STRATEGIES,
+    Agreement,
     FedAvg,
     GeometricMedian,
     Krum,
@@ -95,6 +96,80 @@ def test_whole_updates_by_hand() -> None:
     assert combined(GeometricMedian(), [7, 7, 7]) == 7
 
 
+def test_agreement_by_hand() -> None:
+    # -900 goes the other way and is left out; the others are cut to the median of their norms.
+    assert combined(Agreement(most=None), [3, 1, 2, -900, 5]) == pytest.approx(
+        (2.5 + 2 + 3 * 2 + 5 * 2.5) / 11
+    )
+    # 5 examples count as 1.5 times the median of 1, 2, 3 and 5: as 3.
+    assert combined(Agreement(most=1.5), [3, 1, 2, -900, 5]) == pytest.approx(
+        (2.5 + 2 + 3 * 2 + 3 * 2.5) / 9
+    )
+    # A minority at most: two of five.
+    assert combined(Agreement(most=None), [1, 1, -1, -1, -1]) == -1
+    # Whoever changes nothing is not against anybody.
+    assert combined(Agreement(cosine=1, most=None), [0, 0, 0]) == 0
+    made = FedAvg().with_rules(Agreement())
+    made.setup({"w": torch.zeros(1)}, MoELayout(()), 2)
+    assert len(made.rules[0](flat([1, -1])[2], made)) == 2
+
+
+def test_agreement_is_the_cosine_with_the_median_of_directions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(robust, "SLICE", 50)
+    updates = [*several(), *(replace(u, client=u.client + 10) for u in several(5))]
+    made = around(Agreement, FedAvg())
+    points = torch.tensor(changes(updates), dtype=torch.float64)
+    units = [point / point.norm() for point in points]
+    centre = torch.stack(units).mean(0)
+    for _ in range(100):
+        shares = [1 / max(float((unit - centre).norm()), 1e-9) for unit in units]
+        terms = [share * unit for share, unit in zip(shares, units, strict=True)]
+        centre = torch.stack(terms).sum(0) / sum(shares)
+    cosines = [float(unit @ centre / centre.norm()) for unit in units]
+    for at in (0.0, sorted(cosines)[1] + 1e-6, 1.0):
+        lowest = sorted(range(len(units)), key=lambda i: cosines[i])[: (len(units) - 1) // 2]
+        found = robust.opposed(robust.products(updates, made), at)
+        assert found == {i for i in lowest if cosines[i] < at}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(5)), st.floats(-1, 0.9), st.integers(0, 9))
+def test_agreement_knows_no_order_and_leaves_out_nobody_of_equals(
+    order: list[int], cosine: float, seed: int
+) -> None:
+    points = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)).double()
+    found = robust.opposed(points @ points.T, cosine)
+    moved = points[order]
+    assert {order[row] for row in robust.opposed(moved @ moved.T, cosine)} == found
+    alike = points[:1].expand(5, -1)
+    assert not robust.opposed(alike @ alike.T, cosine)
+
+
+def test_who_is_left_out_by_a_rule_is_named() -> None:
+    class Turning(FedAvg):
+        """Clients of 24 examples turn what they have learned around."""
+
+        def finish_training(self, client: LocalContext) -> dict[str, Tensor]:
+            if client.steps == 3:
+                with torch.no_grad():
+                    for name, param in client.params.items():
+                        param.copy_(2 * client.received[name] - param)
+            return {}
+
+    result = federate(
+        TinyClassifier(),
+        [TinyText(24 if i == 2 else 32, i) for i in range(5)],
+        TinyText(20, 99),
+        Turning().with_rules(Agreement()),
+        rounds=2,
+        training=TRAINING,
+        device="cpu",
+    )
+    assert [record.rejected for record in result.records] == [{2: "a robust rule left it out"}] * 2
+
+
 def changes(updates: list[Update]) -> list[list[float]]:
     """Each client's whole change, in float64."""
     return [
@@ -159,6 +234,7 @@ def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
         (Median(), 3),
         (Krum(liars=2), 7),
         (GeometricMedian(), 3),
+        (Agreement(), 3),
     ],
 )
 def test_a_rule_that_cannot_help_says_so(rule: UpdateRule, least: int) -> None:
@@ -475,7 +551,7 @@ def test_around_every_strategy_a_resumed_run_is_the_uninterrupted_one(
     with pytest.raises(Ended):
         history(made(), Checkpoint(tmp_path), 3, stop=2, clients=5)
     again = history(made(), Checkpoint(tmp_path, resume=True), 3, clients=5)
-    assert whole.rejected == 0
+    assert whole.rejected == 0 or rule == "agreement"
     assert again.accuracy_by_round == whole.accuracy_by_round
     for key, tensor in whole.tensors.items():
         assert bool(tensor.isfinite().all())

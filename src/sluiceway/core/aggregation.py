@@ -25,6 +25,8 @@ class Aggregation:
         self.strategy = strategy
         self.number = number
         self.held: list[Update] = []
+        #: Clients whose updates a rule left out when the round was last combined.
+        self.dropped: set[int] = set()
         #: Privacy at the server is the last of the rules, and adds its noise to the mean.
         private = strategy.privacy
         self.privacy = private if private and private.where == "server" else None
@@ -62,6 +64,8 @@ class Aggregation:
                 self.privacy.begin()
             for rule in self.rules:
                 updates = rule(updates, self.strategy)
+            combined = {update.client for update in updates}
+            self.dropped = {u.client for u in self.held} - combined - set(without)
             self.strategy.begin(self.number, updates)
             for update in updates:
                 self.strategy.accumulate(update)

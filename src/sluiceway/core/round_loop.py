@@ -607,6 +607,8 @@ class Loop:
             if why is None:
                 if self.better_without(attempt, before, state, found):
                     continue
+                for client in aggregation.dropped:
+                    checks.leave_out(client, "a robust rule left it out")
                 self.note(step, checks)
                 self.loss = found.mean_loss if len(found.total) else None
                 return found

@@ -27,6 +27,7 @@ from sluiceway.strategies.non_expert import NonExpert
 from sluiceway.strategies.privacy import PRIVACY, Gaussian
 from sluiceway.strategies.robust import (
     ROBUST,
+    Agreement,
     GeometricMedian,
     Krum,
     Median,
@@ -79,6 +80,7 @@ __all__ = [
     "SERVER",
     "STRATEGIES",
     "Adam",
+    "Agreement",
     "Broadcast",
     "Central",
     "ClassMeans",

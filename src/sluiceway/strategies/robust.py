@@ -220,6 +220,60 @@ class GeometricMedian:
         ]
 
 
+@dataclass(config=PARAMETERS, kw_only=True)
+class Agreement:
+    """Who goes against the others is left out, and nobody goes further or counts for much more.
+
+    In turn, of a round's N updates: those whose direction u_i = w_i - old, taken to length one, has
+    a cosine below `cosine` with the geometric median of all N directions are left out, (N - 1) // 2
+    at most, the lowest first; what is left goes through `NormClipping`, extra tensors as well; and
+    numbers of examples count up to `most` times their median. What is left is the strategy's to
+    weigh. Directions are of all trained parameters; an update that changes nothing has none, and
+    stays. [ours, from RFA, arXiv 1912.13445, and norm clipping, arXiv 1911.07963]
+
+    cosine: in [-1, 1]; of clients of unlike data it is above zero, see docs/strategies.md.
+    most: > 0; None believes every number of examples.
+    """
+
+    cosine: float = Field(default=0.0, ge=-1, le=1)
+    most: float | None = Field(default=3.0, gt=0, allow_inf_nan=False)
+
+    def least(self) -> int:
+        return 3
+
+    def streams(self) -> bool:
+        return False
+
+    def __call__(self, updates: list[Update], strategy: Strategy) -> list[Update]:
+        if len(updates) < self.least():
+            return updates
+        against = opposed(products(updates, strategy), self.cosine)
+        kept = [update for at, update in enumerate(updates) if at not in against]
+        if self.most is not None:
+            usual = max(1, int(self.most * median(update.examples for update in kept)))
+            kept = [replace(update, examples=min(update.examples, usual)) for update in kept]
+        return NormClipping()(kept, strategy)
+
+
+def opposed(gram: Tensor, cosine: float) -> set[int]:
+    """The rows of N points that go against the geometric median of their directions.
+
+    Args:
+        gram: inner products of the points, [N, N] float64.
+        cosine: with that median, below which a point goes against it.
+
+    Returns:
+        (N - 1) // 2 rows at most, the lowest cosines first; none that is zero.
+    """
+    norms = gram.diagonal().sqrt()
+    units = gram / (norms[:, None] * norms).clamp_min(1e-300)
+    weights = weiszfeld(units, GeometricMedian.nu, GeometricMedian.steps)
+    along = units @ weights
+    found = along / (weights @ along).clamp_min(1e-300).sqrt()
+    lowest = found.argsort(stable=True, dim=0)[: (len(gram) - 1) // 2].tolist()
+    return {row for row in lowest if norms[row] > 0 and found[row] < cosine}
+
+
 def products(updates: Sequence[Update], strategy: Strategy) -> Tensor:
     """The inner products of the updates' changes of the parameters, [N, N] float64.
 
@@ -448,4 +502,5 @@ ROBUST: dict[str, type[UpdateRule]] = {
     "norm-clipping": NormClipping,
     "krum": Krum,
     "geometric-median": GeometricMedian,
+    "agreement": Agreement,
 }
