@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from tests.split.small import (
@@ -21,10 +23,15 @@ from torch.nn import functional
 from sluiceway.split import (
     ACPSL,
     BatchId,
+    Bottleneck,
+    Compressor,
     L1Channels,
     Quantized,
+    RandomChannels,
+    TopK,
     cut,
 )
+from sluiceway.split.deployed import DeployedNetwork, Link
 from sluiceway.split.mask_selector import ALL
 
 
@@ -111,3 +118,64 @@ def test_masks_of_their_own_are_evaluated_each_for_its_client() -> None:
     assert record.accuracy == pytest.approx(0.75 * found[0] + 0.25 * found[1])
     assert record.mask is None
     assert record.scores is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ACPSL(ratio=32, deployed_ratio=4, warmup=0),
+        Compressor(quantize="int4", deployed_quantize="dct", deployed_ratio=4),
+        Compressor(deployed_quantize="int4"),
+        TopK(share=0.05, deployed_share=0.5),
+        Bottleneck(quantize="int4", deployed_quantize="fp16"),
+        RandomChannels(share=0.25, quantize="dct", deployed_ratio=4, warmup=0, ramp_rounds=0),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_model_is_evaluated_and_comes_out_as_it_is_to_be_used(method: Compressor) -> None:
+    test, sets = Pictures(200, 6), [Pictures(60, 1)]
+    as_trained = replace(
+        method, **{f.name: None for f in fields(method) if f.name.startswith("deployed_")}
+    )
+    runs = [
+        train(m, sets, model=normed(), test=test, rounds=2, training=SGD)
+        for m in (method, as_trained)
+    ]
+    found, plain = (records(run.records)[-1] for run in runs)
+    # Training is the same: the layers, and every byte of it.
+    assert (found.accuracy_full, found.bytes_up) == (plain.accuracy_full, plain.bytes_up)
+    network = runs[0].model
+    assert isinstance(network, DeployedNetwork)
+    values = network.front(test.tensors[0])
+    link = network.links[str(network.client)]
+    assert isinstance(link, Link)
+    logits, crossed = [], 0
+    for part in values.split(64):
+        sent = part if link.basis is None else link.basis.forward(part)
+        message, _ = method.deployed.up(sent, BatchId(0, 0, 0), mask=link.mask, training=False)
+        opened = method.deployed.open(bytes(message)).values
+        opened = opened if link.basis is None else link.basis.inverse(opened)
+        logits.append(network.back(opened))
+        crossed = crossed or len(bytes(message))
+    right = (torch.cat(logits).argmax(1) == test.labels).double().mean()
+    assert found.accuracy == float(right)
+    assert found.bytes_per_prediction == crossed / 64
+    assert plain.bytes_per_prediction < found.bytes_per_prediction or method.quantize == "none"
+
+
+def test_in_a_u_shape_a_prediction_is_what_crosses_both_cuts() -> None:
+    test, method = Pictures(64, 6), Quantized(quantize="int4", deployed_quantize="int8")
+    how = {"schedule": "u", "tail_at": "conv4", "training": SGD}
+    built = set_up(normed(), "conv1", [Pictures(60, 1)], method, test, **how)
+    record = built.run_round(1, [0])
+    values = built.model.front(test.tensors[0])
+    up = method.deployed.up(values, BatchId(0, 0, 0))[0]
+    down = method.up(built.model.back(method.deployed.open(up).values), BatchId(0, 0, 0))[0]
+    assert record.bytes_per_prediction == (len(bytes(up)) + len(bytes(down))) / 64
+
+
+def test_a_ratio_of_use_without_a_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"deployed_ratio: only bits, step, dct, slfac fill a"):
+        Compressor(quantize="int8", deployed_ratio=8)
+    with pytest.raises(ValueError, match="sends elements, which have no positions"):
+        TopK(deployed_quantize="dct")

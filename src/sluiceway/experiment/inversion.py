@@ -23,9 +23,10 @@ from sluiceway.core.seeds import derive_seed
 from sluiceway.core.waits import counted
 from sluiceway.data import ImageDataset, ImageTable, holdout, limit
 from sluiceway.errors import InputError
+from sluiceway.experiment.builders import chosen_compressor
 from sluiceway.experiment.session import Session
 from sluiceway.experiment.trained import TrainedModel, load
-from sluiceway.split.deployed import DeployedNetwork
+from sluiceway.split.deployed import DeployedNetwork, Link
 
 #: The attacker's share of the training images, how many others it is tried on, and its training.
 SHARE: Final = 0.08
@@ -143,14 +144,17 @@ def pixels(table: ImageTable) -> Tensor:
 
 @torch.no_grad()
 def crosses(trained: TrainedModel, model: DeployedNetwork, table: ImageTable) -> Tensor:
-    """What the server reads of these images, as maps [N, C, h, w] on the CPU.
+    """What the server reads of these images in training, as maps [N, C, h, w] on the CPU.
 
     Tokens of a square become one, without a class token; other vectors become points.
     """
     given = trained.input
     assert given is not None
     images = ImageDataset(table.images, table.labels, given["mean"], given["std"])
-    link, found = model.links[str(model.client)], []
+    deployed, found = model.links[str(model.client)], []
+    assert isinstance(deployed, Link)
+    link = Link(chosen_compressor(trained.recipe), deployed.mask, deployed.basis)
+    link.to(trained.device)
     for part in torch.arange(len(images)).split(BATCH):
         batch, _ = images.gather(part)
         found.append(link(model.front(batch.to(trained.device))).cpu())

@@ -142,6 +142,7 @@ def split_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kept_by_round": [record["kept"] for record in records],
         "channels": records[-1]["channels"],
         "bits_by_round": [record.get("bits") for record in records],
+        "bytes_per_prediction": records[-1].get("bytes_per_prediction"),
         "scores_by_round": [record["scores"] for record in records],
         "masks_by_round": [record["mask"] for record in records],
     }

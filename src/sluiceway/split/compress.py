@@ -9,7 +9,8 @@ exact derivative of the network with the mask in it.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -63,6 +64,9 @@ class Compressor:
         error_feedback: what rounding took from a client's gradient goes into its next one.
         noise: Gaussian noise on smashed data, relative to their standard deviation, >= 0: a defence
             against rebuilding inputs. In training and in evaluation; run.seed decides it.
+        deployed_quantize, deployed_ratio: `quantize` and `ratio` of the trained model's use, in
+            evaluation, predictions and exported models; None is as in training. Layers that learn
+            from coarse values can do with finer ones, which cross once there, not in every step.
         limit: in bytes, of a message and of the dense float32 tensor it opens to, in [1, 2^40].
     """
 
@@ -79,15 +83,31 @@ class Compressor:
     coder: Literal["none", "range"] = "none"
     error_feedback: bool = False
     noise: float = Field(default=0.0, ge=0)
+    deployed_quantize: Quantize | None = None
+    deployed_ratio: float | None = Field(default=None, ge=1, le=10_000)
     limit: int = Field(default=LIMIT, ge=1, le=1 << 40)
 
     def __post_init__(self) -> None:
         self._feedback = ErrorFeedback()
-        for codec in {self.codec, self.gradient_codec} & set(TRANSFORMING):
+        codecs = {self.codec, self.gradient_codec, self.deployed_quantize or "none"}
+        for codec in codecs & set(TRANSFORMING):
             if self.elements:
                 raise ValueError(
                     f"quantize = {codec!r}: {self.name} sends elements, which have no positions"
                 )
+        if self.deployed_ratio and (self.deployed_quantize or self.quantize) not in BUDGETED:
+            raise ValueError(
+                f"deployed_ratio: only {', '.join(BUDGETED)} fill a budget; choose one as "
+                "deployed_quantize"
+            )
+
+    @property
+    def deployed(self) -> Self:
+        """The compressor where the trained model is used: as the keys deployed_... say."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {k: v for k, v in values.items() if k.startswith("deployed_") and v is not None}
+        changed = {k.removeprefix("deployed_"): v for k, v in given.items()} | dict.fromkeys(given)
+        return replace(self, **changed) if given else self
 
     @property
     def codec(self) -> str:

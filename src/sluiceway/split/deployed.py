@@ -14,7 +14,7 @@ from sluiceway.split.compress import Compressor
 from sluiceway.split.config import SplitConfig, SplitModel
 from sluiceway.split.defence import noisy
 from sluiceway.split.mask_selector import ALL
-from sluiceway.split.packing import BatchId
+from sluiceway.split.packing import BatchId, Encoded
 
 #: What a basis is made of.
 PARTS = tuple(field.name for field in fields(Basis))
@@ -53,17 +53,21 @@ class Link(nn.Module):
         return None if parts["rotation"] is None else Basis(**parts)
 
     @torch.no_grad()
-    def forward(self, values: Tensor) -> Tensor:
-        """[B, C, ...] -> the same shape, float32, zero where nothing crossed."""
+    def message(self, values: Tensor) -> Encoded:
+        """What crosses of [B, C, ...]."""
         basis = self.basis
         if self.compressor.noise:
             # Drawn by what crosses: the same inputs give the same outputs.
             seed = int(values.double().sum().view(torch.int64)) & LARGEST_SEED
             values = noisy(values, self.compressor.noise, seed)
         sent = values if basis is None else basis.forward(values)
-        message, _ = self.compressor.up(sent, BatchId(0, 0, 0), mask=self.mask, training=False)
-        opened = self.compressor.open(message, device=values.device).values
-        return opened if basis is None else basis.inverse(opened)
+        return self.compressor.up(sent, BatchId(0, 0, 0), mask=self.mask, training=False)[0]
+
+    @torch.no_grad()
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape, float32, zero where nothing crossed."""
+        opened = self.compressor.open(self.message(values), device=values.device).values
+        return opened if (basis := self.basis) is None else basis.inverse(opened)
 
 
 class DeployedNetwork(nn.Module):
@@ -71,7 +75,7 @@ class DeployedNetwork(nn.Module):
 
     Args:
         model: the cut network.
-        link, tail_link: compression at its cuts.
+        link, tail_link: compression at its cuts, in training; as `deployed` says of them in use.
         masks: keep masks, [C] bool or None, by client, or of `ALL` if all have the same.
         basis: of the components that cross; None if channels do.
 
@@ -89,7 +93,9 @@ class DeployedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.front, self.back = model.front, model.back
-        self.links = nn.ModuleDict({str(key): Link(link, m, basis) for key, m in masks.items()})
+        self.links = nn.ModuleDict(
+            {str(key): Link(link.deployed, m, basis) for key, m in masks.items()}
+        )
         self.tail = None if model.tail is None else nn.Sequential(Link(tail_link), model.tail)
         self.client: int = next(iter(masks))
         self.eval()
@@ -109,3 +115,18 @@ class DeployedNetwork(nn.Module):
         """Logits from what the front gives, [B, C, ...]."""
         out: Tensor = self.back(self.links[str(self.client)](values))
         return out if self.tail is None else self.tail(out)
+
+    def nbytes(self, values: Tensor) -> int:
+        """Bytes of the messages by which a batch is predicted, to the back and in a U-shape on.
+
+        Args:
+            values: what the front gives, [B, C, ...].
+        """
+        link = self.links[str(self.client)]
+        assert isinstance(link, Link)
+        total = len(link.message(values))
+        if self.tail is None:
+            return total
+        tail_link = self.tail[0]
+        assert isinstance(tail_link, Link)
+        return total + len(tail_link.message(self.back(link(values.clone()))))

@@ -23,11 +23,13 @@ class TopK(Compressor):
 
     Args:
         share: of the elements of an example, in (0, 1]; at least one is kept.
+        deployed_share: of the trained model's use; None is as in training.
     """
 
     name: ClassVar[str] = "topk"
     elements: ClassVar[bool] = True
     share: float = Field(default=0.1, gt=0, le=1)
+    deployed_share: float | None = Field(default=None, gt=0, le=1)
 
     def kept(self, shape: tuple[int, ...]) -> int:
         return share_count(self.share, prod(shape[1:]))

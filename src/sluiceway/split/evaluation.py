@@ -25,10 +25,13 @@ class SplitEvaluation:
         deployed: with the mask and the rounding of training, by client, or of `ALL` if all clients
             have the same mask.
         full: with nothing dropped or rounded.
+        nbytes: that cross for a prediction, by client or of `ALL`, in batches as the test set's
+            first.
     """
 
     deployed: Mapping[int, Evaluation]
     full: Evaluation
+    nbytes: Mapping[int, float]
 
     def of(self, client: int) -> Evaluation:
         """As deployed with the client's mask."""
@@ -43,6 +46,12 @@ class SplitEvaluation:
             sum(weights[c] * found.accuracy for c, found in self.deployed.items()),
             sum(weights[c] * found.mean_loss for c, found in self.deployed.items()),
         )
+
+    def mean_nbytes(self, sizes: Sequence[int]) -> float:
+        """Bytes that cross for a prediction, the mean over clients as in `mean`."""
+        if ALL in self.nbytes:
+            return self.nbytes[ALL]
+        return sum(sizes[c] * size for c, size in self.nbytes.items()) / sum(sizes)
 
     def metrics(self, sizes: Sequence[int], metric: str | Metric = "accuracy") -> dict[str, float]:
         """`metrics_of` as deployed, the mean over clients as in `mean`."""
@@ -90,26 +99,32 @@ class Evaluator:
         inexact = distinct.keys() - exact
         found, full = dict.fromkeys(distinct, Evaluation.nothing()), Evaluation.nothing()
         deployed = {
-            key: DeployedNetwork.of(model, self.config, distinct[key], basis) for key in inexact
+            key: DeployedNetwork.of(model, self.config, mask, basis)
+            for key, mask in distinct.items()
         }
+        nbytes = dict.fromkeys(distinct, 0.0)
         for part in torch.arange(len(self.test)).split(BATCH):
             if not len(part):
                 continue
             batch = Batch.of(self.test, part, self.config.device)
             values = batch.run(model.front)
-            for key, network in deployed.items():
-                found[key] += self._evaluation(network.onward(values), batch.labels)
+            if not part[0]:
+                sizes = {key: network.nbytes(values) for key, network in deployed.items()}
+                nbytes = {key: size / len(part) for key, size in sizes.items()}
+            for key in inexact:
+                found[key] += self._evaluation(deployed[key].onward(values), batch.labels)
             # Last, since layers that work in place may change the values.
             logits = model.back(values)
             full += self._evaluation(
                 logits if model.tail is None else model.tail(logits), batch.labels
             )
         found |= dict.fromkeys(exact, full)
-        return SplitEvaluation({client: found[key] for client, key in keys.items()}, full)
+        by_client = {client: found[key] for client, key in keys.items()}
+        return SplitEvaluation(by_client, full, {c: nbytes[key] for c, key in keys.items()})
 
     def _is_exact(self, mask: Tensor | None) -> bool:
         """Whether nothing is dropped or rounded on its way."""
-        links = self.config.link, self.config.tail_link
+        links = self.config.link.deployed, self.config.tail_link
         exact = all(link.codec == "none" and not link.elements and not link.noise for link in links)
         return exact and (mask is None or bool(mask.all()))
 

@@ -38,10 +38,11 @@ class SplitRecord(Record):
     `accuracy`, `loss` and `accuracy_by_client` are those of the network as deployed: with the
     round's masks and rounding, and where clients have masks of their own the mean over clients by
     their examples. `accuracy_full` is that of the same network with nothing dropped or rounded.
-    `bits` cross up for each value of the smashed data, see `Traffic`; None where nothing did.
-    `kept` channels cross in the mean over the round's clients, of `channels` at the cut. `mask` [C]
-    is the merged one, `scores` [C] are those merged at the end of the round, for the next mask;
-    None where there are none.
+    `bytes_per_prediction` cross for a test example, in a U-shape both ways; training's bytes have
+    none of them. `bits` cross up for each value of the smashed data, see `Traffic`; None where
+    nothing did. `kept` channels cross in the mean over the round's clients, of `channels` at the
+    cut. `mask` [C] is the merged one, `scores` [C] are those merged at the end of the round, for
+    the next mask; None where there are none.
     """
 
     accuracy_full: float = 0.0
@@ -50,6 +51,7 @@ class SplitRecord(Record):
     mask: list[bool] | None = None
     scores: list[float] | None = None
     bits: float | None = None
+    bytes_per_prediction: float = 0.0
 
 
 class SplitLoop:
@@ -315,6 +317,7 @@ class SplitLoop:
             mask=None if mask is None else mask.tolist(),
             scores=None if scores is None else scores.tolist(),
             bits=self.traffic.bits,
+            bytes_per_prediction=found.mean_nbytes(self.sizes),
         )
 
     def deployed_masks(self) -> dict[int, Tensor | None]:
