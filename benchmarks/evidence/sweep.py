@@ -221,6 +221,7 @@ def run_round(table: Table, job: Job) -> dict[str, Any]:
         "tuning": job.tuning,
         **{name: summary[name] for name in kept},
         "personal": summary["mean_personal_accuracy"],
+        "bytes_per_prediction": summary.get("bytes_per_prediction"),
     }
 
 

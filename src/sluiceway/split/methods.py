@@ -23,7 +23,7 @@ from sluiceway import channels
 from sluiceway.channels import ChannelChooser
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.bottleneck import Bottleneck, one_by_one
-from sluiceway.split.compress import Channels, Compressor, Quantize, Quantized
+from sluiceway.split.compress import BUDGETED, Channels, Compressor, Quantize, Quantized
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.packing import BatchId
 from sluiceway.split.scorers import (
@@ -121,6 +121,8 @@ class ChannelChoice(Channels):
 
 #: What `acp-sl` sets for channels of a mask, the paper's form, where nothing else is said.
 CHANNEL_FORM: dict[str, Any] = {"basis": "channels", "quantize": "none"}
+#: What it sets for components that fill a budget.
+DEPLOYED_FORM: dict[str, Any] = {"deployed_ratio": 8.0}
 #: Keys that say something of masks alone.
 CHANNEL_KEYS = {"rule", "share", "tau", "kappa", "budget_mb", "ramp_rounds", "margin", "decay"}
 CHANNEL_KEYS |= {"masks", "score", "grid", "memory"}
@@ -148,6 +150,7 @@ class ACPSL(ChannelChoice):
         `growth`.
     label_weight: with basis "label" between-class scatter counts so many times what the covariance
         does, in sum.
+    deployed_ratio: 8 for components that fill a budget.
     label_bits: an error of a component counts 1 + label_bits f / mean f times, f the share of its
         variance that is between classes: such components get more bits; for any other basis than
         "channels".
@@ -171,14 +174,16 @@ class ACPSL(ChannelChoice):
     @classmethod
     def with_preset(cls, given: Any) -> Any:
         """The form for channels of a mask below what is given."""
-        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
         if not isinstance(values, Mapping):
             return given
         # Error feedback is of channels too, but "false" says nothing.
         implied = values.get("preset") == "paper" or bool(values.get("error_feedback"))
         implied |= not CHANNEL_KEYS.isdisjoint(values)
-        basis = values.get("basis", "channels" if implied else "eigen")
-        return {**CHANNEL_FORM, **values} if basis == "channels" else given
+        if values.get("basis", "channels" if implied else "eigen") == "channels":
+            return {**CHANNEL_FORM, **values}
+        used = values.get("deployed_quantize") or values.get("quantize", cls.quantize)
+        return {**DEPLOYED_FORM, **values} if used in BUDGETED else given
 
     @property
     def by_class(self) -> bool:
