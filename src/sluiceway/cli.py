@@ -384,3 +384,7 @@ def keys(
     from sluiceway.experiment.listings import show_keys
 
     show_keys(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
