@@ -19,9 +19,9 @@ def runs_of(name: str) -> Runs:
     compared = json.loads((ROOT / "runs" / name / "compare.json").read_text("utf-8"))
     return {
         name: {
-            variant["name"]: {
+            variant["name"].partition(",")[0]: {
                 int(path.parent.name.removeprefix("seed-")): json.loads(path.read_text("utf-8"))
-                for path in (ROOT / "runs" / name / variant["name"]).glob("seed-*/summary.json")
+                for path in (ROOT / "runs" / name / variant["folder"]).glob("seed-*/summary.json")
             }
             for variant in compared["variants"]
         }
