@@ -11,7 +11,6 @@ from sluiceway.fedalign import (
     consistency_score,
     consistency_weights,
     global_routing,
-    mean_routing,
     overlap,
 )
 
@@ -120,13 +119,6 @@ def test_scores_of_clients_alone_are_in_proportion_to_the_weights(layer: Layer) 
     scores = torch.stack([consistency_score(*one) for one in zip(r, margin, strict=True)])
     w = consistency_weights(r, torch.ones(r.shape[1]), margin)
     torch.testing.assert_close(scores / scores.sum(0), w, rtol=0, atol=1e-8)
-
-
-def test_mean_routing() -> None:
-    r = torch.tensor([[0.75, 0.25], [0.25, 0.75], [1.0, 0.0]])
-    close(mean_routing(r, torch.tensor([3, 1, 0])), [0.625, 0.375])
-    with pytest.raises(ValueError, match="at least one client with examples"):
-        mean_routing(r, torch.zeros(3))
 
 
 def test_global_routing_of_no_tokens_is_uniform() -> None:

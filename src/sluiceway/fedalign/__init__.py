@@ -42,7 +42,6 @@ from sluiceway.fedalign.routing import (
     global_routing,
     load_balance,
     marginal_penalty,
-    mean_routing,
     overlap,
     routing_statistics,
 )
@@ -79,7 +78,6 @@ __all__ = [
     "low_rank_moment",
     "marginal_penalty",
     "match_experts",
-    "mean_routing",
     "mean_squares",
     "means_head",
     "moment_fault",

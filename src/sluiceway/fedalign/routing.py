@@ -212,8 +212,7 @@ def overlap(r: Tensor, r_g: Tensor) -> Tensor:
 
         o_i(e) = r_i(e) * r_g(e)      [paper: "product alignment of local and global routing"]
 
-    with r_g of the previous round, and in round 1 the example-weighted mean of r_i [ours]
-    (`mean_routing`).
+    with r_g of the previous round.
 
     Args:
         r: routing distributions of the clients, [N, E], in [0, 1].
@@ -272,29 +271,6 @@ def consistency_score(r: Tensor, margin: Tensor) -> Tensor:
         [E], above 0.
     """
     return r * (margin + 1e-12) + 1e-30
-
-
-def mean_routing(r: Tensor, examples: Tensor) -> Tensor:
-    """Example-weighted mean routing, the r_g of round 1  [ours]::
-
-        r_g(e) = sum_i n_i r_i(e) / sum_i n_i
-
-    Args:
-        r: routing distributions of the clients, [N, E], in [0, 1].
-        examples: number of training examples n_i, [N], at least 0, not all 0.
-
-    Returns:
-        r_g, [E], in [0, 1], float64; sums to one if every r_i does.
-
-    Raises:
-        ValueError: a shape does not fit, or no client has an example.
-    """
-    r = as_double("r", r, "N", "E")
-    examples = as_double("examples", examples, r.shape[0])
-    total = examples.sum()
-    if total <= 0:
-        raise ValueError("examples: expected at least one client with examples, got none")
-    return (examples / total) @ r
 
 
 def global_routing(w: Tensor, r: Tensor) -> Tensor:
