@@ -120,6 +120,26 @@ def test_links_of_the_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_pages_hold_no_notes_to_self() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"\bTODO\b|\bFIXME\b|\bXXX\b|should say so", text), page.name
+
+
+def test_who_reads_label_counts_is_said() -> None:
+    """A summary, which comes home to whoever submits, has them in every form of run."""
+    (row,) = (line for line in lines("docs/deploy.md") if line.startswith("| a site's update"))
+    assert "whoever submits" in row
+    assert "`summary.json` and in the report, of U-shaped runs too" in row
+    (row,) = (line for line in lines("docs/deploy.md") if "client's error" in line)
+    assert "paths and label values" in row
+    assert row.endswith("| the server, the submitter |")
+
+
+def lines(page: str) -> list[str]:
+    return (ROOT / page).read_text(encoding="utf-8").splitlines()
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """Every `sluiceway ...` line of the pages' shell blocks, without continuations and remarks."""
     found = []

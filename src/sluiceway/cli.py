@@ -24,6 +24,7 @@ from sluiceway.experiment.command_line import (
     RecipeName,
     Resume,
     Settings,
+    is_given,
     new_folder,
     overrides,
     refuse_idle,
@@ -303,7 +304,9 @@ def inspect(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     width: Annotated[int, typer.Option(help="Channels of a network for images.")] = 32,
-    image: Annotated[str, typer.Option(metavar="CxHxW", help="Its input.")] = "3x32x32",
+    image: Annotated[
+        str, typer.Option(metavar="CxHxW", help="Its input; of Hugging Face's: as configured.")
+    ] = "3x32x32",
     experts: Annotated[int, typer.Option(help="Upcycle first, into this many; 0: no.")] = 0,
     top_k: Annotated[int, typer.Option(help="Experts a token, when upcycling.")] = 2,
     layers: Annotated[int, typer.Option(help="Last layers to upcycle.")] = 1,
@@ -336,7 +339,14 @@ def inspect(
             show_inversion(Path(model), device)
         return
     refuse_idle(ctx, "--inversion", "device")
-    from sluiceway.experiment.inspect import show_cuts, show_layout, show_own
+    from sluiceway.experiment.inspect import (
+        of_images,
+        show_blocks,
+        show_cuts,
+        show_layout,
+        show_own,
+    )
+    from sluiceway.experiment.models import outlined
     from sluiceway.experiment.own_code import is_code
     from sluiceway.experiment.recipe import NETWORKS
 
@@ -348,10 +358,18 @@ def inspect(
         refuse_idle(ctx, "a model of texts", *upcycling)
         show_cuts(model, width, image)
     else:
-        refuse_idle(ctx, "a network for images, as conv4", "width", "image")
+        refuse_idle(ctx, "a network for images, as conv4", "width")
         if not experts:
             refuse_idle(ctx, "--experts above 0", "top_k", "layers")
-        show_layout(model, experts, top_k, layers, lora, gguf)
+        found, source = outlined(model, gguf or None)
+        if of_images(found):
+            refuse_idle(ctx, "a model of texts", *upcycling)
+            show_blocks(model, found, source, image if is_given(ctx, "image") else "")
+        else:
+            refuse_idle(ctx, "a model of images", "image")
+            show_layout(
+                model, found, source, experts=experts, top_k=top_k, layers=layers, lora=lora
+            )
 
 
 @app.command()

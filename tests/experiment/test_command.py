@@ -98,6 +98,8 @@ def test_every_schedule_drops_channels(own: Path, settings: list[str], run: Run)
     summary = run(own, "out", *settings, *paper)
     assert summary["kept_by_round"][0] == summary["channels"] == 8
     assert summary["kept_by_round"][-1] < 8
+    # Known of every site, U-shaped too, as docs/deploy.md says: whoever submits reads them.
+    assert sum(map(sum, summary["label_counts"])) == 240
 
 
 @pytest.mark.parametrize("own", ["split_recipe"], indirect=True)

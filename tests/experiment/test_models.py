@@ -15,7 +15,8 @@ from tests.moe.conftest import FAMILIES
 from transformers import AutoTokenizer
 
 from sluiceway.errors import InputError
-from sluiceway.experiment.models import classifier, load_pretrained
+from sluiceway.experiment.encoding import positions
+from sluiceway.experiment.models import Pretrained, classifier, load_pretrained
 from sluiceway.experiment.recipe import Model, load_recipe
 from sluiceway.experiment.run import run
 
@@ -208,3 +209,18 @@ def test_more_tokens_than_positions(recipe: Path, csv_file: Path, tmp_path: Path
     )
     with pytest.raises(InputError, match=r"data\.max_tokens = 700: a text has 700 tokens, and the"):
         run(chosen)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("Bert", 24), ("Roberta", 22), ("MPNet", 22)])
+def test_as_many_positions_as_a_model_takes(kind: str, most: int, model_folder: Path) -> None:
+    """RoBERTa and MPNet count positions from behind the padding's, which is number 1."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, intermediate_size=32, max_position_embeddings=24, pad_token_id=1, **small
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, model_max_length=512)
+    assert positions(Pretrained(model, tokenizer, "", 16)) == most
+    model(input_ids=torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 5))

@@ -199,3 +199,24 @@ def test_inspect_lists_the_blocks(
     # The lines above the table are more where the folder's name is long.
     header = next(at for at, line in enumerate(shown) if line[:1] == ["cut"])
     assert [line[0] for line in shown[header + 1 :]] == BLOCKS[kind]
+
+
+def test_inspect_takes_the_shape_of_the_images(
+    saved: Callable[[str], Path],
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
+) -> None:
+    for given, stem in ([], "8x56x56"), (["--image", "1x32x64"], "8x8x16"):
+        assert main(["inspect", str(saved("resnet")), *given]) == 0
+        assert f"stem {stem} " in " ".join(capsys.readouterr().out.split())  # a quarter
+    vit = saved("vit")
+    assert "--image 3x16x16: Input image size (16*16)" in refused(
+        "inspect", vit, "--image", "3x16x16"
+    )
+    assert "--image 3x8: write 3x32x32" in refused("inspect", vit, "--image", "3x8")
+    for option in ("--experts", "--lora"):
+        why = f"{option} has no effect here: it needs a model of texts"
+        assert why in refused("inspect", vit, option, "4")
+    why = "--image has no effect here: it needs a model of images"
+    assert why in refused("inspect", model_folder, "--image", "3x8x8")

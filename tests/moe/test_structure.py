@@ -36,6 +36,7 @@ from sluiceway.moe import (
     received_logits,
     upcycle,
 )
+from sluiceway.moe.search import unrecognised
 from sluiceway.transport.local import federate
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -463,6 +464,32 @@ def test_unrecognised_experts_are_not_upcycled(name: str) -> None:
 
 def test_dense_models_have_none_to_recognise() -> None:
     assert find_layout(upcycle(as_released("llama"), 1, 4)) is not None
+
+
+def test_a_router_of_one_value_is_of_no_experts() -> None:
+    """Granite Docling's tells how finely an image is read; its texts' layers are dense."""
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
+    small |= {"intermediate_size": 32}
+    texts = {"vocab_size": 50, "num_key_value_heads": 2, "pad_token_id": 0}
+    images = {"image_size": 32, "patch_size": 4, "out_hidden_size": 16, "scale_factor": 4}
+    config = transformers.GraniteDoclingConfig(
+        text_config=small | texts,
+        vision_config=small | images | {"deepstack_visual_indexes": [0]},
+        density_router_hidden_size=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.GraniteDoclingModel(config).eval()
+    assert unrecognised(model) is None
+    with pytest.raises(NoExpertsError) as caught:
+        moe_layout(model)
+    assert "not recognised" not in str(caught.value)
+    ids = {"input_ids": torch.arange(1, 13).view(2, 6)}
+    with torch.no_grad():
+        before = model(**ids).last_hidden_state
+        upcycle(model, 1, 4)
+        after = model(**ids).last_hidden_state
+    assert [block.name for block in moe_layout(model).blocks] == ["text_model.layers.1.mlp"]
+    torch.testing.assert_close(after, before)
 
 
 class Mixture(nn.Module):

@@ -61,6 +61,11 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that is
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")]
 
 
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the command line gives the option of that parameter."""
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def refuse_idle(ctx: typer.Context, needs: str, *names: str) -> None:
     """Raise InputError for the first of these options that the command line gives.
 
@@ -69,7 +74,7 @@ def refuse_idle(ctx: typer.Context, needs: str, *names: str) -> None:
         names: as the command's parameters are called.
     """
     for name in names:
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if is_given(ctx, name):
             option = name.replace("_", "-")
             raise InputError(f"--{option} has no effect here: it needs {needs}")
 

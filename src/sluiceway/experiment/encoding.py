@@ -53,6 +53,11 @@ def positions(loaded: Pretrained) -> int:
     texts = config.get_text_config() if hasattr(config, "get_text_config") else config
     known = getattr(texts, "max_position_embeddings", None)
     told = [known, getattr(loaded.tokenizer, "model_max_length", None)]
+    for name, module in loaded.backbone.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            # RoBERTa and its like count positions from behind the padding's.
+            told.append(module.num_embeddings - padding - 1)
     return min((one for one in told if isinstance(one, int) and one > 0), default=1 << 30)
 
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from sluiceway.errors import InputError, first_line, how_to_install, line, quoted
 from sluiceway.experiment.builders import network
-from sluiceway.experiment.models import outlined
 from sluiceway.experiment.own_code import fault, is_code, placed
 from sluiceway.experiment.own_model import call
-from sluiceway.experiment.vision import KINDS, chain_of
+from sluiceway.experiment.vision import KINDS, Picture, chain_of
 from sluiceway.moe import (
     Block,
     MoELayout,
@@ -31,28 +30,27 @@ from sluiceway.moe.search import unrecognised
 from sluiceway.split.cut import CutPoint, cut_points
 
 
-def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, gguf: str) -> None:
+def show_layout(
+    name: str,
+    model: nn.Module,
+    source: str,
+    *,
+    experts: int = 0,
+    top_k: int = 2,
+    layers: int = 1,
+    lora: int = 0,
+) -> None:
     """Print blocks, routers, experts, sizes, and what would cross the wire per round.
 
     Args:
-        name: of the model; its weights are not read.
+        name, model, source: a model of texts as `outlined` gives it for that name.
         experts: experts to upcycle a dense model into, 0 for none; with top_k, layers.
         lora: rank of adapters on the experts, 0 for none.
-        gguf: the file's name, of a model in a GGUF file; "" for none.
 
     Raises:
-        InputError: there is no such model.
+        InputError: it cannot be upcycled, or has no such adapters.
         NoExpertsError: it has no mixture-of-experts block and `experts` is 0.
     """
-    model, source = outlined(name, gguf or None)
-    config: Any = model.config
-    if config.model_type in KINDS:
-        wide_console().print(f"{name} from {source}, with a head for 10 classes", highlight=False)
-        side = getattr(config, "image_size", 224)
-        with torch.device("meta"):
-            chain = chain_of(model, 10)
-            show_points(cut_points(chain, torch.zeros(1, config.num_channels, side, side)))
-        return
     if experts:
         try:
             upcycle(model, layers, experts, top_k)
@@ -71,6 +69,40 @@ def show_layout(name: str, experts: int, top_k: int, layers: int, lora: int, ggu
     if lora:
         said = f"the same with adapters of rank {lora} on the experts, routers whole:"
         console.print(said, adapters_table(model, lora), sep="\n", highlight=False)
+
+
+def of_images(model: nn.Module) -> bool:
+    """Whether it is a vision model of Hugging Face that split learning can cut."""
+    config: Any = model.config
+    return config.model_type in KINDS
+
+
+def show_blocks(name: str, model: nn.Module, source: str, image: str) -> None:
+    """Print where a vision model of Hugging Face can be cut, with a head for 10 classes.
+
+    Args:
+        name, model, source: as `outlined` gives it for that name.
+        image: "CxHxW" of its images; "" for the size in its configuration, 224 x 224 if it has
+            none.
+
+    Raises:
+        InputError: the shape cannot be read, or the model takes no such images.
+    """
+    config: Any = model.config
+    own = getattr(config, "image_size", 224)
+    sides = own if isinstance(own, list | tuple) else (own, own)
+    shape = image_shape(image) if image else (config.num_channels, *sides)
+    ones, zeros = (1.0,) * config.num_channels, (0.0,) * config.num_channels
+    with torch.device("meta"):
+        chain = chain_of(model, 10, Picture(scale=ones, shift=zeros))
+        try:
+            points = cut_points(chain, torch.zeros(1, *shape))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"--image {image}: {first_line(error)}") from None
+    told = f"{name} from {source}, with a head for 10 classes"
+    said = f"{told}, on images {'x'.join(map(str, shape))}"
+    wide_console().print(said, highlight=False)
+    show_points(points)
 
 
 def show_own(name: str, image: str) -> None:

@@ -140,12 +140,17 @@ def unrecognised(model: nn.Module) -> str | None:
     seen = [f"config.{name} = {count}" for name, count in _expert_counts(values)]
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if _PART.search(kind) and not any(
-            c.__name__ == "PreTrainedModel" for c in type(module).__mro__
-        ):
+        whole = any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
+        if _PART.search(kind) and not whole and not _gives_one_value(module):
             seen.append(f"{name or 'the model'} is a {kind}")
             break
     return ", ".join(seen[:3]) or None
+
+
+def _gives_one_value(module: nn.Module) -> bool:
+    """Whether its last linear layer has one output: such a router says yes or no, of no experts."""
+    linear = [m for m in without_adapters(module) if isinstance(m, nn.Linear)]
+    return bool(linear) and linear[-1].out_features == 1
 
 
 def _expert_counts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
