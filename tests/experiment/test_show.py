@@ -178,10 +178,16 @@ def test_a_method_is_called_with_its_rule_and_optimiser() -> None:
 
 
 def test_files_given_in_a_recipe_s_place_are_named(
-    csv_file: Path, recipe: Path, run: Run, tmp_path: Path, refused: Callable[..., str]
+    csv_file: Path,
+    recipe: Path,
+    run: Run,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "is data, not a recipe: name it in a recipe's [data]" in refused("run", csv_file)
     run(recipe, "out", "run.rounds=1")
+    assert "after 1 round, " in capsys.readouterr().out
     assert "out is a run folder; its recipe is" in refused("show", tmp_path / "out")
     again = ["run", recipe, "--out", tmp_path / "out", "--resume", "--set", "data.alpha=0.7"]
     assert "data.alpha is 0.5 there and 0.7 here" in refused(*again)

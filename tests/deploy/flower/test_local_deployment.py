@@ -143,9 +143,10 @@ def test_a_bad_run_configuration_is_one_line() -> None:
         with pytest.raises(InputError, match=why) as caught:
             recipe_and_folder({**DEFAULTS, **given})
         assert "\n" not in str(caught.value)
-    given = {**DEFAULTS, "recipe": "agnews", "out": "x", "set": "run.rounds=3\n"}
+    given = {**DEFAULTS, "recipe": "agnews", "out": "x", "set": "run.rounds=3\ndata.clients=2\n"}
     recipe, out = recipe_and_folder(given)
-    assert (recipe.run.rounds, recipe.run.engine, out) == (3, "flower", Path("x"))
+    assert (recipe.run.rounds, recipe.data.clients) == (3, 2)
+    assert (recipe.run.engine, out) == ("flower", Path("x"))
 
 
 def test_the_example_app_is_that_of_a_local_deployment(tmp_path: Path) -> None:
