@@ -114,6 +114,23 @@ def choices(runs: Runs, docs: Path) -> dict[str, str]:
     return {"evidence/split.md": text}
 
 
+def cases(runs: Runs, docs: Path) -> dict[str, str]:
+    """ACP-SL and some rivals over other data, networks and cuts."""
+    settings, names = list(runs), methods_of(runs)
+    rivals = [name for name in names if name != "acp-sl"]
+    text = "\n\n".join(
+        [
+            "Mean accuracy of the second half of the rounds; a star marks a difference to `acp-sl`:",
+            table(runs, settings, names, level, "acp-sl"),
+            "What `acp-sl` is ahead of a method, in points, paired:",
+            gaps(runs, settings, "acp-sl", rivals, level),
+            "Accuracy after the last round:",
+            table(runs, settings, names, final, "acp-sl"),
+        ]
+    )
+    return {"evidence/split.md": text}
+
+
 def beside(text: str, columns: Mapping[str, Callable[[str], str]]) -> str:
     """The table with more columns, each a function of the row's name."""
     head, rule, *rows = text.splitlines()
@@ -200,6 +217,7 @@ KINDS: dict[str, Callable[[Runs, Path], dict[str, str]]] = {
     "coarse": partial(federated, picture="coarse.png"),
     "ablation": ablation,
     "choices": choices,
+    "cases": cases,
     "split": split,
     "wire": partial(split, picture="split-wire.png"),
 }

@@ -119,7 +119,7 @@ class Job:
 
     def overrides(self, table: Table) -> list[str]:
         """All overrides of the recipe."""
-        split = table.kind in ("split", "wire", "choices")  # has no workers to choose
+        split = table.kind in ("split", "wire", "choices", "cases")  # has no workers to choose
         ours = [f"run.seed={self.seed}", *([] if split else ["run.workers=1"])]
         return [
             *table.set,
