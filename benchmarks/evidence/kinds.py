@@ -120,7 +120,7 @@ def cases(runs: Runs, docs: Path) -> dict[str, str]:
     rivals = [name for name in names if name != "acp-sl"]
     text = "\n\n".join(
         [
-            "Mean accuracy of the second half of the rounds; a star marks a difference to `acp-sl`:",
+            "Mean of the second half of the rounds; a star marks a difference to `acp-sl`:",
             table(runs, settings, names, level, "acp-sl"),
             "What `acp-sl` is ahead of a method, in points, paired:",
             gaps(runs, settings, "acp-sl", rivals, level),
