@@ -9,6 +9,7 @@ import pytest
 
 from sluiceway.experiment.methods import method_of
 from sluiceway.experiment.recipe import load_recipe
+from sluiceway.split import ACPSL
 
 TABLES = Path(__file__).parents[1] / "benchmarks" / "evidence" / "tables"
 SHIPPED = [
@@ -68,3 +69,26 @@ def test_a_row_of_another_form_is_told() -> None:
 def test_the_defaults_are_those_of_the_rows(name: str) -> None:
     made = method_of({"name": name}, split=False)
     assert {key: getattr(made, key) for key in MADE_WITH[name]} == MADE_WITH[name]
+
+
+#: The same of `acp-sl` in the rows of wire, split-quickstart and wire-cases.
+COMPONENTS = {
+    "basis": "eigen",
+    "quantize": "dct",
+    "quantize_gradient": None,
+    "ratio": 32.0,
+    "ratio_gradient": None,
+    "stochastic": False,
+    "deployed_quantize": None,
+    "deployed_ratio": 8.0,
+    "label_bits": 0.0,
+    "noise": 0.0,
+    "warmup": 1,
+    "every": 1,
+    "growth": 1.5,
+}
+
+
+def test_the_defaults_of_acp_sl_are_those_of_the_rows() -> None:
+    shipped = ACPSL()
+    assert {name: getattr(shipped, name) for name in COMPONENTS} == COMPONENTS
