@@ -181,3 +181,11 @@ def test_no_endpoint_is_one_line(split_recipe: Path, tmp_path: Path) -> None:
         pytest.raises(InputError, match="carries no split run"),
     ):
         run(small(split_recipe), transport=transport)
+
+
+def test_a_method_of_one_process_is_refused(split_recipe: Path, tmp_path: Path) -> None:
+    with (
+        nearby(tmp_path) as (transport, endpoint),
+        pytest.raises(InputError, match="'delta' keeps every example's values at both ends"),
+    ):
+        run(small(split_recipe, "method.name=delta"), transport=transport, endpoint=endpoint)

@@ -11,6 +11,7 @@ from sluiceway.core.messages import WireError
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.cut import CutPoint, cut, cut_points
+from sluiceway.split.delta import Delta
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.methods import (
     ACPSL,
@@ -57,6 +58,7 @@ __all__ = [
     "Compressor",
     "Conv4",
     "CutPoint",
+    "Delta",
     "EntropyChannels",
     "Expected",
     "ICSChannels",

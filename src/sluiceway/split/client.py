@@ -166,6 +166,7 @@ class SplitClient:
             for part in order.split(self.config.training.batch_size):
                 if len(part) >= self.smallest:
                     batch = Batch.of(self.examples, part, torch.device("cpu"), generator)
+                    self.rows = part
                     yield BatchId(self.client_id, round, count), batch
                     count += 1
 
@@ -228,6 +229,7 @@ class SplitClient:
             sent = noisy(sent, self.config.link.noise, seed)
         if self.basis is not None:
             sent = self.basis.forward(sent)
+        self.config.link.expect(batch_id, self.rows, self.size)
         message, context = self.config.link.up(sent, batch_id, labels, self.mask)
         if self.config.gradients or self.tail:
             self.waiting[batch_id] = SentBatch(smashed, context, batch.labels, penalty)

@@ -73,6 +73,8 @@ class Compressor:
     name: ClassVar[str] = "sl"
     #: Single elements cross, not channels.
     elements: ClassVar[bool] = False
+    #: Both ends must be in one process.
+    one_process: ClassVar[bool] = False
 
     quantize: Quantize = "none"
     quantize_gradient: Quantize | None = None
@@ -157,6 +159,9 @@ class Compressor:
         if mask is not None:
             raise ValueError(f"mask: {self.name} chooses no channels")
         return every_channel(A.shape[1])
+
+    def expect(self, batch: BatchId, rows: Tensor, size: int) -> None:
+        """Learn, before `up`, which of the client's `size` examples a batch is of, [B] int64."""
 
     def up(
         self,

@@ -24,6 +24,7 @@ from sluiceway.channels import ChannelChooser
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.bottleneck import Bottleneck, one_by_one
 from sluiceway.split.compress import BUDGETED, Channels, Compressor, Quantize, Quantized
+from sluiceway.split.delta import Delta
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.packing import BatchId
 from sluiceway.split.scorers import (
@@ -339,6 +340,7 @@ METHODS: dict[str, type[Compressor]] = {
         TopK,
         RandTopK,
         Quantized,
+        Delta,
         SLFAC,
         Bottleneck,
     )

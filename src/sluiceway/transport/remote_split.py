@@ -202,6 +202,11 @@ def split_remote(
     Raises:
         RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
+    if settings.method.one_process:
+        raise ValueError(
+            f"method.name = {settings.method.name!r} keeps every example's values at both ends: "
+            "only in one process"
+        )
     with TlsServer(endpoint.keys, transport.sites, endpoint.listen, endpoint.port) as server:
         address = {"host": endpoint.host, "port": server.port}
         try_model(model.to(settings.device), (), test, plan.metric, settings.device, own_loss=False)
