@@ -10,8 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tensors, and process
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tests.worlds import WORDS, TinyClassifier, TinyText, tiny_bert
 from transformers import BertTokenizerFast
+
+# On a busy machine any example takes long: no test is about time.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sluiceway.core.messages import WireError
 from sluiceway.split import BatchId, Channels, Compressor, TopK, coder
 from sluiceway.split.budgeted import Bitted, Stepped, encode_bits, encode_step, transformed
 
-some = settings(max_examples=60, deadline=None)
+some = settings(max_examples=60)
 CPU = torch.device("cpu")
 ID = BatchId(1, 2, 3)
 

@@ -26,8 +26,8 @@ from sluiceway.split.packing import encode_smashed
 from sluiceway.split.quantise import CODECS, PLAIN, Coding
 from sluiceway.split.selection import Selection
 
-some = settings(max_examples=60, deadline=None)
-many = settings(max_examples=300, deadline=None)
+some = settings(max_examples=60)
+many = settings(max_examples=300)
 ID = BatchId(3, 7, 11)
 
 

@@ -44,7 +44,7 @@ STEP = Optimisation(lr=0.1, batch_size=8, optimizer="sgd")
 #: Equal sizes, so that a swap would fit by shape; and one that is smaller.
 SIZES = (8, 8, 8, 5)
 orders = st.permutations(range(4))
-few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 
 
 def begun(

@@ -15,7 +15,7 @@ from sluiceway.split import SLFAC, BatchId
 from sluiceway.split.slfac import Frequencies, allocation, encode_slfac
 
 CPU = torch.device("cpu")
-some = settings(max_examples=40, deadline=None)
+some = settings(max_examples=40)
 
 
 def values(seed: int, shape: tuple[int, int, int] = (6, 4, 12)) -> Tensor:
