@@ -22,7 +22,7 @@ from sluiceway.channels import (
     water_level,
 )
 
-some = settings(max_examples=50, deadline=None)
+some = settings(max_examples=50)
 variances = st.lists(st.floats(0, 100), min_size=1, max_size=4)
 
 

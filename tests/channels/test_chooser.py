@@ -50,7 +50,7 @@ def test_scores_are_smoothed_from_the_warm_up_on() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.floats(1, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_channels_return_only_in_a_choice(seed: int, every: int, growth: float) -> None:
     masks = run_round(chooser(every=every, growth=growth, margin=0.0), draws(seed, 20))
     for n, (before, after) in enumerate(itertools.pairwise(masks), 2):

@@ -23,7 +23,7 @@ from sluiceway.channels import (
     top,
 )
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
 score_lists = st.lists(numbers, min_size=1, max_size=9)
 inf = math.inf

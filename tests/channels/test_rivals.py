@@ -21,7 +21,7 @@ from sluiceway.channels import (
 
 Score = Callable[[Tensor], Tensor]
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 seeds = st.integers(0, 10**6)
 unlabelled = pytest.mark.parametrize("score", [l1, std, entropy, lambda A: taylor(A, A.flip(0))])
 

@@ -21,7 +21,7 @@ from sluiceway.channels import (
 
 Score = Callable[[ClassStatistics], Tensor]
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=30)
 seeds = st.integers(0, 10**6)
 scorers = pytest.mark.parametrize("score", [fisher, between, distinct, similarity])
 

@@ -35,7 +35,7 @@ def requests(draw: st.DrawFn) -> tuple[str, IntArray, int, int, float, int]:
     return kind, labels, clients, draw(seeds), alpha, classes
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(requests(), st.booleans())
 def test_every_partition_is_a_disjoint_cover_that_the_seed_alone_decides(
     request: tuple[str, IntArray, int, int, float, int], skewed: bool
@@ -60,7 +60,7 @@ def test_every_partition_is_a_disjoint_cover_that_the_seed_alone_decides(
         np.testing.assert_array_equal(one, other)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(requests())
 def test_pathological_clients_hold_few_labels(
     request: tuple[str, IntArray, int, int, float, int],

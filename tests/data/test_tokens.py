@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.small_tokenizers import bert, byte_bpe, prefixing
 from tokenizers import Tokenizer
@@ -189,7 +189,6 @@ def test_what_ends_a_text_does_not_end_a_decoders_row() -> None:
     assert found["input_ids"].tolist() == [[[2, 5, 6, 7], [2, 5, 6, 8]]]
 
 
-@settings(deadline=None)
 @given(rows, st.integers(3, 40), st.booleans())
 def test_masks_mark_what_they_say(
     pairs: list[tuple[str, list[str]]], most: int, begin: bool

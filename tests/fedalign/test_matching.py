@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     assert order.tolist() == [[0, 1, 2], [0, 1, 2], [2, 0, 1]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 6), st.integers(3, 7), st.integers(0, 1000), st.data())
 def test_what_was_put_in_another_order_is_put_back(
     experts: int, clients: int, seed: int, data: st.DataObject
@@ -43,7 +43,7 @@ def test_what_was_put_in_another_order_is_put_back(
         assert order[back].tolist() == list(range(experts))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 5), st.integers(0, 1000))
 def test_it_is_the_best_of_all_permutations(experts: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def test_it_is_the_best_of_all_permutations(experts: int, seed: int) -> None:
     assert abs(gain(tuple(order.tolist())) - best) < 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(5)), st.integers(0, 100))
 def test_the_order_of_clients_changes_nothing(shuffle: list[int], seed: int) -> None:
     regions = regions_of(4, 0.3, 5, seed)

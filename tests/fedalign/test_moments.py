@@ -43,7 +43,7 @@ def combined(
 
 
 @given(SEEDS, st.integers(0, 6), st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_moment_is_that_of_a_loop(seed: int, tokens: int, width: int) -> None:
     rows, weights = rows_of(seed, tokens, width)
     rows = fedalign.with_one(rows)
@@ -65,7 +65,7 @@ def test_the_moment_by_hand() -> None:
 
 
 @given(SEEDS, st.integers(1, 8), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_triangle_is_unpacked_as_it_was(seed: int, size: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(seed)
     half = torch.randn(size, size, generator=g)
@@ -93,7 +93,7 @@ def test_leading_eigenvectors_and_the_whole_diagonal_are_kept() -> None:
 
 
 @given(SEEDS, st.floats(0, 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_factor_scales_what_is_off_the_diagonal(seed: int, factor: float) -> None:
     rows, weights = rows_of(seed, 9, 5)
     exact = fedalign.second_moment(rows, weights, 9)
@@ -113,7 +113,7 @@ def test_a_factor_scales_what_is_off_the_diagonal(seed: int, factor: float) -> N
 
 
 @given(SEEDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_combination_minimises_the_error_on_the_clients_tokens(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     shares = [0.2, 0.3, 0.5]
@@ -137,7 +137,7 @@ def test_the_combination_minimises_the_error_on_the_clients_tokens(seed: int) ->
 
 
 @given(SEEDS, st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_one_client_alone_keeps_its_change_whatever_its_moment(seed: int, tokens: int) -> None:
     change = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).double()
     moment = fedalign.second_moment(*rows_of(seed, tokens, 4), 5)  # singular
@@ -146,7 +146,7 @@ def test_one_client_alone_keeps_its_change_whatever_its_moment(seed: int, tokens
 
 
 @given(SEEDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equal_moments_give_the_mean(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     shares = [0.2, 0.8]
@@ -158,7 +158,7 @@ def test_equal_moments_give_the_mean(seed: int) -> None:
 
 
 @given(SEEDS, st.permutations(range(4)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_order_of_clients_changes_nothing(seed: int, order: list[int]) -> None:
     g = torch.Generator().manual_seed(seed)
     shares = [0.1, 0.2, 0.3, 0.4]
@@ -183,7 +183,7 @@ def test_no_moment_at_all_is_the_mean() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_moment_as_it_is_sent_passes_and_a_wrong_one_does_not(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     scales = 10 ** (2 * torch.rand(60, generator=g) - 1)
@@ -204,7 +204,7 @@ def test_a_moment_as_it_is_sent_passes_and_a_wrong_one_does_not(seed: int) -> No
 
 
 @given(SEEDS, st.floats(0, 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_moment_from_the_update_itself(seed: int, factor: float) -> None:
     change = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))
     found = fedalign.update_moment(change, 0.25, factor=factor).matrix()
@@ -216,7 +216,7 @@ def test_a_moment_from_the_update_itself(seed: int, factor: float) -> None:
 
 
 @given(SEEDS, st.integers(1, 60))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_estimate_of_low_rank_keeps_directions_and_is_definite(seed: int, rank: int) -> None:
     g = torch.Generator().manual_seed(seed)
     direction = torch.randn(6, generator=g)

@@ -66,7 +66,7 @@ def begun(
     for client in local(built):
         client.begin(1, message, built.masks.mask(client.client_id))
         turns.append(next(client.batches(1)))
-    return built, [name for name, _ in turns], [batch for _, batch in turns]
+    return built, [name for name, _, _ in turns], [batch for _, batch, _ in turns]
 
 
 def wanted_gradients(built: SplitLoop, batches: list[Batch]) -> list[dict[str, Tensor]]:
@@ -155,7 +155,7 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
         client.begin(1, message)
         steps[client.client_id] = client.batches(1)
     for number in turns:
-        name, batch = next(steps[number])
+        name, batch, _ = next(steps[number])
         client = local(other)[number]
         server = other.servers[number]
         opened = server.open(client.send(name, batch), name, len(batch.labels), labels=True)

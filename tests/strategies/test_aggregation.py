@@ -198,7 +198,7 @@ def test_fedalign_with_every_switch_off_is_fedavg_bit_for_bit() -> None:
         assert torch.equal(off.tensors[name], tensor), name
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.permutations(range(4)), st.sampled_from(sorted(STRATEGIES)))
 def test_the_order_of_updates_changes_nothing_beyond_rounding(order: list[int], name: str) -> None:
     one, other = ready(name), ready(name)

@@ -81,7 +81,7 @@ def test_one_client_alone_gets_its_own_model_back() -> None:
 
 
 @given(order=st.permutations(range(5)))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_order_of_clients_changes_nothing(order: list[int]) -> None:
     updates = conflicting(0)
     one, other = ready(FCMoE()), ready(FCMoE())

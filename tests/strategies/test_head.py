@@ -17,7 +17,7 @@ from sluiceway.errors import InputError
 from sluiceway.strategies import STRATEGIES, Strategy, Update, strategy
 
 HEAD = ("head.weight", "head.bias")
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 def combined(

@@ -180,7 +180,7 @@ def test_directions_are_those_of_the_products() -> None:
         torch.testing.assert_close(got, wanted, atol=1e-9, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.integers(0, 9)
 )

@@ -139,7 +139,7 @@ def test_the_server_adds_noise_to_the_plain_mean_of_clipped_changes() -> None:
 
 
 @given(st.integers(0, 3), st.floats(0.01, 100))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_one_client_moves_the_mean_by_no_more_than_its_share(which: int, scale: float) -> None:
     """The sensitivity: a client's part replaced by nothing, noise aside."""
     updates = several()

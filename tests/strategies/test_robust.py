@@ -134,7 +134,7 @@ def test_agreement_is_the_cosine_with_the_median_of_directions(
         assert found == {i for i in lowest if cosines[i] < at}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(5)), st.floats(-1, 0.9), st.integers(0, 9))
 def test_agreement_knows_no_order_and_leaves_out_nobody_of_equals(
     order: list[int], cosine: float, seed: int
@@ -437,7 +437,7 @@ def test_clients_that_agree_are_followed_exactly(row: list, count: int, cut: int
         assert torch.equal(found, value)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(1e-3, 100), st.integers(0, 1000))
 def test_a_clipped_change_is_never_longer_than_the_limit(limit: float, seed: int) -> None:
     kept: list[Update] = []

@@ -157,8 +157,11 @@ class SplitClient:
         self.strategy.start_training(self.role)
         self._batches = self.batches(round)
 
-    def batches(self, round: int) -> Iterator[tuple[BatchId, Batch]]:
-        """The client's batches of a round on the CPU, shuffled and augmented by their own seed."""
+    def batches(self, round: int) -> Iterator[tuple[BatchId, Batch, Tensor]]:
+        """The client's batches of a round on the CPU, shuffled and augmented by their own seed.
+
+        Each with the numbers of its examples, [B] int64.
+        """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, round, self.client_id))
         count = 0
         for _ in range(self.config.training.local_epochs):
@@ -166,8 +169,7 @@ class SplitClient:
             for part in order.split(self.config.training.batch_size):
                 if len(part) >= self.smallest:
                     batch = Batch.of(self.examples, part, torch.device("cpu"), generator)
-                    self.rows = part
-                    yield BatchId(self.client_id, round, count), batch
+                    yield BatchId(self.client_id, round, count), batch, part
                     count += 1
 
     def end(self, round: int, crossing: bool) -> tuple[bytes, Tensor | None]:
@@ -206,13 +208,16 @@ class SplitClient:
 
     def smashed_data(self, batch_id: BatchId) -> Encoded:
         """The message of the next batch. Raises WireError if it is not the requested one."""
-        return self.send(batch_id, self._next(batch_id))
+        batch, rows = self._next(batch_id)
+        self.config.link.expect(batch_id, rows, self.size)
+        return self.send(batch_id, batch)
 
-    def _next(self, batch_id: BatchId) -> Batch:
-        found, batch = next(self._batches, (None, None))
-        if found != batch_id or batch is None:
+    def _next(self, batch_id: BatchId) -> tuple[Batch, Tensor]:
+        """The next batch, and which examples are in it."""
+        found, batch, rows = next(self._batches, (None, None, None))
+        if found != batch_id or batch is None or rows is None:
             raise WireError(f"batch {batch_id.batch} is not the next one")
-        return batch
+        return batch, rows
 
     def send(self, batch_id: BatchId, batch: Batch) -> Encoded:
         """The message of what the front makes of a batch; with labels, but in a U-shape."""
@@ -229,7 +234,6 @@ class SplitClient:
             sent = noisy(sent, self.config.link.noise, seed)
         if self.basis is not None:
             sent = self.basis.forward(sent)
-        self.config.link.expect(batch_id, self.rows, self.size)
         message, context = self.config.link.up(sent, batch_id, labels, self.mask)
         if self.config.gradients or self.tail:
             self.waiting[batch_id] = SentBatch(smashed, context, batch.labels, penalty)

@@ -163,6 +163,14 @@ class Compressor:
     def expect(self, batch: BatchId, rows: Tensor, size: int) -> None:
         """Learn, before `up`, which of the client's `size` examples a batch is of, [B] int64."""
 
+    def outgoing(self, A: Tensor, batch: BatchId) -> Tensor:
+        """What `up` sends in place of A, its shape."""
+        return A
+
+    def incoming(self, values: Tensor, batch: BatchId) -> Tensor:
+        """What `open` makes of the values that were read: the other end of `outgoing`."""
+        return values
+
     def up(
         self,
         A: Tensor,
@@ -186,6 +194,7 @@ class Compressor:
         Raises:
             ValueError: a shape does not fit, or a number is out of range.
         """
+        A = self.outgoing(A, batch)
         selection = self.select(A, batch, mask, training)
         return encode_smashed(A, selection, batch, self.codec, labels, self.coding)
 
@@ -207,7 +216,8 @@ class Compressor:
         """
         coded = is_coded(self.codec, self.coding)
         expected = Expected(shape, batch, self.codec, self.elements, labels, classes, coded)
-        return unpack_smashed(message, self.limit, expected, device)
+        found = unpack_smashed(message, self.limit, expected, device)
+        return replace(found, values=self.incoming(found.values, found.context.batch))
 
     def down(self, grad: Tensor, context: BatchContext) -> Encoded:
         """The server's message: the gradient by what crossed, and by nothing else.

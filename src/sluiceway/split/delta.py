@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sluiceway.split.compress import Compressor, Quantize
-from sluiceway.split.packing import BatchContext, BatchId, Encoded, Message, Smashed
+from sluiceway.split.packing import BatchId
 from sluiceway.strategies.base import unprefixed
 from sluiceway.strategies.parameters import PARAMETERS
 
@@ -41,40 +40,24 @@ class Delta(Compressor):
     def expect(self, batch: BatchId, rows: Tensor, size: int) -> None:
         self._due[batch] = rows, size
 
-    def up(
-        self,
-        A: Tensor,
-        batch: BatchId,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        training: bool = True,
-    ) -> tuple[Encoded, BatchContext]:
-        if batch in self._due:
-            rows, size = self._due[batch]
-            if batch.client not in self._kept:
-                self._kept[batch.client] = A.new_zeros((size, *A.shape[1:]))
-            kept = self._kept[batch.client] = self._kept[batch.client].to(A.device)
-            A = A.detach() - kept[rows.to(A.device)]
-        return super().up(A, batch, labels, mask, training=training)
+    def outgoing(self, A: Tensor, batch: BatchId) -> Tensor:
+        if batch not in self._due:
+            return A
+        rows, size = self._due[batch]
+        if batch.client not in self._kept:
+            self._kept[batch.client] = A.new_zeros((size, *A.shape[1:]))
+        kept = self._kept[batch.client] = self._kept[batch.client].to(A.device)
+        return A.detach() - kept[rows.to(A.device)]
 
     @torch.no_grad()
-    def open(
-        self,
-        message: Message,
-        shape: tuple[int | None, ...] | None = None,
-        batch: BatchId | None = None,
-        labels: bool | None = None,
-        classes: int | None = None,
-        device: str | torch.device = "cpu",
-    ) -> Smashed:
-        rows, _ = self._due.pop(batch, (None, 0)) if batch is not None else (None, 0)
-        opened = super().open(message, shape, batch, labels, classes, device)
-        if rows is None:
-            return opened
-        kept, rows = self._kept[opened.context.batch.client], rows.to(device)
-        values = kept[rows] + opened.values
+    def incoming(self, values: Tensor, batch: BatchId) -> Tensor:
+        if batch not in self._due:
+            return values
+        rows, _ = self._due.pop(batch)
+        kept, rows = self._kept[batch.client], rows.to(values.device)
+        values = kept[rows] + values
         kept[rows] = values
-        return replace(opened, values=values)
+        return values
 
     def state_dict(self) -> dict[str, Tensor]:
         kept = {f"kept/{client}": values.cpu() for client, values in self._kept.items()}

@@ -39,19 +39,10 @@ class SplitEvaluation:
 
     def mean(self, sizes: Sequence[int]) -> tuple[float, float]:
         """Accuracy and loss as deployed, the mean over clients by how many examples they hold."""
-        if ALL in self.deployed:
-            return self.deployed[ALL].accuracy, self.deployed[ALL].mean_loss
-        weights = {client: sizes[client] / sum(sizes) for client in self.deployed}
         return (
-            sum(weights[c] * found.accuracy for c, found in self.deployed.items()),
-            sum(weights[c] * found.mean_loss for c, found in self.deployed.items()),
+            over_clients({c: found.accuracy for c, found in self.deployed.items()}, sizes),
+            over_clients({c: found.mean_loss for c, found in self.deployed.items()}, sizes),
         )
-
-    def mean_nbytes(self, sizes: Sequence[int]) -> float:
-        """Bytes that cross for a prediction, the mean over clients as in `mean`."""
-        if ALL in self.nbytes:
-            return self.nbytes[ALL]
-        return sum(sizes[c] * size for c, size in self.nbytes.items()) / sum(sizes)
 
     def metrics(self, sizes: Sequence[int], metric: str | Metric = "accuracy") -> dict[str, float]:
         """`metrics_of` as deployed, the mean over clients as in `mean`."""
@@ -131,6 +122,13 @@ class Evaluator:
     def _evaluation(self, logits: Tensor, labels: Tensor) -> Evaluation:
         kept = len(self.test) * logits.shape[-1] <= SCORES_LIMIT
         return Evaluation.of(logits, labels, self.config.loss, self.classes, scores=kept)
+
+
+def over_clients(values: Mapping[int, float], sizes: Sequence[int]) -> float:
+    """The mean over clients by how many examples they hold; of `ALL` its own value."""
+    if ALL in values:
+        return values[ALL]
+    return sum(sizes[client] / sum(sizes) * value for client, value in values.items())
 
 
 def key_of(mask: Tensor | None) -> bytes:

@@ -22,7 +22,7 @@ from sluiceway.moe import MoELayout
 from sluiceway.split.client_proxy import Away, ClientProxy
 from sluiceway.split.config import batch_counts, summed_losses
 from sluiceway.split.deployed import DeployedNetwork
-from sluiceway.split.evaluation import Evaluator
+from sluiceway.split.evaluation import Evaluator, over_clients
 from sluiceway.split.mask_selector import ALL, MaskSelector
 from sluiceway.split.messages import read_initial_scores, read_round_end
 from sluiceway.split.mixer import BasisSelector, measured_size, start_learned
@@ -317,7 +317,7 @@ class SplitLoop:
             mask=None if mask is None else mask.tolist(),
             scores=None if scores is None else scores.tolist(),
             bits=self.traffic.bits,
-            bytes_per_prediction=found.mean_nbytes(self.sizes),
+            bytes_per_prediction=over_clients(found.nbytes, self.sizes),
         )
 
     def deployed_masks(self) -> dict[int, Tensor | None]:
