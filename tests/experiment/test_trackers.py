@@ -103,10 +103,12 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     records = tell("wandb", tmp_path)
+    # finish() does not wait until W&B's service has written its file; the end of a process does.
+    wandb.teardown()
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     said = read_wandb(written)
     assert said["config"]["data.alpha"] == 0.1
