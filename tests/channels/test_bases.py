@@ -19,7 +19,6 @@ from sluiceway.channels import (
     merge_moments,
     moments_size,
     water_filling,
-    water_level,
 )
 
 some = settings(max_examples=50)
@@ -166,19 +165,6 @@ class TestBits:
         assert water_filling(torch.tensor([1.0, 0.0]), 99).tolist() == [8, 0]
         with pytest.raises(ValueError, match="at least 0"):
             water_filling(torch.tensor([-1.0]), 1)
-
-    @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.floats(0, 30))
-    @some
-    def test_level_is_the_equation_and_fits(self, found: list[float], rate: float) -> None:
-        v = torch.tensor(found, dtype=torch.float64)
-        bits = water_level(v, rate)
-        assert float(bits.sum()) == pytest.approx(rate, abs=1e-9)
-        # One theta for all: those above water have the same error, those below are under it.
-        above = bits > 1e-9
-        if bool(above.any()):
-            thetas = (v.log2() / 2 - bits)[above]
-            torch.testing.assert_close(thetas, thetas[:1].expand_as(thetas))
-            assert bool((v[~above].log2() / 2 <= thetas[0] + 1e-9).all())
 
 
 class TestLabelWeights:

@@ -22,3 +22,17 @@ def cos(a: list[float], b: list[float]) -> float:
     """The cosine; 0 with a vector of zeros."""
     scale = math.hypot(*a) * math.hypot(*b)
     return sum(x * y for x, y in zip(a, b, strict=True)) / scale if scale else 0.0
+
+
+def loop_weights(r: Tensor, r_g: Tensor, margin: Tensor) -> Tensor:
+    """w_i(e) with the global routing in it, of [N, E], [E] and [N, E]."""
+    clients, experts = r.shape
+    w = torch.zeros(clients, experts, dtype=torch.float64)
+    for e in range(experts):
+        o = [r[i, e].item() * r_g[e].item() for i in range(clients)]
+        s = [o[i] * margin[i, e].item() for i in range(clients)]
+        if sum(s) == 0:
+            s = o
+        for i in range(clients):
+            w[i, e] = s[i] / sum(s)
+    return w

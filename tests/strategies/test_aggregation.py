@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fedalign.loops import loop_weights
 from tests.worlds import TinyClassifier
 from torch import Tensor
 
@@ -365,7 +366,7 @@ def test_the_gate_is_combined_row_by_row_as_the_mathematics_says() -> None:
     sent = torch.stack([u.tensors[gate] for u in updates])
     r = torch.stack([u.routing[0].routing for u in updates])
     margin = torch.stack([u.routing[0].margin for u in updates])
-    weights = fedalign.consistency_weights(r, r.mean(0), margin)
+    weights = loop_weights(r, r.mean(0), margin)
     wanted = torch.einsum("ne,ned->ed", weights, sent.double()).float()
     torch.testing.assert_close(made.tensors[gate], wanted, atol=1e-6, rtol=1e-5)
 

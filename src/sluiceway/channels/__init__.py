@@ -24,7 +24,7 @@ from sluiceway.channels.bases import (
     label_basis,
     label_weights,
 )
-from sluiceway.channels.bits import MOST_BITS, water_filling, water_level
+from sluiceway.channels.bits import MOST_BITS, water_filling
 from sluiceway.channels.chooser import ChannelChooser, Rule
 from sluiceway.channels.moments import Moments, merge_moments, moments_size
 from sluiceway.channels.pruning import (
@@ -94,5 +94,4 @@ __all__ = [
     "threshold",
     "top",
     "water_filling",
-    "water_level",
 ]

@@ -39,24 +39,3 @@ def water_filling(variances: Tensor, total: int, most: int = MOST_BITS) -> Tenso
     order = savings.flatten().sort(descending=True, stable=True)
     taken = order.indices[:total][order.values[:total] > 0]
     return torch.bincount(taken // most, minlength=len(left))
-
-
-def water_level(variances: Tensor, rate: float) -> Tensor:
-    """The same in real numbers: b_c = max(0, 1/2 log2 var_c - theta), `rate` bits together.
-
-    Args:
-        variances: [C], finite, above 0.
-        rate: at least 0.
-
-    Returns:
-        [C] float64.
-    """
-    half_logs = as_scores(variances, "C", name="variances").log2() / 2
-    if not bool(half_logs.isfinite().all()) or not rate >= 0:
-        raise ValueError("variances: expected above 0, and rate at least 0")
-    falling = half_logs.sort(descending=True).values
-    counts = torch.arange(1, len(falling) + 1, dtype=torch.float64, device=falling.device)
-    thetas = (falling.cumsum(0) - rate) / counts
-    # With the n largest above water, theta is thetas[n - 1]; the right n is the last that fits.
-    theta = thetas[int((falling >= thetas).nonzero().max())]
-    return (half_logs - theta).clamp(min=0)

@@ -103,16 +103,6 @@ def last_line(log: Path) -> str:
     return line(found[-1]) if found else "without output"
 
 
-def descendants(number: int) -> list[int]:
-    """Process ids of all that a process started, also in sessions of their own."""
-    import psutil
-
-    try:
-        return [child.pid for child in psutil.Process(number).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def end_marked(*marks: str) -> None:
     """Kill all processes that have an environment variable whose name begins with one of these."""
     while found := marked(*marks):

@@ -107,12 +107,6 @@ def second_moment(rows: Tensor, weights: Tensor, tokens: float) -> Tensor:
 
 
 @torch.no_grad()
-def mean_squares(rows: Tensor, weights: Tensor, tokens: float) -> Tensor:
-    """The diagonal of `second_moment`, [n]."""
-    return _scaled(rows, weights, tokens).square().sum(0)
-
-
-@torch.no_grad()
 def low_rank_moment(rows: Tensor, weights: Tensor, tokens: float, rank: int) -> Tensor:
     """`second_moment` as its leading eigenvectors and its diagonal, [rank + 1, n]  [ours].
 

@@ -207,61 +207,19 @@ def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def overlap(r: Tensor, r_g: Tensor) -> Tensor:
-    """Overlap of local and global routing::
-
-        o_i(e) = r_i(e) * r_g(e)      [paper: "product alignment of local and global routing"]
-
-    with r_g of the previous round.
-
-    Args:
-        r: routing distributions of the clients, [N, E], in [0, 1].
-        r_g: global routing, [E], in [0, 1].
-
-    Returns:
-        o, [N, E], in [0, 1], float64.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    r = as_double("r", r, "N", "E")
-    return r * as_double("r_g", r_g, r.shape[1])
-
-
-def consistency_weights(r: Tensor, r_g: Tensor, margin: Tensor) -> Tensor:
-    """Weight of each client in each expert's routing::
-
-        s_i(e) = o_i(e) * m_i(e);   w_i(e) = s_i(e) / sum_j s_j(e)      [paper]
-
-    and row e of the server's gate is sum_i w_i(e) * row e of client i's gate [ours], the weighted
-    mean that the strategy takes. An expert that no client chose first has s = 0 everywhere: then o
-    alone is normalised, and where that is 0 too, the clients weigh alike [ours]. Within one expert
-    r_g(e) is a common factor and cancels: it decides only whether the column is 0.
-
-    Args:
-        r: routing distributions r_i(e) of the clients, [N, E], in [0, 1].
-        r_g: global routing, [E], in [0, 1].
-        margin: mean decision margins m_i(e), [N, E], in [0, 1].
-
-    Returns:
-        w, [N, E], in [0, 1], float64; every column sums to one. One client alone has exactly 1.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    agreement = overlap(r, r_g)
-    scores = agreement * as_double("margin", margin, *r.shape)
-    scores = torch.where(scores.sum(0) == 0, agreement, scores)
-    scores = torch.where(scores.sum(0) == 0, torch.ones_like(scores), scores)
-    return scores / scores.sum(0)
-
-
 def consistency_score(r: Tensor, margin: Tensor) -> Tensor:
     """What one client counts for each expert's routing, without the others: w_i(e) up to a factor.
 
-    The global routing in the overlap is a common factor of a column of `consistency_weights`, so
-    that scores can be added up as clients come. The small terms count where those before them are
-    zero for every client.
+    With r_g the global routing of the previous round and m_i(e) the mean decision margin::
+
+        o_i(e) = r_i(e) * r_g(e)      [paper: "product alignment of local and global routing"]
+        s_i(e) = o_i(e) * m_i(e);   w_i(e) = s_i(e) / sum_j s_j(e)      [paper]
+
+    and row e of the server's gate is sum_i w_i(e) * row e of client i's gate [ours]. r_g(e) is a
+    common factor of an expert's scores and cancels, so that scores can be added up as clients
+    come. The small terms count where those before them are zero for every client: an expert that
+    no client chose first is weighed by r alone, and where that is 0 too, clients weigh alike
+    [ours].
 
     Args:
         r: routing distribution of the client, [E], in [0, 1].
