@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,17 @@ def begin_split(
     if device == "cpu":
         torch.set_num_threads(recipe.run.threads)
     settings, count = split_settings(recipe, device), len(invited.label_names)
+    model = chosen_network(recipe, examples.shape, count, filled=not recipe.trains_front())
+    model.to(settings.device)
     if shown := next((held for held in (examples, test) if len(held)), None):
         clients = [examples.subset([]) for _ in range(recipe.data.clients)]
         clients[invited.client] = examples
-        model = chosen_network(recipe, examples.shape, count, filled=False).to(settings.device)
         given = model, clients, shown, "accuracy", settings.device
         try_model(*given, own_loss=False, must=True)
 
     def setup(classes: int) -> SharedSetup:
-        frozen = not recipe.trains_front()
-        model = chosen_network(recipe, examples.shape, count, filled=frozen)
         example = Batch.of(examples if len(examples) else test, torch.tensor([0]), settings.device)
-        return SharedSetup(model, settings, example, classes, recipe.data.clients)
+        return SharedSetup(deepcopy(model), settings, example, classes, recipe.data.clients)
 
     states = ClientStateStore(folder / "states")
     trainer = SplitTrainer(invited.client, examples, setup, states, recipe.run.seed)
