@@ -48,10 +48,8 @@ class SplitEvaluation:
         """`metrics_of` as deployed, the mean over clients as in `mean`."""
         measured = {client: metrics_of(found, metric) for client, found in self.deployed.items()}
         names = set.intersection(*(set(values) for values in measured.values()))
-        whole = 1 if ALL in measured else sum(sizes[client] for client in measured)
-        weights = {client: 1 if ALL in measured else sizes[client] for client in measured}
         return {
-            name: sum(weights[c] * values[name] for c, values in measured.items()) / whole
+            name: over_clients({c: values[name] for c, values in measured.items()}, sizes)
             for name in (*METRICS, name_of(metric))
             if name in names
         }
