@@ -73,6 +73,14 @@ def test_a_batch_keeps_what_lies_before_the_last_token() -> None:
     assert rows.gather([0, 1])[0]["attention_mask"].tolist() == [[0, 0, 1], [0, 1, 0]]
 
 
+def test_texts_that_fill_what_is_read_are_counted() -> None:
+    dataset = texts([1, 4, 3, 4])
+    assert (dataset.filled(4), dataset.filled(5), dataset.subset([0, 1]).filled(4)) == (2, 0, 1)
+    mask = torch.tensor([[[1, 1], [1, 0]], [[1, 0], [1, 0]]])  # of two options each
+    pairs = TextDataset({"input_ids": mask, "attention_mask": mask}, np.array([0, 1]))
+    assert pairs.filled(2) == 1
+
+
 def test_no_rows() -> None:
     for whole in (texts([3, 4]), texts([])):
         inputs, labels = whole.gather([])

@@ -11,10 +11,8 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from tests.experiment.conftest import Run
 
 from sluiceway.cli import main
@@ -23,7 +21,6 @@ from sluiceway.core.round_loop import Record
 from sluiceway.experiment import progress
 from sluiceway.experiment.compare import folder_names
 from sluiceway.experiment.recipe import load_recipe, recipe_from
-from sluiceway.experiment.run import filled
 from sluiceway.experiment.tables import method_label, shipped_recipes
 
 #: Makes a recipe of texts one of images.
@@ -281,23 +278,3 @@ def test_seconds_go_on_after_a_resume(
     assert main([*map(str, again)]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["seconds"] >= summary["round_seconds"] >= 100
-
-
-class Lengths:
-    """Texts of these numbers of tokens, padded to four."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.mask = torch.arange(4) < torch.tensor(lengths)[:, None]
-
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def gather(self, indices: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        return {"attention_mask": self.mask[indices].long()}, torch.zeros(len(indices))
-
-
-def test_texts_that_fill_what_is_read_are_counted() -> None:
-    lengths = [1, 4, 3, 4] * 400  # more than are read at once
-    examples: Any = Lengths(lengths)
-    assert filled(examples, 4) == lengths.count(4)
-    assert filled(examples, 5) == 0

@@ -114,6 +114,10 @@ class TextDataset(LabelledDataset[dict[str, Tensor]]):
         }
         return batch, self._labels[rows]
 
+    def filled(self, width: int) -> int:
+        """How many rows, or rows of options, reach so many tokens."""
+        return int((self._lengths["attention_mask"][self._rows] >= width).sum())
+
 
 class ImageDataset(LabelledDataset[Tensor]):
     """Images with labels, kept as bytes and turned into floats batch by batch.

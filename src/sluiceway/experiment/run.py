@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 
-from sluiceway.core.batches import Batch
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.round_loop import Record, Result, Rounds
 from sluiceway.core.settings import Training
 from sluiceway.core.waits import announced
-from sluiceway.data import ImageData
+from sluiceway.data import ImageData, TextDataset
 from sluiceway.errors import InputError
 from sluiceway.experiment.builders import (
-    AnyDataset,
     chosen_compressor,
     chosen_network,
     chosen_strategy,
@@ -174,7 +171,7 @@ def run_federated(
         f"model: {short_name(recipe.model.name)} from {source}, on {device}, "
         f"{workers} worker{'s' if workers > 1 else ''}"
     )
-    long = 0 if recipe.images else filled(train, recipe.data.max_tokens)
+    long = train.filled(recipe.data.max_tokens) if isinstance(train, TextDataset) else 0
     if long:
         progress.say(
             f"tokens: {long:,} of {len(train):,} training examples fill data.max_tokens = "
@@ -215,16 +212,6 @@ def run_federated(
     )
     given = image_input(data) if isinstance(data, ImageData) else None
     return Outcome(result, data.source, data.label_names, given)
-
-
-def filled(examples: AnyDataset, max_tokens: int) -> int:
-    """How many examples have as many tokens as a text may have."""
-    count = 0
-    for part in torch.arange(len(examples)).split(1024):
-        mask = Batch.of(examples, part, torch.device("cpu")).mask
-        if mask is not None:
-            count += int(mask.sum(-1).reshape(len(part), -1).eq(max_tokens).any(1).sum())
-    return count
 
 
 def pooled_training(training: Training, plan: Rounds, parts: Sequence[Sequence[Any]]) -> Training:
