@@ -8,6 +8,7 @@ rounded alike, a component of twice the weight has half the error.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,12 +32,12 @@ class Basis:
     scale: Tensor
     weight: Tensor
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
         """W U^T D^1/2, [C, C]."""
         return (self.rotation * self.weight).T * self.scale
 
-    @property
+    @cached_property
     def inverse_matrix(self) -> Tensor:
         """D^-1/2 U W^-1, [C, C]."""
         return self.rotation / self.weight / self.scale.unsqueeze(1)
