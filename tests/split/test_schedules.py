@@ -49,8 +49,8 @@ few = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 
 def begun(
     schedule: str, method: Compressor | None = None
-) -> tuple[SplitLoop, list[BatchId], list[Batch]]:
-    """Four clients that took the first round's layers, and the first batch of each."""
+) -> tuple[SplitLoop, list[BatchId], list[tuple[Batch, Tensor]]]:
+    """Four clients that took the first round's layers, and the first batch and rows of each."""
     sets = [Pictures(size, seed) for seed, size in enumerate(SIZES)]
     built = set_up(
         normed(),
@@ -66,7 +66,7 @@ def begun(
     for client in local(built):
         client.begin(1, message, built.masks.mask(client.client_id))
         turns.append(next(client.batches(1)))
-    return built, [name for name, _, _ in turns], [batch for _, batch, _ in turns]
+    return built, [name for name, _, _ in turns], [(batch, rows) for _, batch, rows in turns]
 
 
 def wanted_gradients(built: SplitLoop, batches: list[Batch]) -> list[dict[str, Tensor]]:
@@ -89,9 +89,9 @@ def wanted_gradients(built: SplitLoop, batches: list[Batch]) -> list[dict[str, T
     return found
 
 
-def due(message: Encoded) -> tuple[BatchId, int]:
-    """The batch and the number of rows that a message says it has."""
-    return message.header.batch, message.header.shape[0]
+def due(message: Encoded, size: int = 0) -> tuple[BatchId, int, int]:
+    """The batch and the number of rows that a message says it has, and examples of the client."""
+    return message.header.batch, message.header.shape[0], size
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "u"])
@@ -102,8 +102,8 @@ def test_gradient_i_belongs_to_batch_i(
 ) -> None:
     built, names, batches = begun(schedule)
     before = [{n: p.detach().clone() for n, p in c.params.items()} for c in local(built)]
-    wanted = wanted_gradients(built, batches)
-    messages = [local(built)[i].send(names[i], batches[i]) for i in sending]
+    wanted = wanted_gradients(built, [batch for batch, _ in batches])
+    messages = [local(built)[i].send(names[i], *batches[i]) for i in sending]
     server = built.servers[-1]
     if schedule == "u":
         opened = [server.open(m, *due(m), labels=False) for m in messages]
@@ -127,7 +127,7 @@ def test_gradient_i_belongs_to_batch_i(
 @given(swapped=orders)
 def test_a_gradient_that_went_astray_is_refused(swapped: list[int]) -> None:
     built, names, batches = begun("parallel")
-    messages = [local(built)[i].send(names[i], batches[i]) for i in range(4)]
+    messages = [local(built)[i].send(names[i], *batches[i]) for i in range(4)]
     server = built.servers[-1]
     replies = server.step([server.open(m, *due(m), labels=True) for m in messages])
     for i, other in enumerate(swapped):
@@ -155,10 +155,10 @@ def test_copies_do_not_notice_each_other(turns: list[int]) -> None:
         client.begin(1, message)
         steps[client.client_id] = client.batches(1)
     for number in turns:
-        name, batch, _ = next(steps[number])
+        name, batch, rows = next(steps[number])
         client = local(other)[number]
         server = other.servers[number]
-        opened = server.open(client.send(name, batch), name, len(batch.labels), labels=True)
+        opened = server.open(client.send(name, batch, rows), name, len(rows), 0, labels=True)
         (reply,) = server.step([opened])
         client.receive(name, reply)
     for mine, yours in zip(local(one), local(other), strict=True):
@@ -238,7 +238,7 @@ def test_a_u_shape_rates_channels_with_labels_as_the_others_do() -> None:
 
 def test_a_server_of_a_u_shape_refuses_labels() -> None:
     built, names, batches = begun("parallel")
-    message = local(built)[0].send(names[0], batches[0])
+    message = local(built)[0].send(names[0], *batches[0])
     with pytest.raises(WireError, match="labels: expected none"):
         built.servers[-1].open(message, *due(message), labels=False)
 
@@ -250,11 +250,11 @@ def test_a_server_refuses_what_is_not_of_its_cut() -> None:
         Compressor().up(torch.zeros(2, 8, 3, 3), names[0])[0],
         Compressor().up(torch.zeros(2, 8, 3, 3), names[0], torch.tensor([0, 9]))[0],
         Compressor(quantize="int8").up(torch.zeros(2, 8, 3, 3), names[0], torch.zeros(2).long())[0],
-        bytes(local(built)[0].send(names[0], batches[0]))[:-1],
+        bytes(local(built)[0].send(names[0], *batches[0]))[:-1],
     ]
     for message in wrong:
         with pytest.raises(WireError):
-            built.servers[-1].open(message, names[0], 2, labels=True)
+            built.servers[-1].open(message, names[0], 2, 8, labels=True)
 
 
 def test_a_layer_that_works_in_place_may_follow_a_cut() -> None:

@@ -26,6 +26,7 @@ RECIPES = {
     "u": ["run.form=u", "model.tail=conv4", "method.quantize=int8"],
     "acp-sl": ["method.name=acp-sl", "method.warmup=1", "method.ramp_rounds=1"],
     "eigenbasis": ["method.name=acp-sl", "method.basis=eigen", "method.quantize=dct"],
+    "delta": ["method.name=acp-sl", "method.basis=eigen", "method.delta=true", "method.ratio=64"],
     "learned basis": ["method.name=acp-sl", "method.basis=learned", "method.quantize=bits"],
     "rated first": ["method.name=acp-sl", "method.warmup=0", "method.ramp_rounds=0"],
     "own masks": ["method.name=acp-sl", "method.masks=client", "method.warmup=1"],
@@ -63,7 +64,7 @@ class Broken(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["acp-sl", "feedback"])
+@pytest.mark.parametrize("kind", ["acp-sl", "feedback", "delta"])
 def test_a_restarted_server_goes_on(
     split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -89,11 +90,12 @@ def test_a_restarted_server_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["acp-sl", "delta"])
 def test_a_site_that_is_gone_for_a_while(
-    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    split_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """It dies in round 2, is away in round 3, and is back in round 4, with what it kept."""
-    chosen = load_recipe(split_recipe, ["run.rounds=4", *RECIPES["acp-sl"]])
+    chosen = load_recipe(split_recipe, ["run.rounds=4", *RECIPES[kind]])
     place = tmp_path
     with nearby(place) as (transport, endpoint):
         handlers = transport.handlers
@@ -126,11 +128,11 @@ def test_a_client_that_sends_nan_sits_out(
 ) -> None:
     sending = SplitClient.send
 
-    def send(side: SplitClient, name: Any, batch: Any) -> bytes:
+    def send(side: SplitClient, name: Any, batch: Any, rows: Any) -> bytes:
         if side.client_id == 2 and name.round == 2:
             with torch.no_grad():
                 next(iter(side.params.values())).fill_(float("nan"))
-        return sending(side, name, batch)
+        return sending(side, name, batch, rows)
 
     monkeypatch.setattr(SplitClient, "send", send)
     with nearby(tmp_path) as (transport, endpoint):
@@ -181,11 +183,3 @@ def test_no_endpoint_is_one_line(split_recipe: Path, tmp_path: Path) -> None:
         pytest.raises(InputError, match="carries no split run"),
     ):
         run(small(split_recipe), transport=transport)
-
-
-def test_a_method_of_one_process_is_refused(split_recipe: Path, tmp_path: Path) -> None:
-    with (
-        nearby(tmp_path) as (transport, endpoint),
-        pytest.raises(InputError, match="'delta' keeps every example's values at both ends"),
-    ):
-        run(small(split_recipe, "method.name=delta"), transport=transport, endpoint=endpoint)

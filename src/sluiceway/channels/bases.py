@@ -7,8 +7,7 @@ a = D^-1/2 U W^-1 z + mu. W, diagonal, says how an error of each component count
 rounded alike, a component of twice the weight has half the error.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,12 +31,12 @@ class Basis:
     scale: Tensor
     weight: Tensor
 
-    @cached_property
+    @property
     def matrix(self) -> Tensor:
         """W U^T D^1/2, [C, C]."""
         return (self.rotation * self.weight).T * self.scale
 
-    @cached_property
+    @property
     def inverse_matrix(self) -> Tensor:
         """D^-1/2 U W^-1, [C, C]."""
         return self.rotation / self.weight / self.scale.unsqueeze(1)
@@ -58,6 +57,11 @@ class Basis:
     def gradient_back(self, crossed: Tensor) -> Tensor:
         """The gradient by channels again, U (U^T g)."""
         return _mixed(self.rotation, crossed)
+
+    @property
+    def centred(self) -> "Basis":
+        """The same about the mean 0: for what is a difference of smashed data."""
+        return replace(self, mean=torch.zeros_like(self.mean))
 
     def to(self, device: torch.device) -> "Basis":
         """The same in float32 on a device."""

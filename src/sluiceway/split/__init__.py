@@ -11,13 +11,13 @@ from sluiceway.core.messages import WireError
 from sluiceway.split.bottleneck import Bottleneck
 from sluiceway.split.compress import Channels, Compressor, Quantized
 from sluiceway.split.cut import CutPoint, cut, cut_points
-from sluiceway.split.delta import Delta
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.methods import (
     ACPSL,
     METHODS,
     SLFAC,
     ChannelChoice,
+    Delta,
     EntropyChannels,
     ICSChannels,
     L1Channels,

@@ -25,6 +25,7 @@ from sluiceway.split.config import (
     summed_losses,
 )
 from sluiceway.split.defence import NOISE, distance_correlation, noisy
+from sluiceway.split.memory import ExampleMemory, crossed, to_cross
 from sluiceway.split.messages import read_round_start
 from sluiceway.split.packing import BatchContext, BatchId, Encoded, Message
 from sluiceway.split.scorers import ChannelScorer
@@ -85,14 +86,22 @@ class SplitClient:
         self.waiting: dict[BatchId, SentBatch] = {}
         self.losses: list[tuple[int, Tensor]] = []
         self.state: dict[str, Tensor] = {}
+        #: What the server read of each example so far.
+        self.memory = ExampleMemory() if config.link.delta else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is kept from round to round, but the layers that the server sends; not copied."""
         counts = {n: b for n, b in self.layers.named_buffers() if n not in self.owned}
         scorer = {} if self.scorer is None else self.scorer.state_dict()
-        optimiser = self.trained.state_dict()
+        memory = {} if self.memory is None else self.memory.state_dict()
         return joined(
-            {"counts": counts, "optimiser": optimiser, "scorer": scorer, "state": self.state}
+            {
+                "counts": counts,
+                "optimiser": self.trained.state_dict(),
+                "scorer": scorer,
+                "state": self.state,
+                "memory": memory,
+            }
         )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -106,6 +115,8 @@ class SplitClient:
             found = unprefixed(state, "scorer/") or unprefixed(state, "meter/")
             self.scorer.load_state_dict(found)
         self.state = unprefixed(state, "state/")
+        if self.memory is not None:
+            self.memory.load_state_dict(unprefixed(state, "memory/"))
 
     # -- a round -------------------------------------------------------------------------------
 
@@ -128,12 +139,15 @@ class SplitClient:
         parts = {} if scores is None else {"scores": {"channels": scores.float()}}
         return message_of(parts, {"client": self.client_id})
 
-    def begin(self, round: int, message: bytes, mask: Tensor | None = None) -> None:
+    def begin(
+        self, round: int, message: bytes, mask: Tensor | None = None, forget: bool = False
+    ) -> None:
         """Take the layers of a round, and let the strategy start.
 
         Args:
             message: the server's, see `read_round_start`.
             mask: where it does not cross, because the client knows it by itself.
+            forget: begin the memory of delta coding anew, as the server does.
 
         Raises:
             WireError: it is no such message, of another round, or its tensors or mask do not fit
@@ -142,6 +156,8 @@ class SplitClient:
         broadcast, merged, basis = read_round_start(message, round, self.config.shape[0])
         take_values(self.owned, broadcast.tensors, needed=self.owned)
         self.mask = mask if merged is None else merged
+        if forget and self.memory is not None:
+            self.memory.forget(self.client_id)
         if self.scorer is not None:
             self.scorer.begin(round)
         self.basis = None if basis is None else basis.to(self.config.device)
@@ -208,9 +224,7 @@ class SplitClient:
 
     def smashed_data(self, batch_id: BatchId) -> Encoded:
         """The message of the next batch. Raises WireError if it is not the requested one."""
-        batch, rows = self._next(batch_id)
-        self.config.link.expect(batch_id, rows, self.size)
-        return self.send(batch_id, batch)
+        return self.send(batch_id, *self._next(batch_id))
 
     def _next(self, batch_id: BatchId) -> tuple[Batch, Tensor]:
         """The next batch, and which examples are in it."""
@@ -219,8 +233,12 @@ class SplitClient:
             raise WireError(f"batch {batch_id.batch} is not the next one")
         return batch, rows
 
-    def send(self, batch_id: BatchId, batch: Batch) -> Encoded:
-        """The message of what the front makes of a batch; with labels, but in a U-shape."""
+    def send(self, batch_id: BatchId, batch: Batch, rows: Tensor) -> Encoded:
+        """The message of what the front makes of a batch; with labels, but in a U-shape.
+
+        Args:
+            rows: which examples are in it, [B] int64.
+        """
         self.trained.train()
         moved = batch.to(self.config.device)
         smashed = moved.run(self.front)
@@ -228,13 +246,18 @@ class SplitClient:
             self.scorer.watch(smashed.detach(), batch.labels)
         penalty = self.penalty(moved, smashed)
         labels = None if self.tail else batch.labels
-        sent = smashed.detach()
-        if self.config.link.noise:
-            seed = derive_seed(self.seed, *batch_id, NOISE)
-            sent = noisy(sent, self.config.link.noise, seed)
-        if self.basis is not None:
-            sent = self.basis.forward(sent)
-        message, context = self.config.link.up(sent, batch_id, labels, self.mask)
+        sent, link = smashed.detach(), self.config.link
+        if link.noise:
+            sent = noisy(sent, link.noise, derive_seed(self.seed, *batch_id, NOISE))
+        if self.memory is None:
+            sent = to_cross(sent, self.basis)
+            message, context = link.up(sent, batch_id, labels, self.mask)
+        else:
+            before = self.memory.read(self.client_id, rows, self.size, sent, self.basis)
+            sent = to_cross(sent, self.basis, before)
+            message, context = link.up(sent, batch_id, labels, self.mask, rows=rows)
+            opened = link.open(message, device=self.config.device).values
+            self.memory.write(self.client_id, rows, crossed(opened, self.basis, before))
         if self.config.gradients or self.tail:
             self.waiting[batch_id] = SentBatch(smashed, context, batch.labels, penalty)
         return message

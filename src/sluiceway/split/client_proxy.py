@@ -29,8 +29,12 @@ class ClientProxy(Protocol):
     def rate(self) -> bytes:
         """Its message of scores before the first round."""
 
-    def begin(self, round: int, message: bytes, mask: Tensor | None) -> None:
-        """Start a round with the server's message, and with a mask [C] that is not in it."""
+    def begin(self, round: int, message: bytes, mask: Tensor | None, forget: bool = False) -> None:
+        """Start a round with the server's message, and with a mask [C] that is not in it.
+
+        Args:
+            forget: it begins its memory of delta coding anew, as the server does.
+        """
 
     def request(self, batch_id: BatchId, crosses: bool) -> None:
         """Have it send its next batch, or leave that batch out."""

@@ -62,6 +62,10 @@ class Compressor:
         coder: "range" codes the integers of all rounding by their frequencies, without loss; "step"
             and "dct" always do.
         error_feedback: what rounding took from a client's gradient goes into its next one.
+        delta: of every example what changed since it last crossed is rounded and sent (after
+            AQ-SGD, arXiv 2206.01299), so that behind layers that stay, and of images that are not
+            augmented, rounding dies out. Both ends keep each example's smashed data in float32.
+            Where the trained model is used nothing crossed before.
         noise: Gaussian noise on smashed data, relative to their standard deviation, >= 0: a defence
             against rebuilding inputs. In training and in evaluation; run.seed decides it.
         deployed_quantize, deployed_ratio: `quantize` and `ratio` of the trained model's use, in
@@ -73,8 +77,6 @@ class Compressor:
     name: ClassVar[str] = "sl"
     #: Single elements cross, not channels.
     elements: ClassVar[bool] = False
-    #: Both ends must be in one process.
-    one_process: ClassVar[bool] = False
 
     quantize: Quantize = "none"
     quantize_gradient: Quantize | None = None
@@ -84,6 +86,7 @@ class Compressor:
     stochastic: bool = False
     coder: Literal["none", "range"] = "none"
     error_feedback: bool = False
+    delta: bool = False
     noise: float = Field(default=0.0, ge=0)
     deployed_quantize: Quantize | None = None
     deployed_ratio: float | None = Field(default=None, ge=1, le=10_000)
@@ -160,17 +163,6 @@ class Compressor:
             raise ValueError(f"mask: {self.name} chooses no channels")
         return every_channel(A.shape[1])
 
-    def expect(self, batch: BatchId, rows: Tensor, size: int) -> None:
-        """Learn, before `up`, which of the client's `size` examples a batch is of, [B] int64."""
-
-    def outgoing(self, A: Tensor, batch: BatchId) -> Tensor:
-        """What `up` sends in place of A, its shape."""
-        return A
-
-    def incoming(self, values: Tensor, batch: BatchId) -> Tensor:
-        """What `open` makes of the values that were read: the other end of `outgoing`."""
-        return values
-
     def up(
         self,
         A: Tensor,
@@ -178,6 +170,7 @@ class Compressor:
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         training: bool = True,
+        rows: Tensor | None = None,
     ) -> tuple[Encoded, BatchContext]:
         """The client's message: tensors where they are, of known length; `bytes` packs it.
 
@@ -187,6 +180,7 @@ class Compressor:
             labels: [B], in [0, 65535]; None where they stay with the client.
             mask: keep mask, [C] bool, for methods that choose channels.
             training: False makes the selection deterministic.
+            rows: numbers of the client's examples that they are of, [B] int64, for `delta`.
 
         Returns:
             The message, and the context of its gradient.
@@ -194,9 +188,8 @@ class Compressor:
         Raises:
             ValueError: a shape does not fit, or a number is out of range.
         """
-        A = self.outgoing(A, batch)
         selection = self.select(A, batch, mask, training)
-        return encode_smashed(A, selection, batch, self.codec, labels, self.coding)
+        return encode_smashed(A, selection, batch, self.codec, labels, self.coding, rows)
 
     def open(
         self,
@@ -205,19 +198,19 @@ class Compressor:
         batch: BatchId | None = None,
         labels: bool | None = None,
         classes: int | None = None,
+        examples: int | None = None,
         device: str | torch.device = "cpu",
     ) -> Smashed:
         """What the server reads from it: dense values with zeros, labels, and the context.
 
-        `shape`, `batch`, `labels`, `classes` are what the server knows already, see `Expected`.
+        `shape`, `batch`, `labels`, `classes`, `examples`: what the server knows, see `Expected`.
 
         Raises:
             WireError: it is no such message, another method's, or not the one expected.
         """
         coded = is_coded(self.codec, self.coding)
-        expected = Expected(shape, batch, self.codec, self.elements, labels, classes, coded)
-        found = unpack_smashed(message, self.limit, expected, device)
-        return replace(found, values=self.incoming(found.values, found.context.batch))
+        known = (shape, batch, self.codec, self.elements, labels, classes, coded, examples)
+        return unpack_smashed(message, self.limit, Expected(*known), device)
 
     def down(self, grad: Tensor, context: BatchContext) -> Encoded:
         """The server's message: the gradient by what crossed, and by nothing else.
@@ -255,7 +248,11 @@ class Compressor:
         return unpack_gradient(message, context, self.limit, codec, device, coded)
 
     def bytes_up(
-        self, shape: tuple[int, ...], kept: int | None = None, label_bytes: int = 0
+        self,
+        shape: tuple[int, ...],
+        kept: int | None = None,
+        label_bytes: int = 0,
+        row_bytes: int = 0,
     ) -> int:
         """Length of the client's message for [B, C, ...]; `kept` channels if there is a mask."""
         kept, elements = kept or self.kept(shape), self.elements
@@ -265,6 +262,7 @@ class Compressor:
             self.codec,
             elements=elements,
             label_bytes=label_bytes,
+            row_bytes=row_bytes,
             ratio=self.coding.ratio,
         )
 

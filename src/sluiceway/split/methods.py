@@ -24,7 +24,6 @@ from sluiceway.channels import ChannelChooser
 from sluiceway.core.seeds import LARGEST_SEED
 from sluiceway.split.bottleneck import Bottleneck, one_by_one
 from sluiceway.split.compress import BUDGETED, Channels, Compressor, Quantize, Quantized
-from sluiceway.split.delta import Delta
 from sluiceway.split.elements import RandTopK, TopK
 from sluiceway.split.packing import BatchId
 from sluiceway.split.scorers import (
@@ -285,6 +284,15 @@ class SLFAC(Compressor):
 
     name: ClassVar[str] = "sl-fac"
     quantize: Quantize = "slfac"
+
+
+@dataclass(config=PARAMETERS, kw_only=True)
+class Delta(Compressor):
+    """What changed of each example since it last crossed, rounded (after AQ-SGD, arXiv 2206.01299)."""
+
+    name: ClassVar[str] = "delta"
+    quantize: Quantize = "dct"
+    delta: bool = True
 
 
 @dataclass(config=PARAMETERS, kw_only=True)

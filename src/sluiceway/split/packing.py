@@ -5,7 +5,7 @@ little-endian, nothing aligned:
 
     header   44 bytes
         0   4  magic, "SLWY"
-        4   1  version, 2
+        4   1  version, 1
         5   1  kind: 1 channels, 2 elements; + 2 for a gradient
         6   1  codec: 0 float32, 1 fp16, 2 int8, 3 int4, 4 int8-affine, 5 int4-affine, 6 bits,
                7 step, 8 dct, 9 slfac
@@ -13,20 +13,22 @@ little-endian, nothing aligned:
         8   1  bytes of a label: 0 (no labels), 1, 2
         9   1  number of dimensions, 2 to 4
         10  1  1 if the integers are coded by their frequencies
-       11  1  zero
+       11  1  bytes of the number of an example: 0 (no numbers), 1, 2, 4
         12 12  client, round, batch: uint32 each
         24 16  shape [B, C, ...]: uint32 each, 0 for dimensions it has not
         40  4  kept: channels of the batch, or elements of each example
     labels     B x uint8 or uint16, the smallest that holds the largest label
+    rows       B x uint8, uint16 or uint32, likewise: which examples of the client they are, all
+               different. What crosses is then what changed of them, see `memory`
     selection  ceil(C / 8) bytes of channels; or of elements the cheapest of ceil(D / 8) bytes an
                example and k indices of uint16 or uint32, D = C x H x W; nothing if all are kept.
                A gradient has none: the batch it belongs to has told both sides
     scales     float32: a step per kept channel, or per example of elements; then, affine, the lows
     values     [B, kept, H, W] or [B, k], row by row; see `quantise`
 
-Where integers are coded, or the codec has a budget, scales and values are as `coder`, `bitted`,
-`stepped` and `slfac` say. Otherwise the length follows from the header (`message_bytes`), so that a
-message is either exact or rejected.
+Where integers are coded, or the codec has a budget, scales and values are as `coder`, `budgeted`
+and `slfac` say. Otherwise the length follows from the header (`message_bytes`), so that a message
+is either exact or rejected.
 Every rejection is a `WireError`, raised before anything is allocated from the message's numbers.
 
 Where both sides are in one process a message stays tensors (`Encoded`), on the device where they
@@ -67,15 +69,15 @@ from sluiceway.split.selection import (
 )
 
 MAGIC: Final = b"SLWY"
-VERSION: Final = 2
+VERSION: Final = 1
 #: Default limit in bytes, of a message and of the dense float32 tensor that it opens to.
 LIMIT: Final = 1 << 28
 
 _HEADER: Final = struct.Struct("<4s8B3I4II")
 _CODES: Final = {codec.code: codec for codec in CODECS.values()}
-_LABELS: Final = {1: "<u1", 2: "<u2"}
+_UNSIGNED: Final = {1: "<u1", 2: "<u2", 4: "<u4"}
 _KIND: Final = {None: None, False: "channels", True: "elements"}
-_LABELLED: Final = {None: None, False: "none", True: "some"}
+_THERE: Final = {None: None, False: "none", True: "some"}
 _CODED: Final = {None: None, False: "none", True: "range"}
 
 HEADER_BYTES: Final = _HEADER.size
@@ -114,11 +116,14 @@ class Smashed:
             was dropped or rounded it is the sender's, and must not be changed.
         labels: [B] int64 on the device of the values, or None if none crossed.
         context: for the gradient.
+        rows: [B] int64 on the CPU, of which examples the values say what changed; None if they are
+            the smashed data themselves.
     """
 
     values: Tensor
     labels: Tensor | None
     context: BatchContext
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Expected:
         labels: whether labels must come.
         classes: labels must be below it.
         coded: whether integers must be coded.
+        examples: numbers of examples must come, below it; 0: none may come.
     """
 
     shape: tuple[int | None, ...] | None = None
@@ -142,6 +148,7 @@ class Expected:
     labels: bool | None = None
     classes: int | None = None
     coded: bool | None = None
+    examples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,7 @@ class Header:
     shape: tuple[int, ...]
     kept: int
     coded: bool = False
+    row_bytes: int = 0
 
     @property
     def exact(self) -> bool:
@@ -179,7 +187,7 @@ class Header:
     def sections(self) -> tuple[int, int, int]:
         """Where the selection and the scales begin, and where the message ends, at least."""
         n, g, s = self.groups
-        selection = HEADER_BYTES + self.shape[0] * self.label_bytes
+        selection = HEADER_BYTES + self.shape[0] * (self.label_bytes + self.row_bytes)
         scales = selection + encoded_bytes(self.shape, self.kept, self.elements, self.encoding)
         return selection, scales, scales + (self.codec.nbytes(n * g * s, g) if self.exact else 0)
 
@@ -187,7 +195,9 @@ class Header:
         kind = 1 + self.elements + 2 * self.gradient
         codes = (VERSION, kind, self.codec.code, self.encoding, self.label_bytes, len(self.shape))
         sizes = (*self.shape, 0, 0)[:4]
-        return _HEADER.pack(MAGIC, *codes, self.coded, 0, *self.batch, *sizes, self.kept)
+        return _HEADER.pack(
+            MAGIC, *codes, self.coded, self.row_bytes, *self.batch, *sizes, self.kept
+        )
 
     @classmethod
     def read(cls, message: memoryview, limit: int, gradient: bool, expected: Expected) -> Self:
@@ -196,21 +206,23 @@ class Header:
             raise WireError(f"message: {len(message)} bytes, the limit is {limit}")
         if len(message) < HEADER_BYTES:
             raise WireError(f"message: {len(message)} bytes are less than a header")
-        magic, version, *codes, coded, zero = (fields := _HEADER.unpack_from(message))[:9]
+        magic, version, *codes, coded, row_bytes = (fields := _HEADER.unpack_from(message))[:9]
         numbers = fields[9:]
         if magic != MAGIC:
             raise WireError("message: not smashed data, nor a gradient (wrong magic)")
         if version != VERSION:
             raise WireError(f"message: version {version}, this side reads {VERSION}")
         kind, codec, encoding, label_bytes, dims = codes
-        if zero or coded > 1 or not 1 <= kind <= 4 or codec not in _CODES or label_bytes > 2:
+        if coded > 1 or not 1 <= kind <= 4 or codec not in _CODES or label_bytes > 2:
             raise WireError("header: unknown kind, codec or label size")
+        if row_bytes and row_bytes not in _UNSIGNED:
+            raise WireError(f"header: numbers of examples of {row_bytes} bytes")
         if not 2 <= dims <= 4 or 0 in numbers[3 : 3 + dims] or any(numbers[3 + dims : 7]):
             raise WireError(f"header: expected 2 to 4 sizes of at least 1, got {numbers[3:7]}")
         batch, shape, kept = BatchId(*numbers[:3]), numbers[3 : 3 + dims], numbers[7]
         of_elements, codec = kind % 2 == 0, _CODES[codec]
         known = (kind > 2, of_elements, codec, encoding, label_bytes, batch, shape, kept)
-        found = cls(*known, coded == 1)
+        found = cls(*known, coded == 1, row_bytes)
         found.require(len(message), limit, gradient, expected)
         return found
 
@@ -228,8 +240,8 @@ class Header:
         most = prod(self.shape[1:]) if self.elements else self.shape[1]
         if not 1 <= self.kept <= most:
             raise WireError(f"header: expected 1 to {most} kept, got {self.kept}")
-        if self.gradient and self.label_bytes:
-            raise WireError("header: a gradient has no labels")
+        if self.gradient and (self.label_bytes or self.row_bytes):
+            raise WireError("header: a gradient has no labels and no numbers of examples")
         code = NOTHING if self.gradient else cheapest(self.shape, self.kept, self.elements)
         if self.encoding != code:
             raise WireError(f"header: expected selection code {code}, got {self.encoding}")
@@ -255,8 +267,13 @@ class Header:
             ("batch", expected.batch, self.batch),
             ("codec", expected.codec, self.codec.name),
             ("kind", _KIND[expected.elements], _KIND[self.elements]),
-            ("labels", _LABELLED[expected.labels], _LABELLED[bool(self.label_bytes)]),
+            ("labels", _THERE[expected.labels], _THERE[bool(self.label_bytes)]),
             ("coder", _CODED[expected.coded], _CODED[self.coded]),
+            (
+                "numbers of examples",
+                None if expected.examples is None else _THERE[expected.examples > 0],
+                _THERE[bool(self.row_bytes)],
+            ),
         ):
             if want is not None and got != want:
                 raise WireError(f"{what}: expected {want}, got {got}")
@@ -271,23 +288,25 @@ class Encoded:
         labels: [B] int64 on the CPU, or None.
         selection: what of the values is in it.
         values: of what is kept, [N, G, S], as the codec writes them.
+        rows: [B] int64 on the CPU, or None.
     """
 
     header: Header
     labels: Tensor | None
     selection: Selection
     values: Values
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         end = self.header.sections[-1]
         return end if self.header.exact else end + self.values.nbytes
 
     def __bytes__(self) -> bytes:
-        header, labels = self.header, b""
-        if self.labels is not None:
-            labels = self.labels.numpy().astype(_LABELS[header.label_bytes]).tobytes()
+        header = self.header
+        labels = _to_unsigned(self.labels, header.label_bytes)
+        rows = _to_unsigned(self.rows, header.row_bytes)
         selection = to_bytes(self.selection, header.shape, header.encoding)
-        return b"".join([header.to_bytes(), labels, selection, self.values.payload])
+        return b"".join([header.to_bytes(), labels, rows, selection, self.values.payload])
 
 
 #: What crosses: bytes between processes, tensors within one.
@@ -302,12 +321,13 @@ def message_bytes(
     elements: bool = False,
     gradient: bool = False,
     label_bytes: int = 0,
+    row_bytes: int = 0,
     ratio: float = PLAIN.ratio,
 ) -> int:
     """The length of a message, exact if neither coded nor budgeted, else what is aimed at::
 
-        44 + B label_bytes + selection + 4 parameters groups + ceil(bits values / 8)
-        44 + B label_bytes + selection + 4 B C ... / ratio                 with a budget
+        44 + B (label_bytes + row_bytes) + selection + 4 parameters groups + ceil(bits values / 8)
+        44 + B (label_bytes + row_bytes) + selection + 4 B C ... / ratio        with a budget
 
     Args:
         shape: of the smashed data, [B, C, ...].
@@ -316,14 +336,15 @@ def message_bytes(
         elements: single elements rather than channels.
         gradient: the message that returns.
         label_bytes: of one label: 0, 1 (largest label below 256) or 2.
+        row_bytes: of the number of an example, likewise: 0, 1, 2 or 4.
         ratio: see `Coding`.
 
     Raises:
         ValueError: there is no such codec.
     """
     code = NOTHING if gradient else cheapest(shape, kept, elements)
-    batch = BatchId(0, 0, 0)
-    header = Header(gradient, elements, codec_named(codec), code, label_bytes, batch, shape, kept)
+    known = (gradient, elements, codec_named(codec), code, label_bytes, BatchId(0, 0, 0))
+    header = Header(*known, shape, kept, row_bytes=row_bytes)
     budget = int(4 * prod(shape) / ratio) if header.codec.budgeted else 0
     return header.sections[-1] + budget
 
@@ -335,6 +356,7 @@ def encode_smashed(
     codec: str = "none",
     labels: Tensor | None = None,
     coding: Coding = PLAIN,
+    rows: Tensor | None = None,
 ) -> tuple[Encoded, BatchContext]:
     """What is kept of smashed data, as a message.
 
@@ -347,6 +369,7 @@ def encode_smashed(
         labels: [B], any integer type, in [0, 65535]; None sends none. On the CPU they are checked
             without waiting for a GPU.
         coding: how the codec's numbers are written.
+        rows: [B], integers in [0, 2^32): the values are what changed of these examples.
 
     Returns:
         The message, and the context that opens its gradient.
@@ -355,7 +378,7 @@ def encode_smashed(
         ValueError: a shape does not fit, a number is out of range, or there is no such codec.
     """
     context = BatchContext(batch, tuple(A.shape), selection)
-    return _encoded(A, context, codec, False, labels, coding), context
+    return _encoded(A, context, codec, False, labels, coding, rows), context
 
 
 def encode_gradient(
@@ -374,7 +397,7 @@ def encode_gradient(
     """
     if tuple(grad.shape) != context.shape:
         raise ValueError(f"grad: expected shape {list(context.shape)}, got {list(grad.shape)}")
-    return _encoded(grad, context, codec, True, None, coding)
+    return _encoded(grad, context, codec, True, None, coding, None)
 
 
 def pack_smashed(
@@ -416,7 +439,8 @@ def unpack_smashed(
     values = found.selection.spread(found.values.values(), shape).to(device)
     if labels is not None:
         labels = labels.to(device, non_blocking=True)
-    return Smashed(values, labels, BatchContext(found.header.batch, shape, found.selection))
+    context = BatchContext(found.header.batch, shape, found.selection)
+    return Smashed(values, labels, context, found.rows)
 
 
 def unpack_gradient(
@@ -457,6 +481,7 @@ def _encoded(
     gradient: bool,
     labels: Tensor | None,
     coding: Coding,
+    rows: Tensor | None,
 ) -> Encoded:
     """The message of one direction."""
     shape, selection, codec = context.shape, context.selection, codec_named(name)
@@ -466,16 +491,16 @@ def _encoded(
         raise ValueError(f"selection: does not fit smashed data of shape {list(shape)}")
     if any(not 0 <= number < 1 << 32 for number in context.batch):
         raise ValueError(f"batch: expected numbers in [0, 2^32), got {tuple(context.batch)}")
-    label_bytes = 0
-    if labels is not None:
-        labels, label_bytes = _checked_labels(labels, len(A))
+    labels, label_bytes = _checked(labels, "labels", len(A), 65535)
+    rows, row_bytes = _checked(rows, "rows", len(A), (1 << 32) - 1)
     kept, elements = selection.count, selection.elements
     code = NOTHING if gradient else cheapest(shape, kept, elements)
     coded = is_coded(name, coding)
-    header = Header(gradient, elements, codec, code, label_bytes, context.batch, shape, kept, coded)
+    known = (gradient, elements, codec, code, label_bytes, context.batch, shape, kept)
+    header = Header(*known, coded, row_bytes)
     seed = (*context.batch, gradient)
     values = encode(selection.take(A), codec, coding, header.sides, seed, prod(shape))
-    return Encoded(header, labels, selection, values)
+    return Encoded(header, labels, selection, values, rows)
 
 
 def _read(
@@ -488,18 +513,26 @@ def _read(
 ) -> Encoded:
     """A message that is as expected; `selection` is that of a gradient. Raises WireError."""
     if isinstance(message, Encoded):
-        header, labels = message.header, message.labels
+        header, labels, rows = message.header, message.labels, message.rows
         header.require(len(message), limit, gradient, expected)
     else:
         data = memoryview(message)
         header = Header.read(data, limit, gradient, expected)
         first, second, _ = header.sections
-        labels = _read_labels(data[HEADER_BYTES:first], header.label_bytes)
+        middle = HEADER_BYTES + header.shape[0] * header.label_bytes
+        labels = _from_unsigned(data[HEADER_BYTES:middle], "labels", header.label_bytes)
+        rows = _from_unsigned(data[middle:first], "numbers of examples", header.row_bytes)
     if selection is not None and header.kept != selection.count:
         raise WireError(f"header: expected {selection.count} kept, got {header.kept}")
     high = -1 if labels is None or expected.classes is None else int(labels.max())
     if expected.classes is not None and high >= expected.classes:
         raise WireError(f"labels: expected below {expected.classes}, got {high}")
+    if rows is not None:
+        high = -1 if expected.examples is None else int(rows.max())
+        if expected.examples is not None and high >= expected.examples:
+            raise WireError(f"numbers of examples: expected below {expected.examples}, got {high}")
+        if len(rows.unique()) < len(rows):
+            raise WireError("numbers of examples: expected each once")
     if isinstance(message, Encoded):
         return message
     if selection is None:
@@ -507,25 +540,37 @@ def _read(
             data[first:second], header.shape, header.kept, header.elements, header.encoding
         )
     values = read(data[second:], header.groups, header.codec, header.coded, header.sides, device)
-    return Encoded(header, labels, selection, values)
+    return Encoded(header, labels, selection, values, rows)
 
 
-def _checked_labels(labels: Tensor, batch: int) -> tuple[Tensor, int]:
-    """Labels [B] int64 on the CPU, and bytes of one: the fewest that hold the largest."""
-    if tuple(labels.shape) != (batch,) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels: expected integers of shape [{batch}], got {list(labels.shape)}")
-    labels = labels.detach().to("cpu", torch.int64)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"labels: expected numbers in [0, 65535], got {low} to {high}")
-    return labels, 1 if high < 256 else 2
+def _checked(numbers: Tensor | None, what: str, batch: int, most: int) -> tuple[Tensor | None, int]:
+    """Numbers [B] int64 on the CPU, in [0, most], and bytes of one: the fewest that hold them."""
+    if numbers is None:
+        return None, 0
+    if tuple(numbers.shape) != (batch,) or numbers.is_floating_point() or numbers.is_complex():
+        raise ValueError(f"{what}: expected integers of shape [{batch}], got {list(numbers.shape)}")
+    numbers = numbers.detach().to("cpu", torch.int64)
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high > most:
+        raise ValueError(f"{what}: expected numbers in [0, {most}], got {low} to {high}")
+    return numbers, _fewest(high)
 
 
-def _read_labels(data: memoryview, label_bytes: int) -> Tensor | None:
-    """Labels, [B] int64; None if none crossed. Raises WireError."""
-    if not label_bytes:
+def _fewest(largest: int) -> int:
+    """Bytes of a number."""
+    return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
+
+
+def _to_unsigned(numbers: Tensor | None, size: int) -> bytes:
+    """Numbers of so many bytes each."""
+    return b"" if numbers is None else numbers.numpy().astype(_UNSIGNED[size]).tobytes()
+
+
+def _from_unsigned(data: memoryview, what: str, size: int) -> Tensor | None:
+    """Numbers, [B] int64; None if none crossed. Raises WireError."""
+    if not size:
         return None
-    labels = np.frombuffer(data, dtype=_LABELS[label_bytes]).astype(np.int64)
-    if label_bytes == 2 and int(labels.max()) < 256:
-        raise WireError("labels: expected one byte each, since all are below 256")
-    return torch.from_numpy(labels)
+    numbers = np.frombuffer(data, dtype=_UNSIGNED[size]).astype(np.int64)
+    if size != (fewest := _fewest(int(numbers.max()))):
+        raise WireError(f"{what}: expected {fewest} bytes each, which hold them, got {size}")
+    return torch.from_numpy(numbers)

@@ -24,6 +24,7 @@ from sluiceway.split.config import batch_counts, summed_losses
 from sluiceway.split.deployed import DeployedNetwork
 from sluiceway.split.evaluation import Evaluator, over_clients
 from sluiceway.split.mask_selector import ALL, MaskSelector
+from sluiceway.split.memory import ExampleMemory, require_room
 from sluiceway.split.messages import read_initial_scores, read_round_end
 from sluiceway.split.mixer import BasisSelector, measured_size, start_learned
 from sluiceway.split.schedules import Traffic, train_together
@@ -68,6 +69,8 @@ class SplitLoop:
         servers: the server's side by client, or of `ALL`.
         masks: of the channels.
         mixer: of a method that sends components of a basis, or None.
+        memory: the server's end of delta coding, or None.
+        unsure: clients whose end may be another one by now.
         confusion: of the newest evaluation, see `Result`.
         traffic, rejected, losses, counts: of the current round: bytes; by client why its layers
             were not averaged; examples and summed losses at clients' tails; by name the largest of
@@ -86,7 +89,11 @@ class SplitLoop:
         self.model, self.strategy = setup.model, setup.strategy
         self.sizes: list[int] = label_counts.sum(1).tolist()
         self.eligible = [client_id for client_id, size in enumerate(self.sizes) if size]
-        self.servers = setup.servers()
+        self.memory, self.unsure = None, set[int]()
+        if setup.config.link.delta:
+            require_room(self.sizes, setup.config.shape, setup.config.device)
+            self.memory = ExampleMemory()
+        self.servers = setup.servers(self.memory)
         self.confusion: list[list[int]] = []
         self.evaluator, self.metric = Evaluator(test, setup.config), plan.metric
         largest = sorted(self.sizes, reverse=True)[: len(plan.chosen(1, self.eligible))]
@@ -175,7 +182,8 @@ class SplitLoop:
         for client in clients:
             try:
                 mask = None if self.masks.crossing else self.masks.mask(client.client_id)
-                client.begin(round, message, mask)
+                client.begin(round, message, mask, client.client_id in self.unsure)
+                self.unsure.discard(client.client_id)
                 self.traffic.down += len(message)
                 present.append(client)
             except Away as error:
@@ -229,6 +237,10 @@ class SplitLoop:
                 self.rejected.setdefault(client.client_id, why)
             elif client.client_id not in self.rejected:
                 updates.append(update)
+        if self.memory is not None:
+            for client_id in {client.client_id for client in clients} & self.rejected.keys():
+                self.memory.forget(client_id)
+                self.unsure.add(client_id)
         return updates
 
     def update_of(self, round: int, client: ClientProxy) -> Update:

@@ -99,8 +99,8 @@ def train_together(
                 with rejecting(one, ValueError):
                     message = by_id[one.client].smashed_data(one)
                     traffic.up += len(message)
-                    rows = sizes[one.client][one.batch]
-                    opened[one] = server.open(message, one, rows, labels=not tails)
+                    rows, size = sizes[one.client][one.batch], by_id[one.client].size
+                    opened[one] = server.open(message, one, rows, size, labels=not tails)
                     traffic.smashed += len(message)
                     traffic.values += opened[one].values.numel()
         if sum(len(smashed.values) for smashed in opened.values()) < server.smallest:

@@ -12,6 +12,7 @@ from sluiceway.channels import Basis
 from sluiceway.core.guards import finite
 from sluiceway.core.messages import WireError
 from sluiceway.split.config import SplitConfig, TrainedLayers
+from sluiceway.split.memory import ExampleMemory, crossed
 from sluiceway.split.packing import BatchId, Encoded, Message, Smashed
 from sluiceway.split.scorers import ChannelScorer
 
@@ -24,6 +25,7 @@ class SplitServer:
         config: what both sides know.
         smallest: steps on fewer examples are left out, 1 for none.
         scorer: rates channels by their gradients, or None.
+        memory: of delta coding, that of all servers of a run; or None.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class SplitServer:
         config: SplitConfig,
         smallest: int = 1,
         scorer: ChannelScorer | None = None,
+        memory: ExampleMemory | None = None,
     ) -> None:
+        self.memory = memory
         self.back, self.config, self.smallest, self.scorer = back, config, smallest, scorer
         self.trained = TrainedLayers(back, config.training)
         #: Of the round, in which smashed data and gradients cross; None for channels.
@@ -40,13 +44,16 @@ class SplitServer:
         #: Examples and mean loss of each step since they were last taken.
         self.losses: list[tuple[int, Tensor]] = []
 
-    def open(self, message: Message, batch: BatchId, rows: int, *, labels: bool) -> Smashed:
+    def open(
+        self, message: Message, batch: BatchId, rows: int, size: int, *, labels: bool
+    ) -> Smashed:
         """A client's smashed data, if they are those that are due and can be trained on.
 
         Args:
             message: as the client sent it.
             batch: that the client was asked for; the message must say the same of itself.
             rows: examples of that batch, >= 1.
+            size: examples of the client.
             labels: whether it must have labels; in a U-shape it must not.
 
         Raises:
@@ -55,13 +62,23 @@ class SplitServer:
         """
         config, shape = self.config, (rows, *self.config.shape)
         opened = config.link.open(
-            message, shape, batch, labels=labels, classes=config.classes, device=config.device
+            message,
+            shape,
+            batch,
+            labels=labels,
+            classes=config.classes,
+            examples=size if self.memory else 0,
+            device=config.device,
         )
         if not finite(opened.values):
             raise WireError("NaN or Inf in the smashed data")
-        if self.basis is not None:
-            return replace(opened, values=self.basis.inverse(opened.values))
-        return opened
+        values, rows_of = opened.values, opened.rows
+        if self.memory is None or rows_of is None:
+            return replace(opened, values=crossed(values, self.basis))
+        before = self.memory.read(batch.client, rows_of, size, values, self.basis)
+        values = crossed(values, self.basis, before)
+        self.memory.write(batch.client, rows_of, values)
+        return replace(opened, values=values)
 
     def step(self, opened: Sequence[Smashed]) -> list[Encoded]:
         """One optimiser step on the mean loss over all the batches, as if they were one.

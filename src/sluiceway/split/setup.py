@@ -22,6 +22,7 @@ from sluiceway.split.compress import BUDGETED, Compressor, Quantize
 from sluiceway.split.config import SplitConfig, SplitModel, batch_counts
 from sluiceway.split.cut import cut
 from sluiceway.split.mask_selector import ALL
+from sluiceway.split.memory import ExampleMemory
 from sluiceway.split.methods import ACPSL, ChannelChoice
 from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
 from sluiceway.split.scorers import ChannelScorer
@@ -159,21 +160,21 @@ class SharedSetup:
             client_id, examples, self.model, self.config, self.strategy, scorer, self.seed
         )
 
-    def servers(self) -> dict[int, SplitServer]:
-        """The server's side: one for `ALL`, or a copy for each client."""
+    def servers(self, memory: ExampleMemory | None = None) -> dict[int, SplitServer]:
+        """The server's side: one for `ALL`, or a copy for each client; all with one memory."""
         back = self.model.back
         if self.schedule != "copies":
-            return {ALL: self.server(back)}
+            return {ALL: self.server(back, memory)}
         copies = (copy.deepcopy(back) for _ in range(self.clients))
-        return {i: self.server(own) for i, own in enumerate(copies)}
+        return {i: self.server(own, memory) for i, own in enumerate(copies)}
 
-    def server(self, back: nn.Module) -> SplitServer:
+    def server(self, back: nn.Module, memory: ExampleMemory | None) -> SplitServer:
         """A server with these layers, which rates channels where the method does so there."""
         config, smallest, choice = self.config, self.model.smallest[1], self.choice
         scorer = None
         if choice is not None and choice.at_server:
             scorer = choice.scorer(self.model.shape[0], config.classes, self.seed)
-        return SplitServer(back, config, smallest, scorer)
+        return SplitServer(back, config, smallest, scorer, memory)
 
     def round_bytes(self, sizes: Sequence[int]) -> Callable[[int], int]:
         """From a number of kept channels to the bytes of a round, both directions, at most.
@@ -185,6 +186,7 @@ class SharedSetup:
         batches = Counter[int]()
         for size in sizes:
             batches.update(config.epoch_batches(size, epochs=config.training.local_epochs).counts())
+        row_bytes = 0 if not config.link.delta else 2 if max(sizes, default=0) <= 1 << 16 else 4
         label_bytes = 0 if tail_shape else 1 if config.classes <= 256 else 2
         # At the start and end of a round: layers, what the strategy sends with them (clients as
         # much as the server), a mask, float32 scores (in the first round twice), names and facts.
@@ -197,7 +199,7 @@ class SharedSetup:
             total = per_client * len(sizes)
             for size, count in batches.items():
                 shape = (size, *config.shape)
-                one = config.link.bytes_up(shape, kept, label_bytes)
+                one = config.link.bytes_up(shape, kept, label_bytes, row_bytes)
                 if config.gradients:
                     one += config.link.bytes_down(shape, kept)
                 if tail_shape:

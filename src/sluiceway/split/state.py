@@ -1,12 +1,13 @@
 """A split run as named tensors, both sides of it, and back.
 
 By file: `layers` the global network, `copies` the server's of each client, `strategy` what averages
-the clients' layers, `clients` and `servers` what else lives on each side, `masks`, and `links` what
-compression remembers.
+the clients' layers, `clients` and `servers` what else lives on each side, `masks`, `memory` the
+server's of delta coding, and `links` what compression remembers besides.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sluiceway.core.checkpoints import CheckpointError, Saved, require_same
@@ -29,6 +30,7 @@ def state_of(loop: SplitLoop) -> dict[str, dict[str, Tensor]]:
         "copies": joined({str(key): back.state_dict() for key, back in copies.items()}),
         "masks": loop.masks.state_dict()
         | ({} if loop.mixer is None else joined({"mixer": loop.mixer.state_dict()})),
+        "memory": memory_of(loop),
         "links": joined({name: link.state_dict() for name, link in links(loop).items()}),
     }
 
@@ -55,11 +57,22 @@ def restore(loop: SplitLoop, saved: Saved) -> None:
         loop.masks.load_state_dict(state["masks"])
         if loop.mixer is not None:
             loop.mixer.load_state_dict(unprefixed(state["masks"], "mixer/"))
+        if loop.memory is not None:
+            loop.memory.load_state_dict(unprefixed(state["memory"], "kept/"))
+            loop.unsure = set(state["memory"]["now/unsure"].tolist())
         for name, link in links(loop).items():
             link.load_state_dict(unprefixed(state["links"], f"{name}/"))
     except Exception as error:
         why = line(str(error))
         raise CheckpointError(f"checkpoint {saved.folder} is of another run ({why})") from error
+
+
+def memory_of(loop: SplitLoop) -> dict[str, Tensor]:
+    """The server's end of delta coding; nothing without it."""
+    if loop.memory is None:
+        return {}
+    unsure = torch.tensor(sorted(loop.unsure), dtype=torch.int64)
+    return joined({"kept": loop.memory.state_dict(), "now": {"unsure": unsure}})
 
 
 def links(loop: SplitLoop) -> dict[str, Compressor]:

@@ -127,7 +127,7 @@ class RemoteClient:
         self.connect(ROUND_WAIT)
         return self.exchange({"what": "rate"})[1]
 
-    def begin(self, round: int, opening: bytes, mask: Tensor | None) -> None:
+    def begin(self, round: int, opening: bytes, mask: Tensor | None, forget: bool = False) -> None:
         facts = {
             "what": "begin",
             "run": self.run,
@@ -135,6 +135,7 @@ class RemoteClient:
             "based": self.based,
             "keep": self.keep,
             "mask": None if mask is None else mask.tolist(),
+            "forget": forget,
         }
         try:
             self.connect(ROUND_WAIT)
@@ -202,11 +203,6 @@ def split_remote(
     Raises:
         RunFailed, HandshakeError: a site cannot join; and as `split_train`.
     """
-    if settings.method.one_process:
-        raise ValueError(
-            f"method.name = {settings.method.name!r} keeps every example's values at both ends: "
-            "only in one process"
-        )
     with TlsServer(endpoint.keys, transport.sites, endpoint.listen, endpoint.port) as server:
         address = {"host": endpoint.host, "port": server.port}
         try_model(model.to(settings.device), (), test, plan.metric, settings.device, own_loss=False)

@@ -109,7 +109,7 @@ class SplitTrainer:
         self.current, self.between_rounds = (run, based), False
         given = facts.get("mask")
         mask = None if given is None else torch.tensor(given, dtype=torch.bool)
-        self.side.begin(self.round, opening, mask)
+        self.side.begin(self.round, opening, mask, facts.get("forget") is True)
         # For random layers such as dropout; data and channels have seeds of their own.
         torch.manual_seed(derive_seed(self.seed, self.round, self.number))
         return {}, b""
