@@ -288,7 +288,7 @@ class SLFAC(Compressor):
 
 @dataclass(config=PARAMETERS, kw_only=True)
 class Delta(Compressor):
-    """What changed of each example since it last crossed, rounded (after AQ-SGD, arXiv 2206.01299)."""
+    """What changed of each example since it last crossed (AQ-SGD-like, arXiv 2206.01299)."""
 
     name: ClassVar[str] = "delta"
     quantize: Quantize = "dct"
