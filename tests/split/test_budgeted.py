@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sluiceway.core.messages import WireError
 from sluiceway.split import BatchId, Channels, Compressor, TopK, coder
-from sluiceway.split.budgeted import Bitted, Stepped, encode_bits, encode_step, transformed
+from sluiceway.split.bitted import Bitted, encode_bits
+from sluiceway.split.cosines import transformed
+from sluiceway.split.stepped import Stepped, encode_step
 
 some = settings(max_examples=60)
 CPU = torch.device("cpu")
@@ -94,6 +96,17 @@ class TestBudgets:
         assert torch.equal(again.numbers, found.numbers)
         assert torch.equal(again.values(), found.values())
 
+    @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([(), (4,), (3, 3), (8, 9)]))
+    @some
+    def test_every_shape_comes_back_to_the_bit(
+        self, n: int, g: int, sides: tuple[int, ...]
+    ) -> None:
+        x = values(n, (n, g, int(np.prod(sides, dtype=int))))
+        found = encode_step(x, 4 * x.numel() / 8, sides)
+        again = Stepped.read(memoryview(found.payload), tuple(x.shape), sides, CPU)
+        assert len(found.payload) == found.nbytes
+        assert torch.equal(again.values(), found.values())
+
     @given(st.integers(0, 99), st.floats(1.0, 100.0), st.booleans())
     @some
     def test_bits_fit_and_come_back(self, seed: int, ratio: float, coded: bool) -> None:
@@ -102,6 +115,7 @@ class TestBudgets:
         found = encode_bits(x, budget, coded)
         if not coded:
             assert len(found.payload) <= max(budget, 3 + 10)
+        assert len(found.payload) == found.nbytes
         again = Bitted.read(memoryview(found.payload), (6, 5, 9), coded, CPU)
         assert torch.equal(again.values(), found.values())
         assert torch.equal(again.bits, found.bits)

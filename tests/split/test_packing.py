@@ -199,14 +199,14 @@ class TestFormat:
         selection = KeptChannels(torch.tensor([True, *[False] * 8, True]))
         message, context = pack_smashed(A, selection, ID, "int4-affine", torch.tensor([5, 0, 300]))
         header = struct.pack(
-            "<4sBBBBBBH3I4II", b"SLWY", 1, 1, 5, 1, 2, 2, 0, 3, 7, 11, 3, 10, 0, 0, 2
+            "<4sBBBBBBH3I4II", b"SLWY", 2, 1, 5, 1, 2, 2, 0, 3, 7, 11, 3, 10, 0, 0, 2
         )
         scales = struct.pack("<4f", 2.0, 0.2, 0.0, -1.0)
         numbers = bytes([0 | 0 << 4, 15 | 15 << 4, 7 | 6 << 4])
         assert message == header + struct.pack("<3H", 5, 0, 300) + b"\x01\x02" + scales + numbers
         gradient = pack_gradient(A, context, "int8")
         header = struct.pack(
-            "<4sBBBBBBH3I4II", b"SLWY", 1, 3, 2, 0, 0, 2, 0, 3, 7, 11, 3, 10, 0, 0, 2
+            "<4sBBBBBBH3I4II", b"SLWY", 2, 3, 2, 0, 0, 2, 0, 3, 7, 11, 3, 10, 0, 0, 2
         )
         scales = (A.abs().amax(0)[[0, 9]] / 127).numpy().tobytes()
         assert gradient == header + scales + struct.pack("6b", 0, -64, 127, 127, 59, 13)
@@ -216,7 +216,7 @@ class TestFormat:
         selection = KeptElements(torch.tensor([[1, 299], [0, 256]]))
         message, _ = pack_smashed(A, selection, ID, "none", torch.tensor([5, 255]))
         header = struct.pack(
-            "<4sBBBBBBH3I4II", b"SLWY", 1, 2, 0, 2, 1, 3, 0, 3, 7, 11, 2, 3, 100, 0, 2
+            "<4sBBBBBBH3I4II", b"SLWY", 2, 2, 0, 2, 1, 3, 0, 3, 7, 11, 2, 3, 100, 0, 2
         )
         indices = struct.pack("<4H", 1, 299, 0, 256)
         values = struct.pack("<4f", 1, 299, 300, 556)
@@ -281,13 +281,13 @@ class TestRefusals:
         ("offset", "form", "values", "why"),
         [
             (0, "I", [0], "magic"),
-            (4, "B", [2], "version 2, this side reads 1"),
+            (4, "B", [1], "version 1, this side reads 2"),
             (5, "B", [0], "unknown kind"),
             (5, "B", [2], "selection code|bytes, its header"),
             (5, "B", [3], "gradient has no labels"),
             (6, "B", [10], "unknown kind, codec"),
             (6, "B", [9], "ends|stream|classes|frequencies|step|bits"),
-            (6, "B", [7], "ends|stream|classes|frequencies|step"),
+            (6, "B", [7], "ends|stream|classes|integers|step"),
             (7, "B", [0], "selection code 1, got 0"),
             (8, "B", [3], "label size"),
             (9, "B", [1], "2 to 4 sizes"),

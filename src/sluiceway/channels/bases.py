@@ -8,6 +8,7 @@ rounded alike, a component of twice the weight has half the error.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,12 +32,12 @@ class Basis:
     scale: Tensor
     weight: Tensor
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
         """W U^T D^1/2, [C, C]."""
         return (self.rotation * self.weight).T * self.scale
 
-    @property
+    @cached_property
     def inverse_matrix(self) -> Tensor:
         """D^-1/2 U W^-1, [C, C]."""
         return self.rotation / self.weight / self.scale.unsqueeze(1)
@@ -58,7 +59,7 @@ class Basis:
         """The gradient by channels again, U (U^T g)."""
         return _mixed(self.rotation, crossed)
 
-    @property
+    @cached_property
     def centred(self) -> "Basis":
         """The same about the mean 0: for what is a difference of smashed data."""
         return replace(self, mean=torch.zeros_like(self.mean))

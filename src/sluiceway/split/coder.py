@@ -15,7 +15,7 @@ Against zstd on the same integers the stream is a quarter to a half shorter, wit
 entropy of the groups (`benchmarks/channels.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Final
@@ -28,6 +28,8 @@ from sluiceway.core.messages import WireError
 
 Integers = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
+Frequencies = npt.NDArray[np.float64]
+Sizes = Sequence[int] | npt.NDArray[np.int64]
 
 CLASSES: Final = 16
 _NEVER: Final = 255
@@ -36,7 +38,7 @@ _FEW: Final = 16
 _PRECISION: Final = 24
 #: Words of the stream an integer beyond its information, with some room; and words of zeros behind
 #: it, at most, but for these.
-_LOST: Final = 2.0**-16
+LOST: Final = 2.0**-16
 _PADDING: Final = 3
 #: 2^(-f / 8) for f below 8, the float64 nearest to each; all else is exact scaling by powers of 2.
 _EIGHTHS: Final = np.array(
@@ -53,14 +55,15 @@ _EIGHTHS: Final = np.array(
 )
 
 
-def folded(numbers: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
-    """Integers 0, 1, -1, 2, ... as 0, 1, 2, 3, ..."""
-    return np.where(numbers > 0, 2 * numbers - 1, -2 * numbers)
+def folded(numbers: npt.NDArray[np.int8]) -> Integers:
+    """Integers 0, 1, -1, 2, ... above -128 as 0, 1, 2, 3, ..."""
+    negative = -numbers
+    return (negative << 1 ^ negative >> 7).view(np.uint8)
 
 
-def unfolded(numbers: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
-    """The inverse of `folded`."""
-    return np.where(numbers % 2, (numbers + 1) // 2, -(numbers // 2))
+def unfolded(numbers: Integers) -> npt.NDArray[np.int8]:
+    """The inverse of `folded`; 255, which it does not give, as -128."""
+    return -(numbers >> 1 ^ -(numbers & 1)).view(np.int8)
 
 
 def in_halves(numbers: Integers) -> bytes:
@@ -91,7 +94,7 @@ def tables_of(counts: Counts) -> Integers:
     return np.where(seen, np.rint(8 * logs).clip(0, _NEVER - 1), _NEVER).astype(np.uint8)
 
 
-def counts_of(integers: Integers, sizes: Sequence[int] | npt.NDArray[np.int64]) -> Counts:
+def counts_of(integers: Integers, sizes: Sizes) -> Counts:
     """How often each of the groups, one after another, has each integer, [G, L]."""
     groups, top = len(sizes), 1 + int(integers.max(initial=0))
     keys = np.repeat(top * np.arange(groups), sizes) + integers
@@ -130,7 +133,7 @@ def _planned(counts: Counts) -> _Plan:
     # A class of one integer alone takes nothing, and log2(1) is 0.
     bits = float((sums * -np.log2(np.where(seen, shares, 1)).clip(min=-_PRECISION)).sum())
     coded = int(sums[seen.sum(1) > 1].sum())
-    words = ceil(bits / 32 + coded * _LOST) + 1 if tables else 0
+    words = ceil(bits / 32 + coded * LOST) + 1 if tables else 0
     return _Plan(b"".join(parts), classes, tables, words)
 
 
@@ -140,7 +143,7 @@ def size(counts: Counts) -> int:
     return len(plan.head) + 4 * plan.words
 
 
-def encode(integers: Integers, sizes: Sequence[int] | npt.NDArray[np.int64]) -> bytes:
+def encode(integers: Integers, sizes: Sizes) -> bytes:
     """Integers as bytes.
 
     Args:
@@ -148,16 +151,11 @@ def encode(integers: Integers, sizes: Sequence[int] | npt.NDArray[np.int64]) -> 
         sizes: how many each group has, at least 1.
     """
     plan = _planned(counts_of(integers, sizes))
-    encoder = constriction.stream.queue.RangeEncoder()
-    for number, members in _members(plan.classes, np.cumsum(sizes)):
-        if number in plan.tables:
-            symbols = np.concatenate([integers[a:b] for a, b in members])
-            encoder.encode(symbols.astype(np.int32), _model(plan.tables[number]))
-    stream: bytes = encoder.get_compressed().astype("<u4").tobytes()
-    return plan.head + stream.ljust(4 * plan.words, b"\0")
+    frequencies = {number: _frequencies(table) for number, table in plan.tables.items()}
+    return plan.head + to_stream(integers, sizes, plan.classes, frequencies, plan.words)
 
 
-def decode(data: memoryview, sizes: Sequence[int] | npt.NDArray[np.int64]) -> Integers:
+def decode(data: memoryview, sizes: Sizes) -> Integers:
     """The integers that `encode` wrote, group after group.
 
     Args:
@@ -167,46 +165,95 @@ def decode(data: memoryview, sizes: Sequence[int] | npt.NDArray[np.int64]) -> In
     Raises:
         WireError: not what `encode` writes.
     """
-    header = (len(sizes) + 1) // 2
-    classes = from_halves(_taken(data, 0, header))
-    if classes[len(sizes) :].any():
-        raise WireError("classes: expected zero in the unused half of the last byte")
-    tables, at = dict[int, Integers](), header
+    classes, at = read_classes(data, len(sizes))
+    frequencies, alone = dict[int, Frequencies](), dict[int, int]()
     for number in sorted(set(classes.tolist()) - {0}):
-        length = 1 + int(_taken(data, at, 1)[0])
-        table = np.frombuffer(_taken(data, at + 1, length), dtype=np.uint8)
+        length = 1 + int(taken(data, at, 1)[0])
+        table = np.frombuffer(taken(data, at + 1, length), dtype=np.uint8)
         if length == 1 or table[-1] == _NEVER or int(table.min()) != 0:
             raise WireError("frequencies: expected a largest one, and one of the largest integer")
-        tables[number], at = table, at + 1 + length
-    if (len(data) - at) % 4:
+        if int((table != _NEVER).sum()) > 1:
+            frequencies[number] = _frequencies(table)
+        else:
+            alone[number] = length - 1
+        at += 1 + length
+    integers, zeros = from_stream(data[at:], sizes, classes, frequencies)
+    if zeros > _PADDING + 2 * LOST * len(integers):
+        raise WireError("stream: longer than its integers")
+    for number, largest in alone.items():
+        integers[np.repeat(classes == number, sizes)] = largest
+    return integers
+
+
+def read_classes(data: memoryview, groups: int) -> tuple[Integers, int]:
+    """The class of each group, [G], and where they end. Raises WireError."""
+    end = (groups + 1) // 2
+    classes = from_halves(taken(data, 0, end))
+    if classes[groups:].any():
+        raise WireError("classes: expected zero in the unused half of the last byte")
+    return classes[:groups], end
+
+
+def to_stream(
+    integers: Integers,
+    sizes: Sizes,
+    classes: Integers,
+    frequencies: Mapping[int, Frequencies],
+    words: int,
+) -> bytes:
+    """The range coder's words, with zeros behind them.
+
+    Args:
+        integers: group after group.
+        sizes: how many each group has.
+        classes: of each group, [G].
+        frequencies: of 0, 1, ... by class; integers of a class without any are not in the stream.
+        words: at least as many as are needed.
+    """
+    encoder = constriction.stream.queue.RangeEncoder()
+    for number, members in _members(classes, np.cumsum(sizes)):
+        if number in frequencies:
+            symbols = np.concatenate([integers[a:b] for a, b in members])
+            encoder.encode(symbols.astype(np.int32), _model(frequencies[number]))
+    stream: bytes = encoder.get_compressed().astype("<u4").tobytes()
+    return stream.ljust(4 * words, b"\0")
+
+
+def from_stream(
+    data: memoryview, sizes: Sizes, classes: Integers, frequencies: Mapping[int, Frequencies]
+) -> tuple[Integers, int]:
+    """What `to_stream` wrote: the integers, 0 where they are not in it; and words of zeros.
+
+    Raises:
+        WireError: not of these frequencies, or something else behind it.
+    """
+    if len(data) % 4:
         raise WireError("stream: expected whole words of 4 bytes")
-    words = np.frombuffer(data[at:], dtype="<u4").astype(np.uint32)
+    words = np.frombuffer(data, dtype="<u4").astype(np.uint32)
     decoder = constriction.stream.queue.RangeDecoder(words)
     encoder = constriction.stream.queue.RangeEncoder()
     ends = np.cumsum(sizes)
     integers = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
-    for number, members in _members(classes[: len(sizes)], ends):
-        table, count = tables[number], sum(b - a for a, b in members)
-        if int((table != _NEVER).sum()) > 1:
-            try:
-                symbols = decoder.decode(_model(table, len(table) <= _FEW), count)
-                encoder.encode(symbols, _model(table))
-            except (AssertionError, ValueError) as error:
-                raise WireError("stream: not of these frequencies") from error
-        else:
-            symbols = np.full(count, len(table) - 1, dtype=np.uint8)
+    for number, members in _members(classes, ends):
+        if number not in frequencies:
+            continue
+        found, count = frequencies[number], sum(b - a for a, b in members)
+        try:
+            symbols = decoder.decode(_model(found, len(found) <= _FEW), count)
+            encoder.encode(symbols, _model(found))
+        except (AssertionError, ValueError) as error:
+            raise WireError("stream: not of these frequencies") from error
         done = 0
         for a, b in members:
             integers[a:b] = symbols[done : done + b - a]
             done += b - a
     # A decoder reads on in zeros, and past words that are not needed: only one stream is right, and
-    # zeros, few, behind it.
+    # zeros behind it.
     again = encoder.get_compressed()
     rest = words[len(again) :]
-    few = _PADDING + 2 * _LOST * len(integers)
-    if not np.array_equal(again, words[: len(again)]) or rest.any() or len(rest) > few:
+    if not np.array_equal(again, words[: len(again)]) or rest.any():
         raise WireError("stream: longer or shorter than its integers")
-    return integers
+    return integers, len(rest)
 
 
 def _members(
@@ -220,22 +267,26 @@ def _members(
             yield number, list(zip(starts[found].tolist(), ends[found].tolist(), strict=True))
 
 
-def _model(table: Integers, lazy: bool = False) -> "constriction.stream.model.Categorical":
+def _model(frequencies: Frequencies, lazy: bool = False) -> "constriction.stream.model.Categorical":
     """The coder's model; the same on every machine, for it takes exact operations alone.
 
     To read integers of few values a lazy model is faster; it has the same frequencies.
     """
-    frequencies = _frequencies(table)
     return constriction.stream.model.Categorical(frequencies, perfect=False, lazy=lazy)
 
 
-def _frequencies(table: Integers) -> npt.NDArray[np.float64]:
+def _frequencies(table: Integers) -> Frequencies:
     """What a table says: 2^(-f / 8), or 0."""
-    powers: npt.NDArray[np.float64] = np.ldexp(_EIGHTHS[table % 8], -(table // 8).astype(np.int64))
-    return np.where(table == _NEVER, 0.0, powers)
+    return np.where(table == _NEVER, 0.0, power(table.astype(np.int64)))
 
 
-def _taken(data: memoryview, start: int, length: int) -> memoryview:
+def power(eighths: npt.NDArray[np.int64]) -> Frequencies:
+    """2^(-f / 8), the same on every machine."""
+    powers: Frequencies = np.ldexp(_EIGHTHS[eighths % 8], -(eighths // 8))
+    return powers
+
+
+def taken(data: memoryview, start: int, length: int) -> memoryview:
     """That many bytes. Raises WireError if there are not."""
     if start + length > len(data):
         raise WireError("message: ends within its frequencies")

@@ -5,7 +5,7 @@ little-endian, nothing aligned:
 
     header   44 bytes
         0   4  magic, "SLWY"
-        4   1  version, 1
+        4   1  version, 2
         5   1  kind: 1 channels, 2 elements; + 2 for a gradient
         6   1  codec: 0 float32, 1 fp16, 2 int8, 3 int4, 4 int8-affine, 5 int4-affine, 6 bits,
                7 step, 8 dct, 9 slfac
@@ -26,9 +26,9 @@ little-endian, nothing aligned:
     scales     float32: a step per kept channel, or per example of elements; then, affine, the lows
     values     [B, kept, H, W] or [B, k], row by row; see `quantise`
 
-Where integers are coded, or the codec has a budget, scales and values are as `coder`, `budgeted`
-and `slfac` say. Otherwise the length follows from the header (`message_bytes`), so that a message
-is either exact or rejected.
+Where integers are coded, or the codec has a budget, scales and values are as `coder`, `bitted`,
+`stepped` and `slfac` say. Otherwise the length follows from the header (`message_bytes`), so that a
+message is either exact or rejected.
 Every rejection is a `WireError`, raised before anything is allocated from the message's numbers.
 
 Where both sides are in one process a message stays tensors (`Encoded`), on the device where they
@@ -69,7 +69,7 @@ from sluiceway.split.selection import (
 )
 
 MAGIC: Final = b"SLWY"
-VERSION: Final = 1
+VERSION: Final = 2
 #: Default limit in bytes, of a message and of the dense float32 tensor that it opens to.
 LIMIT: Final = 1 << 28
 

@@ -11,7 +11,8 @@ scale, since channels differ in size by orders of magnitude. With step the group
 - int8-affine, int4-affine: round((x - low) / step), step = (max - low) / 255 or / 15, low = min:
   half the step of the symmetric form where values have one sign, as behind a ReLU.
 
-- bits, step, dct, slfac: integers that fill a budget of bytes, see `budgeted` and `slfac`.
+- bits, step, dct, slfac: integers that fill a budget of bytes, see `bitted`, `stepped` and
+  `slfac`.
 
 The integers are within half a step of x, but for those of a budget. The gradient passes straight
 through the rounding: what comes back for the rounded value is taken as the gradient of the
@@ -23,13 +24,15 @@ from functools import cached_property
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sluiceway.core.messages import WireError
 from sluiceway.split import coder
-from sluiceway.split.budgeted import Bitted, Stepped, encode_bits, encode_step
+from sluiceway.split.bitted import Bitted, encode_bits
 from sluiceway.split.slfac import Frequencies, encode_slfac
+from sluiceway.split.stepped import Stepped, encode_step
 
 # Values worked on at once: the temporaries of this many stay in a core's cache.
 _CHUNK: Final = 1 << 18
@@ -170,8 +173,12 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        """The length of `payload`."""
-        return len(self.payload)
+        """The length of `payload`, without coding."""
+        if not self.coded:
+            return self.codec.nbytes(self.numbers.numel(), self.numbers.shape[1])
+        rows = self._rows
+        counts = coder.counts_of(rows.ravel(), [rows.shape[1]] * len(rows))
+        return 4 * self.parameters.numel() + coder.size(counts)
 
     @cached_property
     def payload(self) -> bytes:
@@ -182,13 +189,17 @@ class Quantised:
         """
         if not self.coded:
             return b"".join(self.buffers())
-        numbers = self.numbers.transpose(0, 1).flatten(1).cpu().numpy().astype(np.int16)
-        numbers = numbers - self.codec.offset
-        if not self.codec.affine:
-            numbers = coder.folded(numbers)
-        sizes = [numbers.shape[1]] * len(numbers)
-        coded = coder.encode(numbers.astype(np.uint8).ravel(), sizes)
+        coded = coder.encode(self._rows.ravel(), [self._rows.shape[1]] * len(self._rows))
         return self.parameters.cpu().numpy().tobytes() + coded
+
+    @cached_property
+    def _rows(self) -> npt.NDArray[np.uint8]:
+        """The integers of each group, as they are coded."""
+        stored = self.numbers.transpose(0, 1).flatten(1).cpu().numpy().astype(np.int16)
+        whole = stored - self.codec.offset
+        if self.codec.affine:
+            return whole.astype(np.uint8)
+        return coder.folded(whole.astype(np.int8))
 
     def buffers(self) -> list[memoryview]:
         """The pieces that a message holds, in their order: parameters, then numbers row by row.
@@ -241,12 +252,11 @@ class Quantised:
 def _decoded(data: memoryview, shape: tuple[int, int, int], codec: Codec) -> Tensor:
     """The integers that `Quantised.payload` coded, [N, G, S] int8 with their offset."""
     n, g, s = shape
-    found = coder.decode(data, [n * s] * g).astype(np.int16)
+    found = coder.decode(data, [n * s] * g)
     if int(found.max()) > (codec.levels if codec.affine else 2 * codec.levels):
         raise WireError("integers: larger than the codec's")
-    if not codec.affine:
-        found = coder.unfolded(found)
-    numbers = torch.from_numpy((found + codec.offset).astype(np.int8))
+    whole = (found if codec.affine else coder.unfolded(found)).astype(np.int16) + codec.offset
+    numbers = torch.from_numpy(whole.astype(np.int8))
     return numbers.view(g, n, s).transpose(0, 1).contiguous()
 
 

@@ -8,7 +8,7 @@ Its first k cross, the fewest that hold a share of its energy in this batch; the
 
     b_c = round(2 + 6 (log e_c - min log e) / (max log e - min log e))
 
-as affine integers, ranges clipped as in `budgeted`. The share is 0.9, or the largest below it with
+as affine integers, ranges clipped as in `bitted`. The share is 0.9, or the largest below it with
 which the packed integers fit the budget of bytes; then channels of the least energy are left out.
 """
 
@@ -26,19 +26,17 @@ from torch import Tensor
 
 from sluiceway.core.messages import WireError
 from sluiceway.split import coder
-from sluiceway.split.budgeted import (
-    Sides,
+from sluiceway.split.bitted import (
     affine,
     fold,
-    frequency_order,
     from_short,
     pack_bits,
     to_short,
-    transformed,
     unfold,
     unpack_bits,
     usable,
 )
+from sluiceway.split.cosines import Sides, frequency_order, transformed
 
 SHARE: Final = 0.9
 FEWEST, MOST = 2, 8
@@ -100,7 +98,7 @@ class Frequencies:
         """Counts as uint16, bits as 4 each, of channels that cross low and step as bfloat16.
 
         Then their integers, a channel's from a byte on; or coded about the channel's central one,
-        as those of `budgeted.Bitted` are.
+        as those of `bitted.Bitted` are.
         """
         live = torch.from_numpy(self.live)
         parts = [self.counts.astype("<u2").tobytes(), coder.in_halves(self.bits.astype(np.uint8))]
