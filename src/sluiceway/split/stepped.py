@@ -39,12 +39,14 @@ _AIMED: Final = 0.98
 _OVER: Final = 1.05
 _TRIES: Final = 3
 #: The search for a step looks at about so many values, begins as if each integer but 0 took so many
-#: bits, tries steps so many octaves from there, and goes on so often at most; where a step is twice
-#: as large bytes are taken to fall by so many octaves at least.
+#: bits, tries steps so many octaves from there, and goes on so often at most, in shorter strides
+#: while bytes differ by so many octaves between neighbours; where a step is twice as large bytes
+#: are taken to fall by so many octaves at least.
 _SEARCHED: Final = 1 << 13
 _BITS: Final = 5.0
 _APART: Final = np.array([-0.35, 0.0, 0.35])
 _CORRECTIONS: Final = 6
+_STEEP: Final = 0.75
 _SLOPE: Final = -0.3
 _HEAD: Final = struct.Struct("<fb")
 
@@ -233,9 +235,9 @@ def _step(sample: Floats, some: _Some, largest: float, budget: float) -> float:
     ends = log2(largest / LARGEST), log2(largest / (1 - _DEAD_ZONE))
     others = int(len(sample) * min(0.9, 8 * target / some.total / _BITS))
     guess = float(np.partition(sample, -1 - others)[-1 - others]) / (1 - _DEAD_ZONE)
-    log = log2(max(guess, 2 ** ends[0]))
+    log, apart = log2(max(guess, 2 ** ends[0])), _APART
     for _ in range(_CORRECTIONS):
-        logs = np.minimum(np.maximum(log + _APART, ends[0]), ends[1])
+        logs = np.minimum(np.maximum(log + apart, ends[0]), ends[1])
         q = _magnitudes(sample, np.exp2(logs)[:, None])
         sums = np.empty((len(logs), 3, len(some.sizes)))
         sums[:, 0] = some.sizes
@@ -243,8 +245,15 @@ def _step(sample: Floats, some: _Some, largest: float, budget: float) -> float:
             sums[:, at] = some.shares * np.add.reduceat(of, some.starts, axis=1)
         over = np.log2(geometric.lengths(sums) / target)
         off = max(0.0, over[-1]) + min(0.0, over[0])
-        if not off or logs[0] == logs[-1]:
+        if logs[0] == logs[-1]:
             break
+        if not off:
+            # What was rounded before, as in delta coding, has many values of one magnitude.
+            at = int((over > 0).sum())
+            if at in (0, len(over)) or over[at - 1] - over[at] < _STEEP:
+                break
+            log, apart = float(np.interp(0, -over, logs)), apart / 4
+            continue
         slope = (over[-1] - over[0]) / (logs[-1] - logs[0])
         log = float(logs[-1 if off > 0 else 0]) - off / min(_SLOPE, slope)
     return float(np.float32(np.exp2(np.interp(0, -over, logs))))
