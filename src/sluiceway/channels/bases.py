@@ -42,10 +42,14 @@ class Basis:
         """D^-1/2 U W^-1, [C, C]."""
         return self.rotation / self.weight / self.scale.unsqueeze(1)
 
+    @cached_property
+    def _shift(self) -> Tensor:
+        """-W U^T D^1/2 mu, [C]."""
+        return -(self.matrix @ self.mean)
+
     def forward(self, A: Tensor) -> Tensor:
         """Components z = W U^T D^1/2 (a - mu) of smashed data, the shape of A."""
-        matrix = self.matrix
-        return _mixed(matrix, A, -(matrix @ self.mean))
+        return _mixed(self.matrix, A, self._shift)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Channels a = D^-1/2 U W^-1 z + mu, the inverse of `forward`."""
