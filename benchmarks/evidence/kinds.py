@@ -17,6 +17,7 @@ from pages import (
     pooled,
     pools,
     reached,
+    rounds_to,
     spent,
     table,
 )
@@ -166,13 +167,20 @@ def split(runs: Runs, docs: Path, picture: str = "split.png") -> dict[str, str]:
         "of the second half of the rounds, in points, paired, with the number of pairs:",
         pools(compressed, ours, [name for name in names if name != "sl"], level),
     ]
-    for share in (0.95, 0.99):
-        levels = levels_of(by_group(runs), "sl 1x", level, share)
-        parts += [
-            f"Megabytes, both directions, until {share:.0%} of the level of `sl` is reached (the "
-            "mean over seeds; inf: not by all):".replace("%", " %"),
-            by_target(by_group(runs), list(groups), lines, levels, spent, "sl 1x"),
-        ]
+    grouped = by_group(runs)
+    rows = [f"{name} {traffic}" for name in names for traffic in LEVELS]
+    for what, measure in (("Megabytes, both directions,", spent), ("Rounds", rounds_to)):
+        for share in (0.95, 0.99):
+            values = {
+                group: measure({s: share * level(run) for s, run in found["sl 1x"].items()})
+                for group, found in grouped.items()
+                if "sl 1x" in found
+            }
+            parts += [
+                f"{what} until {share:.0%} of the level of `sl` with the same seed is reached (the "
+                "mean over seeds; inf, and no row: not with all):".replace("%", " %"),
+                table(grouped, list(values), rows, values, "sl 1x", in_steps=True),
+            ]
     text = "\n\n".join(parts)
     return {"evidence/split.md": text}
 

@@ -34,26 +34,28 @@ def bytes_up(run: Mapping[str, Any]) -> float:
 
 def reached(target: float) -> Value:
     """The first round with at least this accuracy; one more than there are if there is none."""
-
-    def rounds(run: Mapping[str, Any]) -> float:
-        enough = [n for n, a in enumerate(run["accuracy_by_round"], 1) if a >= target]
-        return float(enough[0]) if enough else float(len(run["accuracy_by_round"]) + 1)
-
-    return rounds
+    return lambda run: float(first_round(run, target) or len(run["accuracy_by_round"]) + 1)
 
 
-def spent(target: float) -> Value:
-    """Megabytes, both directions, until at least this accuracy; infinite if it never was."""
+def rounds_to(targets: Mapping[int, float]) -> Value:
+    """The first round with at least the accuracy of the run's seed; infinite if there is none."""
+    return lambda run: float(first_round(run, targets[run["seed"]]) or "inf")
+
+
+def spent(targets: Mapping[int, float]) -> Value:
+    """Megabytes, both directions, until then."""
 
     def megabytes(run: Mapping[str, Any]) -> float:
-        total = 0.0
-        for accuracy, nbytes in zip(run["accuracy_by_round"], run["bytes_by_round"], strict=True):
-            total += float(nbytes) / 1e6
-            if float(accuracy) >= target:
-                return total
-        return float("inf")
+        rounds = first_round(run, targets[run["seed"]])
+        return sum(run["bytes_by_round"][:rounds]) / 1e6 if rounds else float("inf")
 
     return megabytes
+
+
+def first_round(run: Mapping[str, Any], target: float) -> int | None:
+    """With at least this accuracy; None if there is none."""
+    enough = (n for n, a in enumerate(run["accuracy_by_round"], 1) if float(a) >= target)
+    return next(enough, None)
 
 
 def mean(value: Value, runs: Mapping[int, Mapping[str, Any]]) -> float:
@@ -73,7 +75,8 @@ def table(
 
     A star marks a difference to `against`, paired by seed, whose 95 % interval leaves out zero; the
     best of a column is bold. `value` may be one for each setting. `in_steps`: values count rounds
-    or megabytes instead of shares: one decimal, without an interval, and the least is the best.
+    or megabytes instead of shares: one decimal, without an interval, the least is the best, and
+    methods for which all are infinite have no row.
     """
     lines = [f"| | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
     values = value if isinstance(value, Mapping) else dict.fromkeys(settings, value)
@@ -86,13 +89,15 @@ def table(
             if mine is None:
                 cells.append("")
                 continue
-            found = Interval.of([values[setting](run) for run in mine.values()])
-            text = f"{found.mean:.1f}" if in_steps else f"{share(found.mean)} ± {share(found.half)}"
-            best = min(means[setting]) if in_steps else max(means[setting])
+            if in_steps:
+                best, text = min(means[setting]), f"{mean(values[setting], mine):.1f}"
+            else:
+                found = Interval.of([values[setting](run) for run in mine.values()])
+                best, text = max(means[setting]), f"{share(found.mean)} ± {share(found.half)}"
             if mean(values[setting], mine) == best:
                 text = f"**{text}**"
             cells.append(text + starred(mine, known[setting].get(against), values[setting]))
-        if any(cells):
+        if set(cells) - {"", "inf"}:
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -111,7 +116,10 @@ def starred(
     shared = sorted(set(mine) & set(other or {}))
     if not other or mine is other or len(shared) < 2:
         return ""
-    gap = Interval.of([value(mine[seed]) - value(other[seed]) for seed in shared])
+    pairs = [(value(mine[seed]), value(other[seed])) for seed in shared]
+    if not np.isfinite(pairs).all():
+        return ""
+    gap = Interval.of([one - two for one, two in pairs])
     return "*" if abs(gap.mean) > gap.half else ""
 
 
