@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import OWN_LOSS, Batch, Examples
 from sluiceway.core.evaluation import Metric, require_fitting
+from sluiceway.core.settings import Training
 from sluiceway.errors import InputError, first_line
 from sluiceway.moe import MoELayout, Observer
 
@@ -25,8 +26,7 @@ def try_model(
     device: torch.device,
     *,
     layout: MoELayout | None = None,
-    masked: bool = True,
-    precision: contextlib.AbstractContextManager[object] | None = None,
+    training: Training | None = None,
     own_loss: bool = True,
     local_tests: Sequence[Examples] = (),
     must: bool = False,
@@ -41,8 +41,8 @@ def try_model(
         clients, test: as they are trained and tested on.
         metric: see `require_fitting`.
         layout: the mixtures that are observed in training, or None.
-        masked: whether the attention mask says which of their tokens count.
-        precision: the context of a forward pass.
+        training: whether the attention mask says which of their tokens count, and the precision of
+            a forward pass; None for all of a batch in the model's own.
         own_loss: whether the model may return an auxiliary loss beside its logits.
         local_tests: test parts of clients.
         must: whether the examples have to go through it: a site has no round that names it.
@@ -63,12 +63,13 @@ def try_model(
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.no_grad(),
-            precision or contextlib.nullcontext(),
+            contextlib.nullcontext() if training is None else training.precision(device),
         ):
+            masked = training is not None and training.routing_mask == "attention"
             found = _outcome(model, test, device, layout, masked, must)
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
         for module, name, buffer, value in buffers:
             setattr(module, name, buffer.copy_(value))
     if found is None:

@@ -254,8 +254,7 @@ def begin_federated(
             "accuracy",
             device_here,
             layout=strategy.layout,
-            masked=training.routing_mask == "attention",
-            precision=training.precision(device_here),
+            training=training,
             must=True,
         )
     stack = ExitStack()

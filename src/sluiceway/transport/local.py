@@ -593,8 +593,7 @@ def federate(
         metric,
         place,
         layout=strategy.layout,
-        masked=training.routing_mask == "attention",
-        precision=training.precision(place),
+        training=training,
         local_tests=usable,
     )
     arrange_privacy(strategy, model, rounds, head_start)

@@ -261,8 +261,7 @@ def federate_remote(
         plan.metric,
         place,
         layout=strategy.layout,
-        masked=training.routing_mask == "attention",
-        precision=training.precision(place),
+        training=training,
     )
     arrange_privacy(strategy, model, plan.rounds, head_start)
     counts = joined(transport, facts, signature, classes_of(model, test, place))

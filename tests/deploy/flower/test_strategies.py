@@ -212,6 +212,24 @@ def test_a_client_of_other_shapes_says_so(tmp_path: Path, caplog: pytest.LogCapt
     assert "expected float32 [4" in caplog.text
 
 
+def test_a_client_whose_labels_do_not_fit_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = world(tmp_path)
+    wrong = examples(0)
+    wrong.labels[3] = 7
+    grid.nodes[40].app = client_app(
+        lambda context: ClientSetup(model(), wrong),
+        device="cpu",
+        folder=lambda context: tmp_path / "other",
+    )
+    logging.getLogger("flwr").propagate = True
+    with caplog.at_level("WARNING", "flwr"):
+        STRATEGIES["fedavg"](model(), clients=3, training=TRAINING).start(grid, num_rounds=1)
+    why = "client 0 has the label 7, and the model gives 3 logits: labels must be in 0..2"
+    assert f"client 0 (site-0) failed: InputError: {why}" in caplog.text
+
+
 def test_lost_clients_are_done_without_until_too_few_are_left(tmp_path: Path) -> None:
     grid = world(tmp_path)
     strategy = STRATEGIES["fedavg"](model(), clients=3, training=TRAINING, min_clients=2)

@@ -20,6 +20,7 @@ from sluiceway.core.batches import Examples, Loss
 from sluiceway.core.device import chosen_device
 from sluiceway.core.messages import read_broadcast
 from sluiceway.core.settings import Training
+from sluiceway.core.trial import try_model
 from sluiceway.deploy.flower.client import site_app
 from sluiceway.experiment.methods import method_of
 from sluiceway.experiment.validation import first_fault
@@ -92,6 +93,7 @@ class CustomClient(ClientHandler):
 
         Raises:
             SiteError: another request, or an impossible client number.
+            InputError: the model cannot be run on the client's examples.
             WireError: the server's model has other tensors than this client's.
         """
         number, clients = whole(request.facts, "client"), whole(request.facts, "clients")
@@ -105,12 +107,16 @@ class CustomClient(ClientHandler):
         nothing: Examples = Subset(setup.train, [])  # type: ignore[arg-type]
         parts = [setup.train if i == number else nothing for i in range(clients)]
         test = nothing if setup.test is None else setup.test
+        training = self.training or training_from(request.facts)
+        if shown := next((held for held in (setup.train, test) if len(held)), None):
+            given = setup.model, parts, shown, "accuracy", self.device
+            try_model(*given, layout=strategy.layout, training=training, must=True)
         with standing(
             setup.model,
             parts,
             test,
             strategy,
-            self.training or training_from(request.facts),
+            training,
             loss=self.loss,
             device=self.device,
             seed=whole(request.facts, "seed"),
