@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
-from scipy import stats
 
-from sluiceway.experiment.compare import line_key, panel_name, variant_name
+from sluiceway.experiment.compare import half_width, line_key, panel_name, variant_name
 
 Numbers = NDArray[Any]
 
@@ -224,7 +223,7 @@ def draw(axes: Axes, curve: Curve, x: Numbers) -> None:
     look: Any = {"color": curve.colour, "ls": curve.dash, "lw": curve.lw}
     axes.plot(x, mean, marker=marker, ms=1.8 * curve.lw, zorder=3, **look)
     if len(accuracy) > 1:
-        half = stats.t.ppf(0.975, len(accuracy) - 1) * stats.sem(accuracy, axis=0)
+        half = half_width(accuracy)
         low, high = np.clip([mean - half, mean + half], 0, 1)
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.16, lw=0)
 

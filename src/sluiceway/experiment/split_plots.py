@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from scipy import stats
 
 from sluiceway.experiment.compare import Interval
 from sluiceway.experiment.plots import (
@@ -212,5 +211,6 @@ def ranks(scores: Sequence[float] | None, channels: int) -> Numbers:
         return np.full(channels, np.nan)
     if channels == 1:
         return np.ones(1)
-    found: Numbers = (stats.rankdata(scores) - 1) / (channels - 1)
-    return found
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    below: Numbers = counts.cumsum() - (counts + 1) / 2  # equal ones have their middle
+    return below[places] / (channels - 1)

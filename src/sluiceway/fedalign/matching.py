@@ -8,7 +8,6 @@ into the common order first, it is kept.
 from typing import Final
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sluiceway.fedalign.semantics import centred_regions, region_similarity
@@ -40,6 +39,8 @@ def match_experts(regions: Tensor, load: Tensor, least_gain: float = LEAST_GAIN)
     Raises:
         ValueError: a shape does not fit.
     """
+    from scipy.optimize import linear_sum_assignment  # takes a third of a second to import
+
     agreement = region_similarity(regions, load).sum((0, 2))
     centred = torch.nn.functional.normalize(centred_regions(regions, load), dim=-1)
     best = agreement >= agreement.max() - 1e-9

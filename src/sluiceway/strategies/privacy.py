@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch import Tensor
 
@@ -60,6 +59,8 @@ def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:
     Returns:
         Infinity above `LARGEST_EPSILON`.
     """
+    from scipy.optimize import brentq
+
     mu = math.sqrt(releases) / noise
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
@@ -77,6 +78,7 @@ def noise_for(epsilon: float, releases: int, delta: float) -> float:
     Args:
         epsilon: > 0. releases: >= 1. delta: in (0, 1).
     """
+    from scipy.optimize import brentq
 
     def over(log_mu: float) -> float:
         return gaussian_delta(math.exp(log_mu), epsilon) - delta
