@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from benchmarks.resume import KEYS, kill_and_resume
+from benchmarks.resume import KEYS, command, state
 from filelock import FileLock
 
 from sluiceway.__main__ import was_interrupted
@@ -41,6 +41,27 @@ def run(request: pytest.FixtureRequest) -> list[str]:
     pytest.importorskip("sklearn")
     recipe = request.getfixturevalue("split_recipe")
     return [str(recipe), "--set", "run.rounds=40", "--set", "method.name=acp-sl"]
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, Path]:
+    """Folders of runs that nothing happened to, by their kind."""
+    return {}
+
+
+@pytest.fixture
+def whole(
+    request: pytest.FixtureRequest,
+    run: list[str],
+    wholes: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of `run` if nothing happens to it."""
+    kind: str = request.node.callspec.params["run"]
+    if kind not in wholes:
+        wholes[kind] = tmp_path_factory.mktemp("whole") / kind
+        assert main(["run", *run, "--out", str(wholes[kind])]) == 0
+    return wholes[kind]
 
 
 def start(arguments: Sequence[str], **how: object) -> subprocess.Popen[str]:
@@ -75,20 +96,36 @@ def require_same(one: Path, other: Path) -> None:
     assert lines[0] == lines[1]
 
 
-def test_killed_and_resumed_is_the_whole_run_bit_for_bit(run: list[str], tmp_path: Path) -> None:
-    tally = kill_and_resume(run, 2, tmp_path, seed=4)
-    assert tally.differences == []
-    assert tally.kills == 2
-    assert tally.finished >= 1
+def saved_rounds(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("round-*"))
+
+
+def test_killed_and_resumed_is_the_whole_run_bit_for_bit(
+    run: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """Its process alone is killed, and then all of them at once, as when a machine stops."""
+    out = tmp_path / "killed"
+    for kill in (os.kill, os.killpg):
+        before = saved_rounds(out)
+        process = subprocess.Popen(
+            command(run, out), stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while saved_rounds(out) == before:
+            assert process.poll() is None
+            time.sleep(0.02)
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (out / "summary.json").exists()
+    assert main(["run", *run, "--out", str(out), "--resume"]) == 0
+    assert state(out) == state(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_between_steps_and_saves(
-    run: list[str], number: signal.Signals, tmp_path: Path
+    run: list[str], whole: Path, number: signal.Signals, tmp_path: Path
 ) -> None:
-    whole, part = ["--out", str(tmp_path / "whole")], ["--out", str(tmp_path / "part")]
+    part = ["--out", str(tmp_path / "part")]
     seldom = ["--set", "run.checkpoint_every=100"]
-    assert main(["run", *run, *whole]) == 0
     # A group of its own, and the signal to all of it, as from a terminal or a scheduler.
     process = start([*run, *part, *seldom], start_new_session=True)
     wait_for(process, "round 1:")
@@ -102,7 +139,7 @@ def test_a_signal_stops_between_steps_and_saves(
     assert list((tmp_path / "part" / "checkpoints").glob("round-*"))
     assert not (tmp_path / "part" / "summary.json").exists()
     assert main(["run", *run, *part, "--resume"]) == 0
-    require_same(tmp_path / "whole", tmp_path / "part")
+    require_same(whole, tmp_path / "part")
 
 
 def test_the_second_signal_stops_at_once() -> None:
@@ -130,22 +167,6 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.join()
     assert done == [True]
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_two_runs_do_not_share_a_folder(
-    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    run = [*run, "--set", "run.rounds=900"]
-    first = start([*run, "--out", str(out)])
-    wait_for(first, "round 1:")
-    for flag in ("--resume", "--force"):
-        assert main(["run", *run, "--out", str(out), flag]) == 2
-        assert f"another run is writing to {out}" in capsys.readouterr().err
-    first.terminate()
-    assert first.wait(timeout=60) == 130
-    assert main(["run", *run, "--out", str(out)]) == 2
-    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_let_go_and_continued_by_more_rounds_only(
@@ -178,6 +199,7 @@ def small_files(size: int) -> Callable[[], None]:
 
 def test_no_room_for_a_checkpoint(run: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
+    run = [*run, "--set", "run.rounds=5"]
     if "run.workers=2" in run:  # its state is longer than its messages, which need room as well
         run = [*run, "--set", "method.name=fedadam"]
     assert main(["run", *run, "--set", "run.rounds=2", "--out", str(out)]) == 0
@@ -209,6 +231,7 @@ def test_no_room_for_metrics(
     run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    run = [*run, "--set", "run.rounds=4"]
     out.mkdir()
     (out / "metrics.jsonl").symlink_to("/dev/full")
     assert main(["run", *run, "--out", str(out)]) == 1
@@ -218,7 +241,7 @@ def test_no_room_for_metrics(
     assert list((out / "checkpoints").glob("round-*"))
     (out / "metrics.jsonl").unlink()
     assert main(["run", *run, "--out", str(out), "--resume"]) == 0
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 40
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -237,13 +260,16 @@ def test_a_file_is_no_folder(
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_a_folder_that_is_deleted_meanwhile_does_not_come_back(
-    run: list[str], every: int, tmp_path: Path
+def test_a_folder_has_one_run_and_does_not_come_back_if_it_is_deleted_meanwhile(
+    run: list[str], every: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    seldom = ["--set", f"run.checkpoint_every={every}"]
-    process = start([*run, *seldom, "--set", "run.rounds=4000", "--out", str(out)])
+    run = [*run, "--set", f"run.checkpoint_every={every}", "--set", "run.rounds=4000"]
+    process = start([*run, "--out", str(out)])
     wait_for(process, "round 1:")
+    for flag in ("--resume", "--force"):
+        assert main(["run", *run, "--out", str(out), flag]) == 2
+        assert f"another run is writing to {out}" in capsys.readouterr().err
     os.rename(out, tmp_path / "elsewhere")
     said = last_line(process, 1)
     assert said.startswith("sluiceway: ")
@@ -257,19 +283,18 @@ def test_a_folder_that_is_deleted_meanwhile_does_not_come_back(
 def test_locale_and_clock_change_nothing(run: list[str], tmp_path: Path) -> None:
     recipe = Path(run[0])
     recipe.write_text('description = "Zürich ✓"\n' + recipe.read_text(), encoding="utf-8")
-    found = []
-    for name, surroundings in (
-        ("one", {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONUTF8": "0"}),
-        ("two", {"LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Niue", "LANG": "de_DE.UTF-8"}),
-    ):
-        out = tmp_path / f"{name}-über"
-        settings = ["--set", "run.rounds=2", "--out", str(out)]
-        process = start([*run, *settings], env=os.environ | surroundings)
-        last_line(process, 0)
-        found.append(json.loads((out / "summary.json").read_text(encoding="utf-8")))
+    settings = [*run, "--set", "run.rounds=2", "--out"]
+    here, there = tmp_path / "here-über", tmp_path / "there-über"
+    assert main(["run", *settings, str(here)]) == 0
+    # Of another locale than C a program has its encoding alone, and that is UTF-8 here.
+    surroundings = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONUTF8": "0"}
+    last_line(start([*settings, str(there)], env=os.environ | surroundings), 0)
+    found = [
+        json.loads((out / "summary.json").read_text(encoding="utf-8")) for out in (here, there)
+    ]
     for key in KEYS:
         assert found[0][key] == found[1][key]
-    assert found[0]["recipe"]["description"] == "Zürich ✓"
+    assert [one["recipe"]["description"] for one in found] == ["Zürich ✓"] * 2
 
 
 def test_time_is_taken_from_a_clock_that_nobody_sets(
