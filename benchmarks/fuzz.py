@@ -285,11 +285,17 @@ class World:
             Channels(quantize="dct", ratio=6, limit=1 << 20),
             SLFAC(ratio=6, limit=1 << 20),
             SLFAC(ratio=6, coder="range", limit=1 << 20),
+            Compressor(delta=True, limit=1 << 20),
+            TopK(delta=True, limit=1 << 20),
         )
         self.smashed = []
         for link in self.links:
-            labels = torch.tensor([0, 1, 2])
-            sent, ticket = link.up(torch.randn(3, 4, 5, 5), BatchId(1, 2, 3), labels)
+            labels, rows = (
+                torch.tensor([0, 1, 2]),
+                torch.tensor([300, 0, 8]) if link.delta else None,
+            )
+            batch = torch.randn(3, 4, 5, 5), BatchId(1, 2, 3)
+            sent, ticket = link.up(*batch, labels, rows=rows)
             back = link.down(torch.randn(3, 4, 5, 5), link.open(sent).context)
             self.smashed.append((link, ticket, bytes(sent), bytes(back)))
         self.card = ModelSignature.of(self.strategy.tensors).to_json().encode()
@@ -352,7 +358,11 @@ class World:
         """Smashed data are opened only as the batch that is due, and with as many rows."""
         index, data = given
         link, ticket, _, _ = self.smashed[index]
-        found = link.open(data, (3, 4, 5, 5), ticket.batch, labels=True, classes=3)
+        known, examples = ((3, 4, 5, 5), ticket.batch), 400 if link.delta else 0
+        found = link.open(data, *known, labels=True, classes=3, examples=examples)
+        if found.rows is not None:
+            rows = found.rows.tolist()
+            require(len(set(rows)) == 3 and 0 <= min(rows) <= max(rows) < 400, f"examples {rows}")
         require(found.context.batch == ticket.batch, f"opened as {found.context.batch}")
         require(len(found.values) == 3, f"{len(found.values)} rows of 3")
 

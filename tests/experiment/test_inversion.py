@@ -77,6 +77,21 @@ def test_what_is_attacked_is_what_crosses(run: Run, split_recipe: Path, tmp_path
     assert 0 < float((values[:64, kept] - exact).abs().max()) < 0.2 * float(exact.max())
 
 
+def test_delta_coding_gives_away_more_than_one_message(
+    run: Run, split_recipe: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, delta in (("once", "false"), ("again", "true")):
+        ours = ["method.name=acp-sl", "method.basis=eigen", "method.ratio=32", "run.rounds=4"]
+        run(split_recipe, name, *ours, "train.front=false", f"method.delta={delta}")
+        trained = load(tmp_path / name)
+        assert isinstance(trained.model, DeployedNetwork)
+        data, _, test = Session().images(load_recipe(split_recipe).data, lambda line: None)
+        exact = trained.model.front(test.gather(range(len(test)))[0])
+        found[name] = float((crosses(trained, trained.model, data.test) - exact).square().mean())
+    assert found["again"] < 0.5 * found["once"]
+
+
 @pytest.mark.slow
 def test_less_crosses_less_is_rebuilt(run: Run, split_recipe: Path, tmp_path: Path) -> None:
     short = {"share": 0.3, "victims": 80, "steps": 200}

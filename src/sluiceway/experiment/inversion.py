@@ -146,6 +146,7 @@ def pixels(table: ImageTable) -> Tensor:
 def crosses(trained: TrainedModel, model: DeployedNetwork, table: ImageTable) -> Tensor:
     """What the server reads of these images in training, as maps [N, C, h, w] on the CPU.
 
+    With delta coding what it has read of them in the end, had the layers always been what they are.
     Tokens of a square become one, without a class token; other vectors become points.
     """
     given = trained.input
@@ -153,11 +154,16 @@ def crosses(trained: TrainedModel, model: DeployedNetwork, table: ImageTable) ->
     images = ImageDataset(table.images, table.labels, given["mean"], given["std"])
     deployed, found = model.links[str(model.client)], []
     assert isinstance(deployed, Link)
-    link = Link(chosen_compressor(trained.recipe), deployed.mask, deployed.basis)
-    link.to(trained.device)
+    compressor, recipe = chosen_compressor(trained.recipe), trained.recipe
+    link = Link(compressor, deployed.mask, deployed.basis).to(trained.device)
+    again = recipe.run.rounds * recipe.training().local_epochs - 1 if compressor.delta else 0
     for part in torch.arange(len(images)).split(BATCH):
         batch, _ = images.gather(part)
-        found.append(link(model.front(batch.to(trained.device))).cpu())
+        made = model.front(batch.to(trained.device))
+        read = link(made)
+        for _ in range(again):
+            read = link(made, read)
+        found.append(read.cpu())
     values = torch.cat(found)
     if values.dim() == 3 and isqrt(values.shape[2] - 1) ** 2 == values.shape[2] - 1:
         values = values[:, :, 1:]

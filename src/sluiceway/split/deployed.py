@@ -14,6 +14,7 @@ from sluiceway.split.compress import Compressor
 from sluiceway.split.config import SplitConfig, SplitModel
 from sluiceway.split.defence import noisy
 from sluiceway.split.mask_selector import ALL
+from sluiceway.split.memory import crossed, to_cross
 from sluiceway.split.packing import BatchId, Encoded
 
 #: What a basis is made of.
@@ -53,21 +54,20 @@ class Link(nn.Module):
         return None if parts["rotation"] is None else Basis(**parts)
 
     @torch.no_grad()
-    def message(self, values: Tensor) -> Encoded:
-        """What crosses of [B, C, ...]."""
-        basis = self.basis
+    def message(self, values: Tensor, before: Tensor | None = None) -> Encoded:
+        """What crosses of [B, C, ...], or of what changed since it was read as `before`."""
         if self.compressor.noise:
             # Drawn by what crosses: the same inputs give the same outputs.
             seed = int(values.double().sum().view(torch.int64)) & LARGEST_SEED
             values = noisy(values, self.compressor.noise, seed)
-        sent = values if basis is None else basis.forward(values)
+        sent = to_cross(values, self.basis, before)
         return self.compressor.up(sent, BatchId(0, 0, 0), mask=self.mask, training=False)[0]
 
     @torch.no_grad()
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, before: Tensor | None = None) -> Tensor:
         """[B, C, ...] -> the same shape, float32, zero where nothing crossed."""
-        opened = self.compressor.open(self.message(values), device=values.device).values
-        return opened if (basis := self.basis) is None else basis.inverse(opened)
+        opened = self.compressor.open(self.message(values, before), device=values.device).values
+        return crossed(opened, self.basis, before)
 
 
 class DeployedNetwork(nn.Module):
