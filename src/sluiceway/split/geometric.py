@@ -35,6 +35,8 @@ _EACH: Final = 3
 #: In place of 0 where a logarithm is taken.
 _NONE: Final = 1e-300
 _CLASSES: Final = np.arange(1, coder.CLASSES)
+#: From how many integers, how many are not 0 and their magnitudes, to what each has of its own.
+_SPLIT: Final = np.array([[1.0, -1, 0], [0, 1, 0], [0, -1, 1]])
 Sums = npt.NDArray[np.float64]
 
 
@@ -44,13 +46,13 @@ class _Plan:
 
     Attributes:
         classes: [R, G].
-        counts: integers of each class above 0, [R, 15].
+        live: which classes above 0 have groups, [R, 15].
         logs: of o and m, eighths in [-16, 16), [2, R, 15].
         words: [R].
     """
 
     classes: npt.NDArray[np.float64]
-    counts: Sums
+    live: npt.NDArray[np.bool_]
     logs: Frequencies
     words: npt.NDArray[np.float64]
 
@@ -60,24 +62,25 @@ def _planned(sums: Sums) -> _Plan:
     levels = np.floor(2 * np.log2(np.maximum(sums[:, 2], _NONE) / sums[:, 0]))
     nearest = np.maximum(levels - levels.max(1, keepdims=True) + _CLASSES[-1], 1)
     classes = np.where(sums[:, 2] > 0, nearest, 0)
-    counts, z, s = of_classes = _by_class(classes, sums)
-    ratios = np.maximum([z, s - z], _NONE) / np.maximum([counts - z, z], _NONE)
-    logs = np.minimum(np.maximum(np.rint(8 * np.log2(ratios)), -128), 127) / 8
-    return _Plan(classes, counts, logs, _words(of_classes, logs))
+    parts = _parts(classes, sums)
+    sizes = np.log2(np.maximum(parts, _NONE))
+    logs = np.minimum(np.maximum(np.rint(8 * (sizes[1:] - sizes[:2])), -128), 127) / 8
+    return _Plan(classes, parts[1] > 0, logs, _words(parts, logs))
 
 
-def _by_class(classes: npt.NDArray[np.float64], sums: Sums) -> Sums:
-    """Sums of groups, [R, 3, G], added up by class above 0, [3, R, 15]."""
-    added: Sums = sums @ (classes[:, :, None] == _CLASSES)
+def _parts(classes: npt.NDArray[np.float64], sums: Sums) -> Sums:
+    """Of each class above 0: zeros, other integers, and what their magnitudes are above 1."""
+    added: Sums = _SPLIT @ sums @ (classes[:, :, None] == _CLASSES)
     return added.transpose(1, 0, 2)
 
 
-def _words(of_classes: Sums, logs: Frequencies) -> npt.NDArray[np.float64]:
-    """Of the streams of classes with these sums, [3, R, 15], if o and m are 2^logs."""
-    counts, z, s = of_classes
-    one_more = np.logaddexp2(0, logs)  # log2(1 + o), log2(1 + m)
-    bits = counts * one_more[0] + z * (1 - logs[0]) + s * one_more[1] - (s - z) * logs[1]
-    total = counts.sum(1)
+def _words(parts: Sums, logs: Frequencies) -> npt.NDArray[np.float64]:
+    """Of the streams of classes with these parts, [3, R, 15], if o and m are 2^logs."""
+    zeros, others, above = parts
+    plus = np.logaddexp2(0, logs)  # log2(1 + o), log2(1 + m)
+    minus = plus - logs  # log2(1 + 1 / o), log2(1 + 1 / m)
+    bits = zeros * plus[0] + others * (1 + minus[0] + plus[1]) + above * minus[1]
+    total = (zeros + others).sum(1)
     words: Sums = np.ceil(bits.sum(1) / 32 + total * coder.LOST) + (total > 0)
     return words
 
@@ -90,7 +93,7 @@ def lengths(sums: Sums) -> npt.NDArray[np.int64]:
             sum of magnitudes, [R, 3, G]; they may be estimates.
     """
     plan = _planned(sums)
-    heads: npt.NDArray[np.int64] = (sums.shape[2] + 1) // 2 + _EACH * (plan.counts > 0).sum(1)
+    heads: npt.NDArray[np.int64] = (sums.shape[2] + 1) // 2 + _EACH * plan.live.sum(1)
     return heads + 4 * plan.words.astype(np.int64)
 
 
@@ -103,7 +106,7 @@ def encode(numbers: npt.NDArray[np.int8], sizes: Sizes) -> bytes:
     """
     starts = _starts(sizes)
     plan = _planned(_sums(numbers, sizes))
-    classes, live = plan.classes[0].astype(np.uint8), plan.counts[0] > 0
+    classes, live = plan.classes[0].astype(np.uint8), plan.live[0]
     largest = np.maximum.reduceat(np.abs(numbers), starts).astype(np.uint8)
     most = (largest * (classes == _CLASSES[live, None])).max(1, initial=0)
     parameters = (8 * plan.logs[:, 0, live] + 128).astype(np.uint8)
@@ -133,7 +136,7 @@ def decode(data: memoryview, sizes: Sizes) -> npt.NDArray[np.int8]:
     numbers = coder.unfolded(coder.from_stream(data[end:], sizes, classes, of_classes)[0])
     logs = np.zeros((2, 1, len(_CLASSES)))
     logs[:, 0, present] = (tables[:, 1:].T - 128.0) / 8
-    words = _words(_by_class(classes[None].astype(float), _sums(numbers, sizes)), logs)
+    words = _words(_parts(classes[None].astype(float), _sums(numbers, sizes)), logs)
     # A machine's logarithms may have another last digit.
     if abs(4 * int(words[0]) - len(data) + end) > 4:
         raise WireError("stream: longer or shorter than its integers")
