@@ -5,10 +5,10 @@
 Limits: scoring, packing and unpacking (both directions) take at most 10 % of the compute of client
 and server for the 4-conv network at batch 64 of 3x32x32; packing float32 to int8 of kept channels
 takes in at least 1 GB/s. Beside it a plain copy of the same tensor, in the same run. Codecs that
-fill a budget of bytes ("bits", "step", "dct") do so at 32 times less, and are above the 10 %, most
-of it in the coder. "acp-sl" is its default: all
-channels in the eigenbasis, "dct"; its moments are of one batch in four, and "score" is a quarter of
-what they take. Seconds are of CPU, since whatever else runs slows a step. The last column is what
+fill a budget of bytes ("bits", "step", "dct") do so at 32 times less, and are above the 10 % but
+for small maps (docs/performance.md says of what). "acp-sl" is its default: all channels in the
+eigenbasis, "dct"; its moments are of one batch in four, and "score" is a quarter of what they take.
+Seconds are of CPU, since whatever else runs slows a step. The last column is what
 reading both messages from bytes takes where they cross a process boundary, in which case it comes
 on top.
 """
