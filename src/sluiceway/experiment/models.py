@@ -7,6 +7,8 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +153,8 @@ def readable(name: str, place: Place, key: str = "model.name") -> Iterator[None]
     # Without a network it has a line for each of six tries.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # GGUF files bring a bar of their own
+        # GGUF files bring a bar of their own.
+        with contextlib.redirect_stderr(io.StringIO()), _header_once(place):
             yield
     except InputError:
         raise
@@ -162,6 +165,21 @@ def readable(name: str, place: Place, key: str = "model.name") -> Iterator[None]
         elif place.source.startswith("hub "):
             why += f" There is no folder {name!r} either."
         raise InputError(f"{key} = {name!r}: no model could be loaded ({why})") from None
+
+
+@contextlib.contextmanager
+def _header_once(place: Place) -> Iterator[None]:
+    """Of a GGUF file transformers reads the header four times, and makes a table for each layer."""
+    if place.gguf is None:
+        yield
+        return
+    package: Any = import_module("gguf")
+    reader, names = package.GGUFReader, package.get_tensor_name_map
+    package.GGUFReader, package.get_tensor_name_map = cache(reader), cache(names)
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = reader, names
 
 
 def auto_class(name: str, config: Any, language: bool) -> Any:
