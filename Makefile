@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install -q -c constraints.txt
+# Python compiles what it imports when it does; pip would compile all that it installs.
+INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: demo quick test check docs docs-commands clean
