@@ -16,12 +16,14 @@ from tests.split.small import (
     clients,
     normed,
     records,
+    set_up,
     train,
 )
 from torch import Tensor
 
 from sluiceway.channels import ClassStatistics, fisher, merge_scores, pooled, top
 from sluiceway.core.round_loop import Record
+from sluiceway.core.settings import SplitTraining
 from sluiceway.split import (
     ACPSL,
     METHODS,
@@ -176,6 +178,21 @@ def test_a_budget_holds_once_the_ramp_is_over(
     if participation == 1:
         assert 2 <= records(found)[-1].kept < 8
         assert sent[-1] > 0.6 * budget * 1e6
+
+
+def test_a_budget_knows_the_last_batches_that_are_finer() -> None:
+    method, sets = (
+        L1Channels(warmup=0, quantize="int4", deployed_quantize="int8"),
+        [Pictures(20, 1)],
+    )
+    lengths = []
+    for recalibrate in (0, 2):
+        training = SplitTraining(batch_size=8, recalibrate=recalibrate)
+        loop = set_up(normed(), "conv1", sets, method, training=training)
+        lengths.append(loop.setup.round_bytes([20])(2))
+    shapes = (8, 8, 3, 3), (4, 8, 3, 3)
+    more = [method.deployed.bytes_up(s, 2) - method.bytes_up(s, 2) for s in shapes]
+    assert lengths[1] - lengths[0] == sum(more) > 0
 
 
 def test_a_budget_below_one_channel_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from sluiceway.core.checkpoints import Checkpoint, CheckpointError
 from sluiceway.core.guards import RunFailed
 from sluiceway.core.round_loop import Record, Result
-from sluiceway.core.settings import Training
+from sluiceway.core.settings import SplitTraining, Training
 from sluiceway.split.methods import ACPSL, METHODS
 from sluiceway.split.schedules import SCHEDULES
 from sluiceway.strategies import Scaffold
@@ -74,6 +74,11 @@ def test_every_k_rounds(every: int, tmp_path: Path) -> None:
 def test_error_feedback_masks_of_clients_and_a_strategy_with_state(tmp_path: Path) -> None:
     method = ACPSL(quantize="int4", error_feedback=True, masks="client", score="similarity")
     require_resumed(tmp_path, method=method, client_aggregation=Scaffold(), training=ADAMW)
+
+
+def test_delta_coding_and_recalibration(tmp_path: Path) -> None:
+    training = SplitTraining(lr=0.05, batch_size=8, optimizer="sgd", recalibrate=1)
+    require_resumed(tmp_path, method=ACPSL(delta=True, ratio=64), training=training)
 
 
 def test_dropout_and_layers_that_work_in_place(tmp_path: Path) -> None:

@@ -49,12 +49,17 @@ class SplitTraining(Optimisation):
     nopeek: weight of the distance correlation between a batch's inputs and its smashed data, which
         the client adds to its loss (NoPeek, arXiv 2008.09161), >= 0: a defence against rebuilding
         inputs. Needs front = true.
+    recalibrate: at the end of a round the server estimates the statistics of its BatchNorm anew,
+        its layers being what they are by then, from the last so many batches of each client, in
+        [0, 10^4]; these cross as in use (`method.deployed_...`). 0 leaves the running averages,
+        which the last steps and their clients' labels decide.
 
     The rest is as of `Optimisation`.
     """
 
     front: bool = True
     nopeek: float = Field(default=0.0, ge=0)
+    recalibrate: int = Field(default=0, ge=0, le=10_000)
 
     def __post_init__(self) -> None:
         if self.nopeek and not self.front:

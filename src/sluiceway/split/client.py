@@ -172,6 +172,10 @@ class SplitClient:
         )
         self.strategy.start_training(self.role)
         self._batches = self.batches(round)
+        training, config = self.config.training, self.config
+        count = len(config.epoch_batches(self.size, self.smallest, training.local_epochs))
+        #: The first batch of the round that crosses as in use.
+        self.finer_from = count - config.recalibrate
 
     def batches(self, round: int) -> Iterator[tuple[BatchId, Batch, Tensor]]:
         """The client's batches of a round on the CPU, shuffled and augmented by their own seed.
@@ -247,6 +251,8 @@ class SplitClient:
         penalty = self.penalty(moved, smashed)
         labels = None if self.tail else batch.labels
         sent, link = smashed.detach(), self.config.link
+        if batch_id.batch >= self.finer_from:
+            link = self.config.finer_link
         if link.noise:
             sent = noisy(sent, link.noise, derive_seed(self.seed, *batch_id, NOISE))
         if self.memory is None:

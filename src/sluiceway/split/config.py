@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, overload
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sluiceway.core.batches import Loss
 from sluiceway.core.parameters import frozen_modules
-from sluiceway.core.settings import Optimisation
+from sluiceway.core.settings import Optimisation, SplitTraining
 from sluiceway.split.compress import Compressor
 
 
@@ -69,6 +70,16 @@ class SplitConfig:
     classes: int
     device: torch.device
     gradients: bool = True
+
+    @property
+    def recalibrate(self) -> int:
+        """How many of a client's last batches in a round cross as in use."""
+        return self.training.recalibrate if isinstance(self.training, SplitTraining) else 0
+
+    @cached_property
+    def finer_link(self) -> Compressor:
+        """Compression of these."""
+        return self.link.deployed
 
     def epoch_batches(self, examples: int, smallest: int = 1, epochs: int = 1) -> BatchSizes:
         """Sizes of the batches of so many epochs; a last one below `smallest` is left out."""

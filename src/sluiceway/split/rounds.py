@@ -114,6 +114,8 @@ class SplitLoop:
         began = time.perf_counter()
         self.traffic, self.rejected = Traffic(), dict[int, str]()
         self.losses, self.counts = list[tuple[int, float]](), dict[str, int]()
+        for server in self.servers.values():
+            server.newest.clear()
         # 1. Choose the channels, or a basis of them; clients whose scores are needed already rate
         # theirs first.
         for client_id in self.selector.unrated(chosen):
@@ -219,6 +221,8 @@ class SplitLoop:
                     tails=self.model.tail is not None,
                 )
         for key, server in self.servers.items():
+            if config.recalibrate:
+                server.recalibrate()
             if server.scorer is not None and (scores := server.scorer.scores()) is not None:
                 self.masks.rate(key, scores)
         if copies:

@@ -100,7 +100,10 @@ def train_together(
                     message = by_id[one.client].smashed_data(one)
                     traffic.up += len(message)
                     rows, size = sizes[one.client][one.batch], by_id[one.client].size
-                    opened[one] = server.open(message, one, rows, size, labels=not tails)
+                    finer = one.batch >= len(sizes[one.client]) - server.config.recalibrate
+                    opened[one] = server.open(
+                        message, one, rows, size, labels=not tails, finer=finer
+                    )
                     traffic.smashed += len(message)
                     traffic.values += opened[one].values.numel()
         if sum(len(smashed.values) for smashed in opened.values()) < server.smallest:

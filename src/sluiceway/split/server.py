@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sluiceway.channels import Basis
 from sluiceway.core.guards import finite
@@ -43,9 +46,18 @@ class SplitServer:
         self.basis: Basis | None = None
         #: Examples and mean loss of each step since they were last taken.
         self.losses: list[tuple[int, Tensor]] = []
+        #: By client the values that BatchNorm's statistics are estimated from.
+        self.newest = defaultdict[int, list[Tensor]](list)
 
     def open(
-        self, message: Message, batch: BatchId, rows: int, size: int, *, labels: bool
+        self,
+        message: Message,
+        batch: BatchId,
+        rows: int,
+        size: int,
+        *,
+        labels: bool,
+        finer: bool = False,
     ) -> Smashed:
         """A client's smashed data, if they are those that are due and can be trained on.
 
@@ -55,13 +67,14 @@ class SplitServer:
             rows: examples of that batch, >= 1.
             size: examples of the client.
             labels: whether it must have labels; in a U-shape it must not.
+            finer: it is one of the last batches, that cross as in use.
 
         Raises:
             WireError: it is no smashed data of this cut, another batch, or a value is NaN or
                 infinite.
         """
         config, shape = self.config, (rows, *self.config.shape)
-        opened = config.link.open(
+        opened = (config.finer_link if finer else config.link).open(
             message,
             shape,
             batch,
@@ -74,11 +87,44 @@ class SplitServer:
             raise WireError("NaN or Inf in the smashed data")
         values, rows_of = opened.values, opened.rows
         if self.memory is None or rows_of is None:
-            return replace(opened, values=crossed(values, self.basis))
-        before = self.memory.read(batch.client, rows_of, size, values, self.basis)
-        values = crossed(values, self.basis, before)
-        self.memory.write(batch.client, rows_of, values)
+            values = crossed(values, self.basis)
+        else:
+            before = self.memory.read(batch.client, rows_of, size, values, self.basis)
+            values = crossed(values, self.basis, before)
+            self.memory.write(batch.client, rows_of, values)
+        if finer:
+            self.newest[batch.client].append(values.detach())
         return replace(opened, values=values)
+
+    @torch.no_grad()
+    def recalibrate(self) -> None:
+        """Estimate BatchNorm's statistics anew from the last batches of the round  [ours].
+
+        The mean over steps in which each client has a batch, one of the first, one of the second,
+        ..., of each step's mean and variance; the layers stay as they are.
+        """
+        steps = [
+            torch.cat([one for one in step if one is not None])
+            for step in zip_longest(*self.newest.values())
+        ]
+        steps = [step for step in steps if len(step) >= self.smallest]
+        self.trained.train()
+        norms = [m for m in self.back.modules() if isinstance(m, _BatchNorm) and m.training]
+        self.back.eval()
+        before = [
+            (norm, norm.momentum, count.clone())
+            for norm in norms
+            if steps and (count := norm.num_batches_tracked) is not None
+        ]
+        for norm, _, _ in before:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all
+        for step in steps:
+            self.back(step)
+        for norm, momentum, count in before:
+            norm.eval()
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
     def step(self, opened: Sequence[Smashed]) -> list[Encoded]:
         """One optimiser step on the mean loss over all the batches, as if they were one.

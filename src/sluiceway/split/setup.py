@@ -183,9 +183,11 @@ class SharedSetup:
             sizes: examples of the clients that take part.
         """
         config, tail_shape = self.config, self.model.tail_shape
-        batches = Counter[int]()
+        batches, finer = Counter[int](), Counter[int]()
         for size in sizes:
-            batches.update(config.epoch_batches(size, epochs=config.training.local_epochs).counts())
+            each = config.epoch_batches(size, epochs=config.training.local_epochs)
+            batches.update(each.counts())
+            finer.update(each[max(0, len(each) - config.recalibrate) :])
         row_bytes = 0 if not config.link.delta else 2 if max(sizes, default=0) <= 1 << 16 else 4
         label_bytes = 0 if tail_shape else 1 if config.classes <= 256 else 2
         # At the start and end of a round: layers, what the strategy sends with them (clients as
@@ -206,6 +208,10 @@ class SharedSetup:
                     shape = (size, *tail_shape)
                     one += config.tail_link.bytes_up(shape) + config.tail_link.bytes_down(shape)
                 total += count * one
+            for size, count in finer.items():
+                batch = (size, *config.shape), kept, label_bytes, row_bytes
+                more = config.finer_link.bytes_up(*batch) - config.link.bytes_up(*batch)
+                total += count * more
             return total
 
         return nbytes
