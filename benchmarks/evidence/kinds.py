@@ -146,12 +146,16 @@ def beside(text: str, columns: Mapping[str, Callable[[str], str]]) -> str:
 
 
 def split(runs: Runs, docs: Path, picture: str = "split.png") -> dict[str, str]:
-    """Accuracy by method and level of traffic, and what a target costs."""
-    names = methods_of(runs)
+    """Accuracy by method and level of traffic, and what a target costs.
+
+    The picture has the methods that most groups of settings have.
+    """
+    names, grouped = methods_of(runs), by_group(runs)
     groups = {setting.rsplit(" ", 1)[0]: None for setting in runs}
     lines = [f"{name} {traffic}" for name in names for traffic in ("1x", "32x")]
+    common = [line for line in lines if 2 * sum(line in m for m in grouped.values()) > len(groups)]
     path, axis = docs / picture, "MB, both directions"
-    panels(by_group(runs), list(groups), lines, path, by_megabytes, axis, log=True)
+    panels(grouped, list(groups), common, path, by_megabytes, axis, log=True)
     parts = []
     for group in groups:
         settings = [f"{group} {x}" for x in LEVELS if f"{group} {x}" in runs]
@@ -167,7 +171,6 @@ def split(runs: Runs, docs: Path, picture: str = "split.png") -> dict[str, str]:
         "of the second half of the rounds, in points, paired, with the number of pairs:",
         pools(compressed, ours, [name for name in names if name != "sl"], level),
     ]
-    grouped = by_group(runs)
     rows = [f"{name} {traffic}" for name in names for traffic in LEVELS]
     for what, measure in (("Megabytes, both directions,", spent), ("Rounds", rounds_to)):
         for share in (0.95, 0.99):

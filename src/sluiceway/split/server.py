@@ -80,7 +80,7 @@ class SplitServer:
             batch,
             labels=labels,
             classes=config.classes,
-            examples=size if self.memory else 0,
+            examples=0 if self.memory is None else size,
             device=config.device,
         )
         if not finite(opened.values):
