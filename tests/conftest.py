@@ -19,12 +19,6 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: tests of engines wait for processes half of their time."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture
 def moe_model() -> TinyClassifier:
     return TinyClassifier()
