@@ -172,10 +172,8 @@ class SplitClient:
         )
         self.strategy.start_training(self.role)
         self._batches = self.batches(round)
-        training, config = self.config.training, self.config
-        count = len(config.epoch_batches(self.size, self.smallest, training.local_epochs))
-        #: The first batch of the round that crosses as in use.
-        self.finer_from = count - config.recalibrate
+        epochs = self.config.training.local_epochs
+        self.count = len(self.config.epoch_batches(self.size, self.smallest, epochs))
 
     def batches(self, round: int) -> Iterator[tuple[BatchId, Batch, Tensor]]:
         """The client's batches of a round on the CPU, shuffled and augmented by their own seed.
@@ -250,9 +248,8 @@ class SplitClient:
             self.scorer.watch(smashed.detach(), batch.labels)
         penalty = self.penalty(moved, smashed)
         labels = None if self.tail else batch.labels
-        sent, link = smashed.detach(), self.config.link
-        if batch_id.batch >= self.finer_from:
-            link = self.config.finer_link
+        finer = self.config.finer(batch_id.batch, self.count)
+        sent, link = smashed.detach(), self.config.finer_link if finer else self.config.link
         if link.noise:
             sent = noisy(sent, link.noise, derive_seed(self.seed, *batch_id, NOISE))
         if self.memory is None:

@@ -76,6 +76,10 @@ class SplitConfig:
         """How many of a client's last batches in a round cross as in use."""
         return self.training.recalibrate if isinstance(self.training, SplitTraining) else 0
 
+    def finer(self, batch: int, count: int) -> bool:
+        """Whether a batch is one of these, of so many that a client has in a round."""
+        return batch >= count - self.recalibrate
+
     @cached_property
     def finer_link(self) -> Compressor:
         """Compression of these."""

@@ -63,7 +63,9 @@ def _cosines(side: int) -> Tensor:
 @lru_cache(maxsize=64)
 def frequency_order(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
     """Positions by their sum of frequencies, [S]; as they are without a transform."""
-    if not sides:
-        return np.arange(count)
-    sums = np.indices(sides).sum(0).ravel()
-    return np.argsort(sums, kind="stable")
+    return np.argsort(frequency_sums(sides, count), kind="stable")
+
+
+def frequency_sums(sides: Sides | None, count: int) -> npt.NDArray[np.int64]:
+    """Of each position the sum of its frequencies, [S]; 0 without a transform."""
+    return np.indices(sides).sum(0).ravel() if sides else np.zeros(count, dtype=np.int64)

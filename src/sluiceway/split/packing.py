@@ -553,11 +553,11 @@ def _checked(numbers: Tensor | None, what: str, batch: int, most: int) -> tuple[
     low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high > most:
         raise ValueError(f"{what}: expected numbers in [0, {most}], got {low} to {high}")
-    return numbers, _fewest(high)
+    return numbers, fewest_bytes(high)
 
 
-def _fewest(largest: int) -> int:
-    """Bytes of a number."""
+def fewest_bytes(largest: int) -> int:
+    """Of the unsigned integers that cross, 1, 2 or 4 bytes: of those that hold it."""
     return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
 
 
@@ -571,6 +571,6 @@ def _from_unsigned(data: memoryview, what: str, size: int) -> Tensor | None:
     if not size:
         return None
     numbers = np.frombuffer(data, dtype=_UNSIGNED[size]).astype(np.int64)
-    if size != (fewest := _fewest(int(numbers.max()))):
+    if size != (fewest := fewest_bytes(int(numbers.max()))):
         raise WireError(f"{what}: expected {fewest} bytes each, which hold them, got {size}")
     return torch.from_numpy(numbers)

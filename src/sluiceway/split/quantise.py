@@ -171,7 +171,7 @@ class Quantised:
             values += (low - self.codec.offset * step).unsqueeze(1)
         return values
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """The length of `payload`, without coding."""
         if not self.coded:

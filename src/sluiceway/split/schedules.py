@@ -100,7 +100,7 @@ def train_together(
                     message = by_id[one.client].smashed_data(one)
                     traffic.up += len(message)
                     rows, size = sizes[one.client][one.batch], by_id[one.client].size
-                    finer = one.batch >= len(sizes[one.client]) - server.config.recalibrate
+                    finer = server.config.finer(one.batch, len(sizes[one.client]))
                     opened[one] = server.open(
                         message, one, rows, size, labels=not tails, finer=finer
                     )

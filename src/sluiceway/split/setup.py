@@ -24,6 +24,7 @@ from sluiceway.split.cut import cut
 from sluiceway.split.mask_selector import ALL
 from sluiceway.split.memory import ExampleMemory
 from sluiceway.split.methods import ACPSL, ChannelChoice
+from sluiceway.split.packing import fewest_bytes
 from sluiceway.split.schedules import SCHEDULE_ALIASES, SCHEDULES
 from sluiceway.split.scorers import ChannelScorer
 from sluiceway.split.server import SplitServer
@@ -188,8 +189,8 @@ class SharedSetup:
             each = config.epoch_batches(size, epochs=config.training.local_epochs)
             batches.update(each.counts())
             finer.update(each[max(0, len(each) - config.recalibrate) :])
-        row_bytes = 0 if not config.link.delta else 2 if max(sizes, default=0) <= 1 << 16 else 4
-        label_bytes = 0 if tail_shape else 1 if config.classes <= 256 else 2
+        row_bytes = fewest_bytes(max(sizes, default=1) - 1) if config.link.delta else 0
+        label_bytes = 0 if tail_shape else fewest_bytes(config.classes - 1)
         # At the start and end of a round: layers, what the strategy sends with them (clients as
         # much as the server), a mask, float32 scores (in the first round twice), names and facts.
         broadcast = self.strategy.broadcast(1)

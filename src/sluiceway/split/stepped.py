@@ -27,7 +27,7 @@ from torch.nn.functional import softshrink
 
 from sluiceway.core.messages import WireError
 from sluiceway.split import geometric
-from sluiceway.split.cosines import Sides, frequency_order, transformed
+from sluiceway.split.cosines import Sides, frequency_order, frequency_sums, transformed
 from sluiceway.split.geometric import LARGEST
 
 #: |x| / step is rounded up from this far below the next integer.
@@ -269,8 +269,7 @@ def _bands(sides: Sides | None, s: int) -> npt.NDArray[np.float64]:
 
     Bands are sums of frequencies of 0, 1 to 2, 3 to 6, 7 to 14, ..., or all positions.
     """
-    sums = np.indices(sides).sum(0).ravel() if sides else np.zeros(s)
-    found = np.floor(np.log2(sums + 1)).astype(np.int64)
+    found = np.floor(np.log2(frequency_sums(sides, s) + 1)).astype(np.int64)
     return np.eye(1 + int(found.max()))[found]
 
 
